@@ -1,0 +1,278 @@
+"""Passes through a network made all-positive: synaptic flow, and which weights still lie on a path.
+
+Both replace the parameters for one call only (``torch.func.functional_call``); the module itself is never written to.
+"""
+
+import inspect
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+_SATURATING = {"relu6", "hardtanh", "hardtanh_", "hardsigmoid", "tanh", "tanh_", "sigmoid", "sigmoid_", "softsign"}
+_NORMALISING = {
+    *("layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize"),
+    *("softmax", "log_softmax", "softmin", "scaled_dot_product_attention", "multi_head_attention_forward"),
+}
+_PASSED_THROUGH = {
+    *_SATURATING,
+    *("layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize", "batch_norm"),
+    *("softmax", "log_softmax", "softmin", "softplus", "logsigmoid", "tanhshrink", "softshrink", "hardshrink"),
+    *("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_", "elu", "elu_", "selu", "selu_"),
+    *("celu", "celu_", "gelu", "silu", "mish", "hardswish", "threshold", "threshold_"),
+}
+_JOINING = {
+    *("linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"),
+}
+
+
+def synaptic_flow(
+    module: nn.Module, parameters: Mapping[str, nn.Parameter], example_input: Tensor
+) -> tuple[dict[str, Tensor], float]:
+    r"""Gradients of the synaptic flow :math:`R = \mathbf{1}^T f(|\theta|; \mathbf{1})` (Tanaka et al., 2020).
+
+    The network runs in float64 on an input of ones, with absolute weights, and with all that would break its
+    homogeneity removed: biases, BatchNorm's shift and running mean are zero; its absolute scale and its running
+    variance stay. In a feed-forward network the scores :math:`|\theta \odot \partial R / \partial |\theta||` of every
+    layer then sum to :math:`R`.
+
+    Call it in eval mode with autocast off (:func:`lightning_drive.gradients.undisturbed`).
+
+    Args:
+        module: The network; its ``forward`` takes one tensor.
+        parameters: Parameter name to the live prunable parameters, already masked.
+        example_input: Any input of the right shape, batch dimension first; only the shape and device of its first
+            sample matter (and the values, where they are integers, such as token ids).
+
+    Returns:
+        Parameter name to :math:`\partial R / \partial |\theta|` in float64, and :math:`R`.
+
+    """
+    tensors = {
+        name: _flow_value(name, value).requires_grad_(name in parameters)
+        for name, value in (*module.named_parameters(), *module.named_buffers())
+    }
+    total = _sum_of_outputs(functional_call(module, tensors, (_ones(example_input, torch.float64),)))
+    leaves = [tensors[name] for name in parameters]
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+    flow = {
+        name: torch.zeros_like(leaf) if gradient is None else gradient
+        for name, leaf, gradient in zip(parameters, leaves, gradients, strict=True)
+    }
+    return flow, total.item()
+
+
+def layers_without_flow(module: nn.Module, example_input: Tensor) -> list[str]:
+    """Name the layers for which synaptic flow is not defined, in the order in which they run.
+
+    Saturating activations (ReLU6, Tanh, Sigmoid) stop the flow, and normalising layers (LayerNorm, softmax,
+    attention) mix its signs; neither conserves it. Calls to functions (``F.softmax``) are found too.
+
+    Args:
+        module: The network; its ``forward`` takes one tensor.
+        example_input: As in :func:`synaptic_flow`.
+
+    Returns:
+        One text per call, such as ``"'encoder.norm' (layer_norm)"``.
+
+    """
+    watch = _Watch(_SATURATING | _NORMALISING)
+    dtype = next(module.parameters()).dtype
+    with torch.no_grad(), _module_names(module, watch.path), watch:
+        module(_ones(example_input, dtype))
+    return watch.seen
+
+
+def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor) -> dict[str, Tensor]:
+    """Keep only the weights that lie on a path from the input to the output.
+
+    A kept weight is inactive when everything before it or everything after it is pruned (Vysogorets & Kempe, 2023;
+    the share of inactive weights is the *effective sparsity*). Paths are followed exactly, with a signal of zeros and
+    ones: every layer's output and every gradient is reduced to "something arrives" or "nothing does", so depth can
+    neither overflow nor underflow. Activations, norms and Dropout let everything through, max pooling passes on all
+    of its window, biases carry no signal, and weights without a mask carry everything.
+
+    Args:
+        module: The network; its ``forward`` takes one tensor.
+        masks: Parameter name to boolean mask, on the parameter's device; ``True`` keeps.
+        example_input: As in :func:`synaptic_flow`.
+
+    Returns:
+        Parameter name to boolean mask, a subset of ``masks``.
+
+    """
+    tensors = {name: buffer.float() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    tensors |= {name: _path_value(name, parameter, masks) for name, parameter in module.named_parameters()}
+    leaves = [tensors[name] for name in masks]
+    with torch.enable_grad(), _Paths():
+        total = _sum_of_outputs(functional_call(module, tensors, (_ones(example_input, torch.float32),)))
+    if not total.requires_grad:
+        return {name: torch.zeros_like(mask) for name, mask in masks.items()}
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+    return {
+        name: torch.zeros_like(mask) if gradient is None else mask & (gradient > 0)
+        for (name, mask), gradient in zip(masks.items(), gradients, strict=True)
+    }
+
+
+def first_tensor(batch: Any) -> Tensor | None:
+    """Find the first tensor in a batch of any structure: the input, by the field's convention.
+
+    Args:
+        batch: A tensor, or nested tuples, lists and dicts that hold tensors.
+
+    Example:
+        >>> first_tensor({"image": torch.zeros(1), "label": torch.ones(1)})
+        tensor([0.])
+
+    """
+    return next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+
+
+def _flow_value(name: str, value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    value = value.detach().double().abs()
+    return torch.zeros_like(value) if name.endswith(("bias", "running_mean")) else value
+
+
+def _path_value(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+    if name in masks:
+        return masks[name].float().requires_grad_()
+    if not parameter.is_floating_point():
+        return parameter
+    shape = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+    return shape.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _ones(example_input: Tensor, dtype: torch.dtype) -> Tensor:
+    sample = example_input[:1] if example_input.ndim else example_input
+    return torch.ones_like(sample, dtype=dtype) if sample.is_floating_point() else sample
+
+
+def _sum_of_outputs(outputs: Any) -> Tensor:
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not tensors:
+        raise ValueError(f"`forward` must return at least one floating-point tensor, got {type(outputs).__name__}.")
+    return torch.stack([tensor.sum() for tensor in tensors]).sum()
+
+
+class _Watch(TorchFunctionMode):
+    """Notes which of the named functions are called, and by which submodule."""
+
+    def __init__(self, functions: set[str]) -> None:
+        super().__init__()
+        self.functions = functions
+        self.path: list[str] = []
+        self.seen: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self.functions:
+            self.seen.append(f"{self.path[-1]!r} ({name})" if self.path and self.path[-1] else f"`forward` ({name})")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _module_names(module: nn.Module, path: list[str]) -> Generator[None]:
+    """Keep the name of the submodule that is running at the end of ``path``."""
+    names = {submodule: name for name, submodule in module.named_modules()}
+    enter = register_module_forward_pre_hook(lambda submodule, _: path.append(names.get(submodule, "")))
+
+    def forget(*_: Any) -> None:
+        path.pop()
+
+    leave = register_module_forward_hook(forget, always_call=True)
+    try:
+        yield
+    finally:
+        enter.remove()
+        leave.remove()
+
+
+class _Paths(TorchFunctionMode):
+    """Gives every operation its meaning for paths: what it lets through, and what it joins."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in _PASSED_THROUGH or "dropout" in name:
+            return args[0] if args else kwargs["input"]
+        if name in _JOINING:
+            return _arrives(func(*args, **kwargs))
+        if name in _REPLACED:
+            return _REPLACED[name](*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+class _Arrives(torch.autograd.Function):
+    """Reduces a signal to zeros and ones, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, signal: Tensor) -> Tensor:
+        return (signal > 0).to(signal.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return (gradient > 0).to(gradient.dtype)
+
+
+def _arrives(signal: Tensor) -> Tensor:
+    return _Arrives.apply(signal)  # type: ignore[no-any-return]
+
+
+def _average_pool(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def average_pool(
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Tensor:
+        if return_indices or any(size != 1 for size in tree_leaves(dilation)):
+            raise ValueError("paths through max pooling with indices or dilation cannot be followed")
+        return pool(input, kernel_size, stride, padding, ceil_mode)
+
+    return average_pool
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Every query sees every value; queries and keys matter where their products scale a value that arrives."""
+    weight = 1 + (query * key.mean(-2, keepdim=True)).sum(-1, keepdim=True)
+    return _arrives(weight * value.mean(-2, keepdim=True))
+
+
+def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
+    if given.get("use_separate_proj_weight"):
+        weights = [given[f"{kind}_proj_weight"] for kind in "qkv"]
+    else:
+        weights = list(given["in_proj_weight"].chunk(3))
+    projected = [
+        _arrives(F.linear(given[kind], weight)) for kind, weight in zip(("query", "key", "value"), weights, strict=True)
+    ]
+    heads = [each.reshape(*each.shape[:-1], given["num_heads"], -1).movedim(0, -2) for each in projected]
+    joined = _attention(*heads).movedim(-2, 0).flatten(-2)
+    return _arrives(F.linear(joined, given["out_proj_weight"])), None
+
+
+_REPLACED: dict[str, Callable[..., Any]] = {
+    **{f"max_pool{n}d": _average_pool(getattr(F, f"avg_pool{n}d")) for n in (1, 2, 3)},
+    **{f"adaptive_max_pool{n}d": getattr(F, f"adaptive_avg_pool{n}d") for n in (1, 2, 3)},
+    "amax": torch.sum,
+    "scaled_dot_product_attention": _attention,
+    "multi_head_attention_forward": _multi_head_attention,
+}

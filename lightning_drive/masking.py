@@ -1,0 +1,309 @@
+"""Keep masks: what they say, how they are stored, and how they are put on live parameters.
+
+Nothing is reparametrised: a pruned weight is a zero in the dense tensor, so names, order and ``state_dict`` keys stay
+those of the dense module. Zeros are filled in, never multiplied in: a product would keep NaN and make -0.0.
+"""
+
+import hashlib
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_drive import sparsity as measures
+
+_VERSION = 1
+
+
+class Masks(Mapping[str, Tensor]):
+    """Which weights are kept: parameter name to a boolean tensor, ``True`` keeps.
+
+    Names are those of ``module.named_parameters()``. Without any, it says "not pruned": sparsity 0, density 1.
+
+    Args:
+        masks: Parameter name to boolean mask.
+
+    Raises:
+        TypeError: If a value is not a boolean tensor (named).
+
+    Example:
+        >>> masks = Masks({"weight": torch.tensor([[True, False], [False, False]])})
+        >>> masks.sparsity, masks.num_kept, masks.num_prunable
+        (0.75, 1, 4)
+        >>> Masks.from_state_dict(masks.state_dict()) == masks
+        True
+
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
+        self._masks = dict(masks or {})
+        for name, mask in self._masks.items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"The mask of {name!r} must be a boolean tensor (`True` keeps), got {kind}.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self.keys() == other.keys() and all(
+            torch.equal(mask, other[name].to(mask.device)) for name, mask in self.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        kept = f"{self.num_kept:,} of {self.num_prunable:,} weights kept"
+        return f"Masks({len(self)} parameters, {kept}, sparsity {self.sparsity:.2%})"
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable weights that is removed, in ``[0, 1]``."""
+        return measures.sparsity(self)
+
+    @property
+    def density(self) -> float:
+        """Fraction of the prunable weights that is kept, in ``[0, 1]``."""
+        return measures.density(self)
+
+    @property
+    def num_kept(self) -> int:
+        """How many weights are kept."""
+        return measures.num_kept(self)
+
+    @property
+    def num_prunable(self) -> int:
+        """How many weights the masks cover, kept or not."""
+        return measures.num_prunable(self)
+
+    def to(self, device: torch.device | str) -> "Masks":
+        """Give the same masks with all tensors on one device.
+
+        Args:
+            device: Where to.
+
+        """
+        return Masks({name: mask.to(device) for name, mask in self.items()})
+
+    def apply_(self, module: nn.Module) -> None:
+        """Set the pruned weights of a module to exactly 0, in place.
+
+        Args:
+            module: Has every masked parameter under its name, in the mask's shape.
+
+        Raises:
+            ValueError: If a parameter is missing or has another shape (named).
+
+        """
+        MaskedParameters(module, self).zero_weights_()
+
+    def parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Find the parameters that the masks are for.
+
+        Args:
+            module: Has every masked parameter under its name, in the mask's shape.
+
+        Returns:
+            Parameter name to live parameter, in the order of the masks.
+
+        Raises:
+            ValueError: If a parameter is missing or has another shape (named).
+
+        """
+        parameters = dict(module.named_parameters())
+        for name, mask in self.items():
+            if name not in parameters:
+                raise ValueError(
+                    f"The masks hold {name!r}, but the module has no parameter of that name: they belong to another"
+                    f" module. It has: {', '.join(parameters) or 'none'}."
+                )
+            if parameters[name].shape != mask.shape:
+                raise ValueError(
+                    f"The mask of {name!r} has shape {tuple(mask.shape)}, but the parameter has shape"
+                    f" {tuple(parameters[name].shape)}: the masks belong to another module."
+                )
+        return {name: parameters[name] for name in self}
+
+    def hold_for(self, module: nn.Module) -> bool:
+        """Whether the module is pruned as the masks say: it has these parameters, and 0 wherever they prune.
+
+        Args:
+            module: Any module.
+
+        """
+        parameters = dict(module.named_parameters())
+        return all(
+            name in parameters
+            and parameters[name].shape == mask.shape
+            and not parameters[name].detach()[~mask.to(parameters[name].device)].any()
+            for name, mask in self.items()
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Pack the masks, one bit per weight, into plain types and tensors on the CPU.
+
+        Returns:
+            What :meth:`from_state_dict` reads and ``torch.load(weights_only=True)`` accepts.
+
+        """
+        packed = {name: {"shape": list(mask.shape), "bits": pack(mask)} for name, mask in self.items()}
+        return {"version": _VERSION, "masks": packed}
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> "Masks":
+        """Unpack masks that :meth:`state_dict` packed.
+
+        Args:
+            state_dict: The packed masks.
+
+        Returns:
+            The masks, on the CPU.
+
+        Raises:
+            ValueError: If it was written by a newer version, or the bits do not fit the shape (named).
+
+        """
+        version = state_dict.get("version")
+        if version != _VERSION:
+            raise ValueError(f"These masks have version {version}, but this lightning_drive reads version {_VERSION}.")
+        masks = {}
+        for name, packed in state_dict["masks"].items():
+            shape, bits = packed["shape"], packed["bits"]
+            if bits.dtype != torch.uint8 or len(bits) != (prod(shape) + 7) // 8:
+                raise ValueError(f"The packed mask of {name!r} does not hold {prod(shape)} bits: the file is damaged.")
+            masks[name] = unpack(bits, shape)
+        return cls(masks)
+
+    def digest(self) -> str:
+        """Name the masks by their content: equal masks, on any device and in any order, have equal digests.
+
+        Returns:
+            A SHA-256 in hexadecimal, over names, shapes and bits.
+
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self):
+            digest.update(f"{name}{tuple(self[name].shape)}".encode())
+            digest.update(pack(self[name]).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class MaskedParameters:
+    """The live parameters of one module under its masks: what a training step needs, looked up once.
+
+    Args:
+        module: Has every masked parameter under its name, in the mask's shape.
+        masks: Parameter name to boolean mask, on any device; ``True`` keeps.
+
+    Raises:
+        ValueError: If a parameter is missing or has another shape (named).
+
+    """
+
+    def __init__(self, module: nn.Module, masks: Masks) -> None:
+        parameters = masks.parameters_of(module)
+        self._pruned = [(parameter, ~masks[name].to(parameter.device)) for name, parameter in parameters.items()]
+
+    @torch.no_grad()
+    def zero_weights_(self) -> None:
+        """Set the pruned weights to exactly 0."""
+        for parameter, pruned in self._pruned:
+            parameter.masked_fill_(pruned, 0)
+
+    @torch.no_grad()
+    def zero_gradients_(self) -> None:
+        """Set the gradients of pruned weights to exactly 0, where there are gradients."""
+        for parameter, pruned in self._pruned:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(pruned, 0)
+
+    @torch.no_grad()
+    def zero_optimizer_state_(self, optimizer: Optimizer) -> None:
+        """Make an optimizer forget pruned weights: its momentum would bring them back.
+
+        Every state tensor in its parameter's shape is masked, also in optimizers that this one wraps (SAM,
+        Lookahead).
+
+        Args:
+            optimizer: The optimizer.
+
+        """
+        for inner in _with_wrapped(optimizer):
+            for parameter, pruned in self._pruned:
+                for value in inner.state.get(parameter, {}).values():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        value.masked_fill_(pruned, 0)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Pack a boolean tensor into bits, the first entry in the highest bit.
+
+    Args:
+        mask: Boolean tensor of any shape.
+
+    Returns:
+        ``uint8`` tensor on the CPU, of shape ``(ceil(mask.numel() / 8),)``.
+
+    Example:
+        >>> pack(torch.tensor([True, False, False, False, False, False, False, True, True]))
+        tensor([129, 128], dtype=torch.uint8)
+
+    """
+    flat = mask.reshape(-1)
+    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
+    return (padded << _bit_positions(padded.device)).sum(1, dtype=torch.uint8).cpu()
+
+
+def unpack(bits: Tensor, shape: list[int]) -> Tensor:
+    """Unpack what :func:`pack` packed.
+
+    Args:
+        bits: ``uint8`` tensor of shape ``(ceil(prod(shape) / 8),)``.
+        shape: The shape of the mask.
+
+    Returns:
+        Boolean tensor of that shape.
+
+    """
+    flat = (bits.view(-1, 1) >> _bit_positions(bits.device) & 1).view(-1)
+    return flat[: prod(shape)].view(shape).bool()
+
+
+@contextmanager
+def preserved_weights(parameters: Mapping[str, nn.Parameter]) -> Generator[None]:
+    """Write into the parameters at will inside; they are put back bit for bit on exit.
+
+    Args:
+        parameters: Parameter name to live parameter.
+
+    """
+    saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+
+
+def _bit_positions(device: torch.device) -> Tensor:
+    return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
+
+
+def _with_wrapped(optimizer: Optimizer) -> Iterator[Optimizer]:
+    yield optimizer
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer):
+            yield from _with_wrapped(value)

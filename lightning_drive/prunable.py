@@ -1,0 +1,113 @@
+"""Which parameters may be pruned: by name, each once, in the order of ``named_parameters()``."""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def prunable_parameters(
+    module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """Select the parameters that masks will cover.
+
+    By default: the ``weight`` of every linear and convolutional layer (the last layer and 1x1 shortcuts included) and
+    the input projections of ``nn.MultiheadAttention``. Not biases, norms or embeddings. A tied weight comes once,
+    under its first name. Parameters that do not require a gradient are left out: they are frozen, not trained.
+
+    Args:
+        module: The module to look through.
+        include: Glob patterns (``"encoder.*"``) over parameter names; only what matches one of them is selected. A
+            pattern selects the default parameters it matches. Where it matches none of these it selects what it does
+            match, so that ``"embedding.weight"`` can be asked for by name.
+        exclude: Glob patterns over parameter names; what matches one of them is not selected.
+
+    Returns:
+        Parameter name, as in ``module.named_parameters()``, to the live parameter, in that order.
+
+    Raises:
+        TypeError: If ``include`` or ``exclude`` is a string and not a list of strings.
+        ValueError: If a pattern matches nothing, nothing is left to prune, or a selected weight is not yet
+            initialised or is computed by a parametrization (such as weight norm) rather than stored.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
+        >>> list(prunable_parameters(net)), list(prunable_parameters(net, exclude=["3.*"]))
+        (['0.weight', '3.weight'], ['0.weight'])
+
+    """
+    parameters = dict(module.named_parameters())
+    default = _default_names(module)
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        check_patterns(argument, patterns)
+        for pattern in patterns or ():
+            if not _matching(pattern, parameters):
+                known = ", ".join(parameters) or "none"
+                raise ValueError(f"`{argument}` pattern {pattern!r} matches no parameter. The parameters are: {known}.")
+    names = set(default)
+    if include is not None:
+        names = set().union(*(_matching(pattern, default) or _matching(pattern, parameters) for pattern in include))
+    names -= set().union(*(_matching(pattern, parameters) for pattern in exclude or ()))
+    frozen = [name for name in names if not parameters[name].requires_grad]
+    selected = {name: parameters[name] for name in parameters if name in names and name not in frozen}
+    _check(module, selected, frozen, exclude or ())
+    return selected
+
+
+def check_patterns(argument: str, patterns: Sequence[str] | None) -> None:
+    """Refuse what is not a list of patterns; a single string would be read letter by letter.
+
+    Args:
+        argument: The argument's name, for the message.
+        patterns: What was given.
+
+    Raises:
+        TypeError: If it is neither ``None`` nor a list of strings.
+
+    """
+    if patterns is None:
+        return
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"`{argument}` must be a list of glob patterns over parameter names, got {patterns!r}.")
+
+
+def _default_names(module: nn.Module) -> list[str]:
+    weights = set()
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, _ConvNd)):
+            weights.add(layer._parameters.get("weight"))
+        elif isinstance(layer, nn.MultiheadAttention):
+            weights.update(layer._parameters.get(name) for name in _ATTENTION_WEIGHTS)
+    return [name for name, parameter in module.named_parameters() if parameter in weights]
+
+
+def _matching(pattern: str, names: Iterable[str]) -> set[str]:
+    return {name for name in names if fnmatchcase(name, pattern)}
+
+
+def _check(module: nn.Module, selected: dict[str, nn.Parameter], frozen: list[str], exclude: Iterable[str]) -> None:
+    for name, parameter in selected.items():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"{name!r} is not initialised yet: run one batch through the lazy module before pruning.")
+    for layer_name, layer in module.named_modules():
+        name = f"{layer_name}.weight".lstrip(".")
+        if (
+            isinstance(layer, (nn.Linear, _ConvNd))
+            and parametrize.is_parametrized(layer, "weight")
+            and not any(fnmatchcase(name, pattern) for pattern in exclude)
+        ):
+            raise ValueError(
+                f"{name!r} is computed by a parametrization, so zeros written into it would not stay. Remove it with"
+                f" `torch.nn.utils.parametrize.remove_parametrizations` or leave the layer out with `exclude`."
+            )
+    if not selected:
+        reason = f" ({', '.join(sorted(frozen))} matched, but `requires_grad` is False)" if frozen else ""
+        raise ValueError(
+            f"There is no trainable parameter to prune{reason}. Linear and convolutional weights are prunable;"
+            f" check `include`, `exclude` and which parameters require a gradient."
+        )

@@ -1,0 +1,224 @@
+"""Batches and losses taken from a running Trainer, without leaving a trace in it."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import Metric, MetricCollection
+
+from lightning_drive import gradients
+
+
+class TrainingBatches:
+    """The training batches, ready for the device, from an iterator of their own.
+
+    The Trainer's live iterator is never touched: with persistent workers, ``iter(trainer.train_dataloader)`` would
+    restart it and training would lose batches. Every pass starts at the loader's first batch, in its own order and
+    under ``limit_train_batches``; both transfer hooks of the module run.
+
+    Args:
+        trainer: A Trainer in the middle of ``fit``.
+        pl_module: Its module.
+
+    Raises:
+        MisconfigurationException: If a stream cannot be read a second time.
+
+    """
+
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._trainer = trainer
+        self._pl_module = pl_module
+        live = trainer.fit_loop._combined_loader
+        assert live is not None  # there is one from `on_train_start` on
+        self._live = live.flattened
+        self._loader = CombinedLoader(live.iterables, live._mode)
+        self._loader.flattened = [_independent(loader) for loader in live.flattened]
+        self._loader.limits = live.limits
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch, _, _ in iter(self._loader):
+            if batch is not None:
+                yield self._transferred(batch)
+
+    def _transferred(self, batch: Any) -> Any:
+        batch = self._trainer.precision_plugin.convert_input(batch)
+        batch = self._pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        return apply_to_collection(batch, Tensor, _at_least_float32)  # as the parameters are, while scoring
+
+    @contextmanager
+    def opened(self) -> Generator["TrainingBatches"]:
+        """Stop workers at the end, and put the random generators that the loaders own back to where they were."""
+        generators = {id(found): found for loader in self._live for found in _generators_of(loader)}
+        states = {key: generator.get_state() for key, generator in generators.items()}
+        try:
+            yield self
+        finally:
+            self._loader.reset()
+            for key, generator in generators.items():
+                generator.set_state(states[key])
+
+
+def training_step_loss(trainer: pl.Trainer) -> gradients.LossFunction:
+    """Make a loss function out of the module's own ``training_step``.
+
+    Args:
+        trainer: A Trainer in the middle of ``fit``.
+
+    Returns:
+        ``loss_fn(pl_module, batch)``, to be called within :func:`sandbox`.
+
+    """
+    indices = count()
+
+    def loss_fn(pl_module: pl.LightningModule, batch: Any) -> Tensor:
+        kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, next(indices))
+        output = pl_module.training_step(*kwargs.values())
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if not isinstance(loss, Tensor):
+            raise MisconfigurationException(
+                "To score weights, `training_step` must return the loss as a tensor or under the key 'loss' of a dict,"
+                f" got {output!r}. Return it, or pass `loss_fn` to the callback."
+            )
+        return loss
+
+    return loss_fn
+
+
+def check_training_step(pl_module: pl.LightningModule) -> None:
+    """Refuse a ``training_step`` that cannot be called for its loss alone.
+
+    Args:
+        pl_module: The module.
+
+    Raises:
+        MisconfigurationException: If it optimizes manually or takes a ``dataloader_iter``.
+
+    """
+    remedy = "Pass `loss_fn`, a function `loss_fn(pl_module, batch)` that returns the loss, to the callback."
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "With manual optimization (`automatic_optimization=False`), calling `training_step` to score weights would"
+            f" step the optimizers. {remedy}"
+        )
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            f"`training_step` takes `dataloader_iter`, so it cannot be given a batch to score weights on. {remedy}"
+        )
+
+
+@contextmanager
+def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Generator[None]:
+    """Call ``training_step`` inside, and no log, metric or logger knows of it afterwards.
+
+    ``self.log`` does nothing, ``self.logger`` is the dummy that ``fast_dev_run`` uses, torchmetrics keep their states,
+    and new tensors have the precision in which the module is scored. Weights, gradients, buffers, modes and random
+    states are the business of :func:`lightning_drive.gradients.undisturbed`. What ``training_step`` does to plain
+    Python attributes cannot be undone.
+
+    Args:
+        trainer: A Trainer in the middle of ``fit``.
+        pl_module: Its module.
+
+    """
+    modules = [module for module in pl_module.modules() if isinstance(module, pl.LightningModule)]
+    logs = [(module, name, vars(module).get(name)) for module in modules for name in ("log", "log_dict")]
+    loggers, dtype = trainer.loggers, torch.get_default_dtype()
+    parameter = next(pl_module.parameters())
+    with _preserved_metrics(pl_module):
+        try:
+            trainer.loggers = [DummyLogger() for _ in loggers]
+            torch.set_default_dtype(torch.promote_types(parameter.dtype, torch.float32))
+            for module, name, _ in logs:
+                vars(module)[name] = _log_nothing
+            yield
+        finally:
+            for module, name, own in logs:
+                vars(module).pop(name)
+                if own is not None:
+                    vars(module)[name] = own
+            torch.set_default_dtype(dtype)
+            trainer.loggers = loggers
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _independent(loader: Any) -> Any:
+    """Copy a loader so far that iterating the copy leaves the original alone."""
+    dataset = getattr(loader, "dataset", None)
+    in_workers = getattr(loader, "num_workers", 0) > 0
+    if isinstance(loader, Iterator) or (isinstance(dataset, Iterator) and not in_workers):
+        raise MisconfigurationException(
+            f"The training data ({type(dataset or loader).__name__}) is an iterator: batches read to score weights"
+            " would be lost to training. Let its `__iter__` return a new iterator each time, or read it in a worker"
+            " (`num_workers=1`), which has a copy of its own."
+        )
+    if not isinstance(loader, DataLoader):
+        return loader
+    loader = copy.copy(loader)
+    loader._iterator = None  # the live one of persistent workers
+    return loader
+
+
+def _generators_of(loader: Any) -> Iterator[torch.Generator]:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for owner in (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+
+
+@contextmanager
+def _preserved_metrics(pl_module: pl.LightningModule) -> Generator[None]:
+    """Put the states of all torchmetrics back, in place, so that metrics that share states go on sharing them."""
+    metrics = [module for module in pl_module.modules() if isinstance(module, (Metric, MetricCollection))]
+    restores = [_restore_later(vars(metric)) for metric in metrics]
+    try:
+        yield
+    finally:
+        for restore in restores:
+            restore()
+
+
+def _restore_later(attributes: dict[str, Any]) -> Callable[[], None]:
+    tensors = [(value, value.detach().clone()) for value in attributes.values() if isinstance(value, Tensor)]
+    lists = [(value, list(value)) for value in attributes.values() if isinstance(value, list)]
+    # `MetricCollection` keeps its compute groups as a dict of lists
+    dicts = [
+        (value, {key: list(entry) if isinstance(entry, list) else entry for key, entry in value.items()})
+        for value in attributes.values()
+        if type(value) is dict
+    ]
+    before = dict(attributes)
+
+    def restore() -> None:
+        attributes.clear()
+        attributes.update(before)
+        with torch.no_grad():
+            for tensor, saved in tensors:
+                tensor.copy_(saved)
+        for sequence, items in lists:
+            sequence[:] = items
+        for mapping, entries in dicts:
+            mapping.clear()
+            mapping.update(entries)
+
+    return restore
