@@ -1,23 +1,21 @@
 """When a Trainer prunes, and how the masks live through training, checkpoints and resumes."""
 
+import math
 import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_drive import display, flow, gradients, masking, methods, prunable, scoring
+from lightning_drive import companions, display, flow, gradients, masking, methods, prunable, scoring
 from lightning_drive.gradients import Mode
 from lightning_drive.masking import MaskedParameters, Masks
 from lightning_drive.methods import DRIVE, Method, Scope
@@ -73,6 +71,8 @@ class PruningCallback(pl.Callback):
         prunable.check_patterns("exclude", exclude)
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"`loss_fn` must be a function `loss_fn(pl_module, batch)` or None, got {loss_fn!r}.")
+        if not isinstance(reset_best, bool):
+            raise TypeError(f"`reset_best` must be True or False, got {reset_best!r}.")
         self.method = method
         self.sparsity = sparsity
         self.warmup_epochs = warmup_epochs
@@ -126,6 +126,7 @@ class PruningCallback(pl.Callback):
         """Take up restored masks again, now that weights and optimizers are restored too."""
         if self.pruned:
             self._enforce(trainer, pl_module)
+            self._check_restored()
         else:
             self._check_that_warmup_ends(trainer)
 
@@ -236,7 +237,7 @@ class PruningCallback(pl.Callback):
         rank_zero_info(f"\n{self.report}")
         self._log_report(trainer)
         if self.reset_best:
-            _forget_best(trainer)
+            companions.forget_best(trainer)
 
     def _search(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -277,13 +278,13 @@ class PruningCallback(pl.Callback):
         self._live = MaskedParameters(pl_module, self.masks)
         self._live.zero_weights_()
         self._live.zero_gradients_()
-        for average in _averaged_models(trainer):
+        for average in companions.averaged_models(trainer):
             self.masks.apply_(average)
         for optimizer in trainer.optimizers:
             self._live.zero_optimizer_state_(optimizer)
-            if hasattr(optimizer, "_optimizer_step_post_hooks"):
+            if hasattr(optimizer, "register_step_post_hook"):
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
-            else:  # a wrapper that never called `Optimizer.__init__`
+            else:  # Lightning also takes wrappers that only look like an optimizer
                 self._hookless = True
 
     def _after_step(self, *_: Any) -> None:
@@ -340,12 +341,22 @@ class PruningCallback(pl.Callback):
         self.prunable_parameters(pl_module)
 
     def _check_that_warmup_ends(self, trainer: pl.Trainer) -> None:
-        steps = trainer.num_training_batches / trainer.accumulate_grad_batches * self.warmup_epochs
-        if not _is_quick_check(trainer) and 0 <= trainer.max_steps <= steps:
+        if _is_quick_check(trainer) or not math.isfinite(trainer.num_training_batches):
+            return
+        steps = self.warmup_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        if 0 <= trainer.max_steps <= steps:
             raise MisconfigurationException(
-                f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes after about {steps:.0f} steps, but"
-                f" training ends after max_steps={trainer.max_steps}, so it would never prune. Raise `max_steps` or"
-                " lower `warmup_epochs`."
+                f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes after {steps} steps, but training"
+                f" ends after max_steps={trainer.max_steps}, so it would never prune. Raise `max_steps` or lower"
+                " `warmup_epochs`."
+            )
+
+    def _check_restored(self) -> None:
+        asked = self.masks.num_prunable * (1 - self.sparsity)
+        if abs(self.masks.num_kept - asked) > len(self.masks):  # rounding may take one weight per parameter
+            rank_zero_warn(
+                f"The checkpoint was pruned to a sparsity of {self.masks.sparsity:.4f} and stays so:"
+                f" `sparsity={self.sparsity}` has no effect. To prune to another one, start from a dense checkpoint."
             )
 
 
@@ -422,29 +433,3 @@ class DRIVEPruningCallback(PruningCallback):
 def _is_quick_check(trainer: pl.Trainer) -> bool:
     """Whether this is a ``fast_dev_run``: one short epoch, in which pruning should be seen to work."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def _averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
-    """Find the running averages that callbacks keep of the module (EMA, SWA): they hold pruned weights, too."""
-    averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    return [average.module if isinstance(average, AveragedModel) else average for average in averages if average]
-
-
-def _forget_best(trainer: pl.Trainer) -> None:
-    """Let best-model tracking begin again: a dense epoch must not win "best" over the sparse ones."""
-    forgotten = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or callback.monitor is None:
-            continue
-        worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
-        if isinstance(callback, EarlyStopping):
-            callback.wait_count, callback.best_score = 0, worst
-        else:
-            callback.best_k_models, callback.kth_best_model_path, callback.kth_value = {}, "", worst
-            callback.best_model_path, callback.best_model_score, callback.current_score = "", None, None
-        forgotten.append(f"{type(callback).__name__} (monitor={callback.monitor!r})")
-    if forgotten:
-        rank_zero_info(
-            f"{', '.join(forgotten)}: tracking of the best begins again with the sparse network. Files of dense epochs"
-            " stay where they are. `reset_best=False` turns this off."
-        )

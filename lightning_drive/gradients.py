@@ -163,7 +163,7 @@ def batch_norm_statistics(
         batches: The batches to average over.
 
     Returns:
-        BatchNorm layer to the names and new values of its buffers; empty if no layer takes part.
+        BatchNorm layer to the names and new values of its buffers; empty if no layer takes part or there is no batch.
 
     """
     layers = [
@@ -179,8 +179,11 @@ def batch_norm_statistics(
             for layer in layers:
                 layer.reset_running_stats()
                 layer.momentum = None  # torch then averages cumulatively
-            for batch in batches:
+            count = 0
+            for count, batch in enumerate(batches, 1):  # noqa: B007
                 loss_fn(module, batch)
+            if not count:
+                return {}
             return {layer: {name: value.clone() for name, value in layer.named_buffers()} for layer in layers}
         finally:
             for layer, momentum in momenta.items():

@@ -188,23 +188,31 @@ class PruningReport:
             from matplotlib.figure import Figure
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("`PruningReport.plot` needs matplotlib: `pip install matplotlib`.") from error
-        figure = Figure(figsize=(8, 1.6 + 0.22 * len(self.layers)), layout="constrained")
+        figure = Figure(figsize=(8, 1.8 + 0.25 * len(self.layers)), layout="constrained")
         axes = figure.add_subplot()
-        names = [layer.name for layer in self.layers]
-        kept = [100 * layer.density for layer in self.layers]
-        axes.barh(names, kept, color="#0072B2", label="kept, by layer")
-        axes.axvline(100 * self.density, color="#D55E00", linestyle="--", label=f"kept, all: {self.density:.2%}")
+        percent = [100 * layer.density for layer in self.layers]
+        axes.axvline(
+            100 * self.density, color="#D55E00", linestyle="--", label=f"all layers together: {self.density:.2%}"
+        )
+        axes.plot(percent, range(len(percent)), "o", color="#0072B2", label="one layer, and how many weights it keeps")
+        lowest = min([value for value in percent if value] + [100 * self.density]) / 2
         for row, layer in enumerate(self.layers):
+            text = f"{layer.num_kept:,}" if layer.num_kept else "nothing left"
             axes.annotate(
-                f"{layer.num_kept:,}", (100 * layer.density, row), (4, 0), textcoords="offset points", va="center"
+                text, (max(percent[row], lowest), row), (7, 0), textcoords="offset points", va="center", fontsize=8
             )
         axes.set_xscale("log")
-        lowest = min((value for value in kept if value), default=1.0)
-        axes.set_xlim(min(lowest, 100 * self.density) / 2, 300)
-        axes.invert_yaxis()
-        axes.set_xlabel("weights kept in % (number at each bar)")
-        axes.set_title(f"Density by layer after {self.method.split('(')[0]}: {self.sparsity:.2%} sparse")
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2, frameon=False)
+        axes.set_xlim(lowest, 250)
+        ticks = [value for value in (0.001, 0.01, 0.1, 1, 3, 10, 30, 100) if value >= lowest]
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_yticks(range(len(self.layers)), [layer.name for layer in self.layers])
+        axes.set_ylim(len(self.layers) - 0.5, -0.5)
+        axes.grid(axis="both", color="0.9")
+        axes.set_axisbelow(True)
+        axes.set_xlabel("weights kept (%)")
+        axes.set_title(f"Density by layer after {self.method.split('(')[0]} at {self.sparsity:.2%} sparsity")
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
         figure.savefig(Path(path), dpi=150)
 
 

@@ -1,10 +1,11 @@
 """Batches and losses taken from a running Trainer, without leaving a trace in it."""
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -48,7 +49,8 @@ class TrainingBatches:
         self._loader.limits = live.limits
 
     def __iter__(self) -> Iterator[Any]:
-        for batch, _, _ in iter(self._loader):
+        length = self._trainer.num_training_batches  # the loop, not the loader, counts up to `limit_train_batches`
+        for batch, _, _ in islice(iter(self._loader), int(length) if math.isfinite(length) else None):
             if batch is not None:
                 yield self._transferred(batch)
 

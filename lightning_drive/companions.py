@@ -1,0 +1,59 @@
+"""What pruning means to the other callbacks of a Trainer: those that keep averages, and those that track the best."""
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+
+def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
+    """Find the running averages that callbacks keep of the module (EMA, SWA): they hold pruned weights, too.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        Modules with the parameter names of the LightningModule.
+
+    """
+    averages = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
+    return [
+        average.module if isinstance(average, AveragedModel) else average for average in averages if average is not None
+    ]
+
+
+def forget_best(trainer: pl.Trainer) -> None:
+    """Let best-model tracking begin again: a dense epoch must not win "best" over the sparse ones.
+
+    Args:
+        trainer: The Trainer, whose ModelCheckpoint and EarlyStopping callbacks with a monitor are reset.
+
+    """
+    forgotten = []
+    for callback in callbacks_of(trainer):
+        if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or callback.monitor is None:
+            continue
+        worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+        if isinstance(callback, EarlyStopping):
+            callback.wait_count, callback.best_score = 0, worst
+        else:
+            callback.best_k_models, callback.kth_best_model_path, callback.kth_value = {}, "", worst
+            callback.best_model_path, callback.best_model_score, callback.current_score = "", None, None
+        forgotten.append(f"{type(callback).__name__} (monitor={callback.monitor!r})")
+    if forgotten:
+        rank_zero_info(
+            f"{', '.join(forgotten)}: tracking of the best begins again with the sparse network. Files of dense epochs"
+            " stay where they are. `reset_best=False` turns this off."
+        )
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Give the Trainer's callbacks.
+
+    Args:
+        trainer: The Trainer.
+
+    """
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
