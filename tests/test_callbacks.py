@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fits import ConvModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessRaisedException
 
 from lightning_drive import DRIVE, DRIVEPruningCallback, Masks, PruningReport, find_masks
 
@@ -540,7 +541,7 @@ def test_settings__keywords_only() -> None:
 
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:You are using the `dataloader_iter` step flavor", "ignore:.*when logging on epoch level in distributed"
+    "ignore:You are using the `dataloader_iter` step flavor",
 )
 
 
@@ -573,10 +574,9 @@ def frozen_module() -> ConvModule:
         (frozen_module, {}, {}, ValueError, r"features.0.weight, .* matched, but `requires_grad` is False"),
         (ManualModule, {}, {}, MisconfigurationException, "manual optimization .* Pass `loss_fn`"),
         (IteratorModule, {}, {}, MisconfigurationException, "takes `dataloader_iter`.* Pass `loss_fn`"),
-        (ConvModule, {}, {"devices": 2, "strategy": "ddp"}, MisconfigurationException, "one device for now"),
     ],
     ids=[
-        "max_epochs", "max_steps", "include", "exclude", "all_excluded", "frozen", "manual", "dataloader_iter", "ddp"
+        "max_epochs", "max_steps", "include", "exclude", "all_excluded", "frozen", "manual", "dataloader_iter"
     ],
 )  # fmt: skip
 def test_fit__error(
@@ -592,6 +592,14 @@ def test_fit__error(
     with pytest.raises(error, match=message):
         fits.trainer(tmp_path, fits.drive(**settings), Steps(), **trainer).fit(module(), fits.loader())
     assert steps == []
+
+
+@pytest.mark.ddp
+def test_fit__several_processes_error(tmp_path: Path) -> None:
+    """Ranks that each found masks of their own would drift apart in silence: two real processes are refused."""
+    running = fits.trainer(tmp_path, fits.drive(), devices=2, strategy="ddp_spawn")
+    with pytest.raises(ProcessRaisedException, match="works on one device for now, got DDPStrategy with 2 processes"):
+        running.fit(ConvModule(), fits.loader())
 
 
 @pytest.mark.parametrize(

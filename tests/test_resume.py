@@ -12,6 +12,8 @@ import torch
 
 from lightning_drive import Masks
 
+pytestmark = pytest.mark.slow
+
 MOMENTS = ("middle", "last_batch", "validation_end", "epoch_end")
 
 
