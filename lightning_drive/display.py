@@ -31,7 +31,7 @@ def progress(trainer: pl.Trainer, description: str, total: int) -> Generator[Cal
         try:
             yield lambda: rich.update(task, advance=1, refresh=True)
         finally:
-            rich.remove_task(task)
+            rich.update(task, visible=False)  # not removed: Lightning finds its own tasks by their position
     elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
         position = 2 * bar.process_position + 1
         with Tqdm(desc=description, total=total, position=position, leave=False, file=sys.stdout) as tqdm:

@@ -12,13 +12,13 @@ from lightning_drive import display
 
 
 def test_progress__rich(tmp_path: Path) -> None:
-    """A task of as many steps as there are rounds runs full and is gone afterwards."""
+    """A task of as many steps as there are rounds runs full and is hidden afterwards, and the bar's own task is still its own."""
     seen: list[tuple[str, float, float | None]] = []
 
     class Bar(RichProgressBar):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             super().on_train_epoch_start(trainer, pl_module)
-            self.left_over = [task.description for task in self.progress.tasks if "Pruning" in task.description]
+            self.left_over = [task.visible for task in self.progress.tasks if "Pruning" in task.description]
 
     class Loss:
         def __call__(self, module: Any, batch: Any) -> Any:
@@ -31,7 +31,8 @@ def test_progress__rich(tmp_path: Path) -> None:
     fits.trainer(tmp_path, callback, bar, enable_progress_bar=True, max_epochs=1).fit(ConvModule(), fits.loader())
     assert [(completed, total) for _, completed, total in seen] == [(index, 5) for index in range(5)]
     assert "Pruning by DRIVE" in seen[0][0]
-    assert bar.left_over == []
+    assert bar.left_over == [False]
+    assert bar.train_progress_bar.total == 3
 
 
 def test_progress__tqdm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
