@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_drive import companions, display, flow, gradients, masking, methods, prunable, scoring
+from lightning_drive import companions, display, flow, gradients, methods, prunable, scoring
 from lightning_drive.gradients import Mode
 from lightning_drive.masking import MaskedParameters, Masks
 from lightning_drive.methods import DRIVE, Method, Scope
@@ -245,7 +245,6 @@ class PruningCallback(pl.Callback):
         """Find the masks and the BatchNorm statistics that go with them; the module stays as it is."""
         method = self._method(trainer)
         loss_fn = self.loss_fn or scoring.training_step_loss(trainer)
-        parameters = self.prunable_parameters(pl_module)
         with (
             display.progress(trainer, f"Pruning by {type(method).__name__}", method.rounds) as advance,
             scoring.sandbox(trainer, pl_module),
@@ -255,7 +254,7 @@ class PruningCallback(pl.Callback):
                 pl_module,
                 method,
                 sparsity=self.sparsity,
-                parameters=parameters,
+                parameters=self.prunable_parameters(pl_module),
                 batches=batches,
                 loss_fn=loss_fn,
                 schedule=self.schedule,
@@ -263,7 +262,7 @@ class PruningCallback(pl.Callback):
                 example_input=flow.first_tensor(pl_module.example_input_array),
                 on_round=lambda *_: advance(),
             )
-            with masking.preserved_weights(parameters):
+            with gradients.undisturbed(pl_module):
                 found.masks.apply_(pl_module)
                 statistics = gradients.batch_norm_statistics(pl_module, loss_fn, islice(batches, self.bn_batches))
         return found, statistics

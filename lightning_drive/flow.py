@@ -6,7 +6,7 @@ Both replace the parameters for one call only (``torch.func.functional_call``); 
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +16,44 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-_SATURATING = {"relu6", "hardtanh", "hardtanh_", "hardsigmoid", "tanh", "tanh_", "sigmoid", "sigmoid_", "softsign"}
-_NORMALISING = {
-    *("layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize"),
-    *("softmax", "log_softmax", "softmin", "scaled_dot_product_attention", "multi_head_attention_forward"),
+_WITHOUT_FLOW = {
+    *("relu6", "hardtanh", "hardtanh_", "hardsigmoid", "tanh", "tanh_", "sigmoid", "sigmoid_", "softsign"),
+    *("lstm", "gru", "rnn_tanh", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm"),
+    *("normalize", "softmax", "log_softmax", "softmin", "scaled_dot_product_attention", "multi_head_attention_forward"),
 }
 _PASSED_THROUGH = {
-    *_SATURATING,
-    *("layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize", "batch_norm"),
-    *("softmax", "log_softmax", "softmin", "softplus", "logsigmoid", "tanhshrink", "softshrink", "hardshrink"),
-    *("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_", "elu", "elu_", "selu", "selu_"),
-    *("celu", "celu_", "gelu", "silu", "mish", "hardswish", "threshold", "threshold_"),
+    *(
+        "relu",
+        "relu_",
+        "relu6",
+        "leaky_relu",
+        "leaky_relu_",
+        "prelu",
+        "rrelu",
+        "rrelu_",
+        "elu",
+        "elu_",
+        "selu",
+        "selu_",
+    ),
+    *("celu", "celu_", "gelu", "silu", "mish", "hardswish", "threshold", "_threshold", "threshold_", "hardtanh"),
+    *("hardtanh_", "tanh", "tanh_", "sigmoid", "sigmoid_", "hardsigmoid", "softsign", "softplus", "log_sigmoid"),
+    *("tanhshrink", "softshrink", "hardshrink", "softmax", "log_softmax", "softmin", "batch_norm", "layer_norm"),
+    *("group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize", "neg", "abs", "exp", "log"),
+    *("log1p", "sqrt", "rsqrt", "pow", "square", "reciprocal", "clamp", "clamp_min", "clamp_max", "clip", "erf"),
 }
+_OPEN_GATES = {"sigmoid", "sigmoid_", "hardsigmoid", "softplus", "softmax", "softmin", "exp"}
+"""Functions that give something positive for 0: what they multiply passes even where nothing arrives at the gate."""
+
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 _JOINING = {
     *("linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     *("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"),
+}
+_PRODUCTS = {"mul", "mul_", "__rmul__", "matmul", "__matmul__", "bmm", "einsum"}
+_ARITHMETIC = {
+    *("add", "add_", "__radd__", "sub", "sub_", "rsub", "__rsub__"),
+    *("mul", "mul_", "__rmul__", "div", "div_", "true_divide", "__rdiv__"),
 }
 
 
@@ -73,8 +96,9 @@ def synaptic_flow(
 def layers_without_flow(module: nn.Module, example_input: Tensor) -> list[str]:
     """Name the layers for which synaptic flow is not defined, in the order in which they run.
 
-    Saturating activations (ReLU6, Tanh, Sigmoid) stop the flow, and normalising layers (LayerNorm, softmax,
-    attention) mix its signs; neither conserves it. Calls to functions (``F.softmax``) are found too.
+    Saturating activations (ReLU6, Tanh, Sigmoid, and with them LSTM and GRU) stop the flow, and normalising layers
+    (LayerNorm, softmax, attention) mix its signs; neither conserves it. Calls to functions (``F.softmax``) are found
+    too.
 
     Args:
         module: The network; its ``forward`` takes one tensor.
@@ -84,7 +108,7 @@ def layers_without_flow(module: nn.Module, example_input: Tensor) -> list[str]:
         One text per call, such as ``"'encoder.norm' (layer_norm)"``.
 
     """
-    watch = _Watch(_SATURATING | _NORMALISING)
+    watch = _Watch(_WITHOUT_FLOW)
     dtype = next(module.parameters()).dtype
     with torch.no_grad(), _module_names(module, watch.path), watch:
         module(_ones(example_input, dtype))
@@ -98,7 +122,8 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
     the share of inactive weights is the *effective sparsity*). Paths are followed exactly, with a signal of zeros and
     ones: every layer's output and every gradient is reduced to "something arrives" or "nothing does", so depth can
     neither overflow nor underflow. Activations, norms and Dropout let everything through, max pooling passes on all
-    of its window, biases carry no signal, and weights without a mask carry everything.
+    of its window, signs and scales do not count, and weights without a mask carry everything. What does not come from
+    the input carries nothing: biases, buffers, and constants that are added or subtracted.
 
     Args:
         module: The network; its ``forward`` takes one tensor.
@@ -113,7 +138,9 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
     tensors |= {name: _path_value(name, parameter, masks) for name, parameter in module.named_parameters()}
     leaves = [tensors[name] for name in masks]
     with torch.enable_grad(), _Paths():
-        total = _sum_of_outputs(functional_call(module, tensors, (_ones(example_input, torch.float32),)))
+        signal = _ones(example_input, torch.float32)
+        signal.requires_grad_(signal.is_floating_point())
+        total = _sum_of_outputs(functional_call(module, tensors, (signal,)))
     if not total.requires_grad:
         return {name: torch.zeros_like(mask) for name, mask in masks.items()}
     gradients = torch.autograd.grad(total, leaves, allow_unused=True)
@@ -141,7 +168,7 @@ def _flow_value(name: str, value: Tensor) -> Tensor:
     if not value.is_floating_point():
         return value
     value = value.detach().double().abs()
-    return torch.zeros_like(value) if name.endswith(("bias", "running_mean")) else value
+    return torch.zeros_like(value) if _is_bias(name) or name.endswith("running_mean") else value
 
 
 def _path_value(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
@@ -150,7 +177,11 @@ def _path_value(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Te
     if not parameter.is_floating_point():
         return parameter
     shape = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
-    return shape.fill_(0.0 if name.endswith("bias") else 1.0)
+    return shape.fill_(0.0 if _is_bias(name) else 1.0)
+
+
+def _is_bias(name: str) -> bool:
+    return "bias" in name.rpartition(".")[-1]  # "bias", "in_proj_bias", "bias_ih_l0"
 
 
 def _ones(example_input: Tensor, dtype: torch.dtype) -> Tensor:
@@ -208,12 +239,28 @@ class _Paths(TorchFunctionMode):
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name in _PASSED_THROUGH or "dropout" in name:
-            return args[0] if args else kwargs["input"]
-        if name in _JOINING:
-            return _arrives(func(*args, **kwargs))
+            signal = args[0] if args else kwargs["input"]
+            return signal.view_as(signal).as_subclass(_Gate) if name in _OPEN_GATES else signal
+        if name in _RECURRENT:
+            raise ValueError(f"paths through a recurrent layer ({name}) cannot be followed")
+        if name in _PRODUCTS:
+            args = tuple(1 + factor.as_subclass(Tensor) if isinstance(factor, _Gate) else factor for factor in args)
         if name in _REPLACED:
             return _REPLACED[name](*args, **kwargs)
-        return func(*args, **kwargs)
+        if name in _ARITHMETIC and len(args) == 2:
+            return _arithmetic(name, func, *args)
+        result = func(*args, **kwargs)
+        if name in _JOINING:
+            return _arrives(result)
+        if name in ("embedding", "embedding_bag"):  # where the signal begins, if the input is integers
+            return result.requires_grad_()
+        return result
+
+
+class _Gate(Tensor):
+    """What an activation that is never 0 lets through; whatever is computed from it is a plain tensor again."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 class _Arrives(torch.autograd.Function):
@@ -232,6 +279,27 @@ def _arrives(signal: Tensor) -> Tensor:
     return _Arrives.apply(signal)  # type: ignore[no-any-return]
 
 
+def _is_signal(value: Any) -> bool:
+    """Whether a value comes from the input or from masked weights, rather than being a constant."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _arithmetic(name: str, func: Callable[..., Any], first: Any, second: Any) -> Any:
+    """Let signals through sums, differences, products and quotients, whatever their sign; constants add nothing."""
+    if not _is_signal(first) and not _is_signal(second):
+        return func(first, second)
+    is_product = "mul" in name
+    if _is_signal(first) and _is_signal(second):
+        result = first * second if is_product else first + second
+    else:
+        signal, constant = (first, second) if _is_signal(first) else (second, first)
+        if is_product:
+            result = signal * (constant != 0)
+        else:
+            result = signal + torch.zeros_like(constant) if isinstance(constant, Tensor) else signal
+    return first.copy_(result) if name.endswith("_") and not name.startswith("_") else result
+
+
 def _average_pool(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def average_pool(
         input: Tensor,
@@ -242,11 +310,32 @@ def _average_pool(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
         ceil_mode: bool = False,
         return_indices: bool = False,
     ) -> Tensor:
-        if return_indices or any(size != 1 for size in tree_leaves(dilation)):
-            raise ValueError("paths through max pooling with indices or dilation cannot be followed")
+        if any(size != 1 for size in tree_leaves(dilation)):
+            raise ValueError("paths through max pooling with dilation cannot be followed")
         return pool(input, kernel_size, stride, padding, ceil_mode)
 
     return average_pool
+
+
+def _adaptive_pool(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda input, output_size, return_indices=False: pool(input, output_size)
+
+
+def _without_indices(pool: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    return lambda *args, **kwargs: (pool(*args, **kwargs), None)
+
+
+class _Maximum(NamedTuple):
+    values: Tensor
+    indices: None
+
+
+def _maximum(input: Tensor, other: Any = None, keepdim: bool = False, *, dim: int | None = None) -> Any:
+    """``torch.max`` in its three forms: of everything, of two tensors, and along a dimension."""
+    if isinstance(other, Tensor):
+        return input + other
+    dim = other if dim is None else dim
+    return input.sum() if dim is None else _Maximum(input.sum(dim, keepdim), None)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -269,10 +358,15 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     return _arrives(F.linear(joined, given["out_proj_weight"])), None
 
 
+_POOLS = {f"max_pool{n}d": _average_pool(getattr(F, f"avg_pool{n}d")) for n in (1, 2, 3)} | {
+    f"adaptive_max_pool{n}d": _adaptive_pool(getattr(F, f"adaptive_avg_pool{n}d")) for n in (1, 2, 3)
+}
 _REPLACED: dict[str, Callable[..., Any]] = {
-    **{f"max_pool{n}d": _average_pool(getattr(F, f"avg_pool{n}d")) for n in (1, 2, 3)},
-    **{f"adaptive_max_pool{n}d": getattr(F, f"adaptive_avg_pool{n}d") for n in (1, 2, 3)},
+    **_POOLS,
+    **{f"{name}_with_indices": _without_indices(pool) for name, pool in _POOLS.items()},
     "amax": torch.sum,
+    "max": _maximum,
+    "maximum": torch.add,
     "scaled_dot_product_attention": _attention,
     "multi_head_attention_forward": _multi_head_attention,
 }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 Mode: TypeAlias = Literal["train", "eval"]
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -52,7 +53,7 @@ def loss_gradients(
     """
     count = 0
     for count, batch in enumerate(batches, 1):  # noqa: B007
-        loss = loss_fn(module, batch)
+        loss = loss_fn(module, _batch_in_float32(batch))
         _check_loss(loss)
         loss.backward()  # type: ignore[no-untyped-call]
     if not count:
@@ -72,11 +73,12 @@ def loss_gradients(
 
 @contextmanager
 def undisturbed(module: nn.Module, mode: Mode = "train") -> Generator[None]:
-    """Score inside this context, and everything but the weights is afterwards bit for bit what it was.
+    """Score inside this context, and the module is afterwards bit for bit what it was.
 
     Inside: ``.grad`` fields are ``None``, gradients are enabled, autocast and Dropout are off, parameters and buffers
-    below float32 are held in float32, and the module is in ``mode``. Put back afterwards: gradients, buffers, the
-    ``training`` flag of every submodule, and the random state of torch (CPU and CUDA), numpy and Python.
+    below float32 are held in float32, and the module is in ``mode``. Put back afterwards: parameters, gradients and
+    their hooks, buffers, the ``training`` flag of every submodule, and the random state of torch (CPU and CUDA), numpy
+    and Python. The copy of frozen parameters, which only few modules write to, is kept on the CPU.
 
     Args:
         module: The module to score.
@@ -87,6 +89,7 @@ def undisturbed(module: nn.Module, mode: Mode = "train") -> Generator[None]:
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
         stack.enter_context(_preserved_gradients(module))
+        stack.enter_context(_preserved_parameters(module))
         stack.enter_context(_preserved_buffers(module))
         stack.enter_context(_at_least_float32(module))
         stack.enter_context(_switched_to(module, mode))
@@ -181,7 +184,7 @@ def batch_norm_statistics(
                 layer.momentum = None  # torch then averages cumulatively
             count = 0
             for count, batch in enumerate(batches, 1):  # noqa: B007
-                loss_fn(module, batch)
+                loss_fn(module, _batch_in_float32(batch))
             if not count:
                 return {}
             return {layer: {name: value.clone() for name, value in layer.named_buffers()} for layer in layers}
@@ -253,48 +256,92 @@ def _switched_to(module: nn.Module, mode: Mode) -> Generator[None]:
 
 @contextmanager
 def _preserved_gradients(module: nn.Module) -> Generator[None]:
-    """Park every ``.grad``, so that a backward pass neither adds to it nor leaves its own."""
+    """Park every ``.grad``, and the hooks that act on one as soon as it is there, such as an optimizer's."""
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
+    hooks = [parameter._post_accumulate_grad_hooks for parameter in module.parameters()]
+    parked = [(hook, dict(hook)) for hook in hooks if hook]
     try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        for hook, _ in parked:
+            hook.clear()
         yield
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        for hook, registered in parked:
+            hook.update(registered)
+
+
+@contextmanager
+def _preserved_parameters(module: nn.Module) -> Generator[None]:
+    """Put back the values of all parameters, also of those that a forward pass itself moves (momentum encoders)."""
+    saved = [
+        (
+            parameter,
+            parameter.data,
+            parameter.data.to(parameter.device if parameter.requires_grad else "cpu", copy=True),
+        )
+        for parameter in module.parameters()
+    ]
+    try:
+        yield
+    finally:
+        for parameter, storage, value in saved:
+            parameter.data = storage
+            parameter.data.copy_(value)
 
 
 @contextmanager
 def _preserved_buffers(module: nn.Module) -> Generator[None]:
-    """Put back the values and the identity of all buffers, also of those that a forward pass replaces."""
+    """Put back which buffers there are, the same tensors with the same values."""
+    buffers = [(submodule._buffers, dict(submodule._buffers)) for submodule in module.modules()]
     saved = [
-        (submodule, name, buffer, buffer.detach().clone() if buffer is not None else torch.empty(0))
-        for submodule in module.modules()
-        for name, buffer in submodule._buffers.items()
+        (buffer, buffer.detach().clone())
+        for _, before in buffers
+        for buffer in before.values()
+        if buffer is not None and not _is_expanded(buffer)
     ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for submodule, name, buffer, value in saved:
-                if buffer is not None:
-                    buffer.copy_(value)
-                submodule._buffers[name] = buffer
+            for buffer, value in saved:
+                buffer.copy_(value)
+        for now, before in buffers:
+            now.clear()
+            now.update(before)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether entries share memory (``expand``), so that the tensor cannot be written to."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 @contextmanager
 def _at_least_float32(module: nn.Module) -> Generator[None]:
     """Hold parameters and buffers of lower precision in float32; the originals are not touched."""
-    low = [tensor for tensor in (*module.parameters(), *module.buffers()) if _is_low_precision(tensor)]
-    originals = [tensor.data for tensor in low]
-    for tensor in low:
-        tensor.data = tensor.data.float()
+    originals = [
+        (tensor, tensor.data)
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.is_floating_point() and tensor.dtype != torch.promote_types(tensor.dtype, torch.float32)
+    ]
     try:
+        for tensor, original in originals:
+            tensor.data = original.float()
         yield
     finally:
-        for tensor, original in zip(low, originals, strict=True):
+        for tensor, original in originals:
             tensor.data = original
 
 
-def _is_low_precision(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype != torch.promote_types(tensor.dtype, torch.float32)
+def _batch_in_float32(batch: Any) -> Any:
+    """Bring the tensors of a batch to the precision that parameters have while scoring."""
+    return tree_map(
+        lambda leaf: (
+            leaf.to(torch.promote_types(leaf.dtype, torch.float32))
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+            else leaf
+        ),
+        batch,
+    )

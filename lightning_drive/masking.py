@@ -5,8 +5,7 @@ those of the dense module. Zeros are filled in, never multiplied in: a product w
 """
 
 import hashlib
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -279,23 +278,6 @@ def unpack(bits: Tensor, shape: list[int]) -> Tensor:
     """
     flat = (bits.view(-1, 1) >> _bit_positions(bits.device) & 1).view(-1)
     return flat[: prod(shape)].view(shape).bool()
-
-
-@contextmanager
-def preserved_weights(parameters: Mapping[str, nn.Parameter]) -> Generator[None]:
-    """Write into the parameters at will inside; they are put back bit for bit on exit.
-
-    Args:
-        parameters: Parameter name to live parameter.
-
-    """
-    saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
 
 
 def _bit_positions(device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, get_args, runtim
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import flow, gradients, masking, prunable, ranking, schedules, scores
+from lightning_drive import flow, gradients, prunable, ranking, schedules, scores
 from lightning_drive import sparsity as measures
 from lightning_drive.gradients import LossFunction, Mode
 from lightning_drive.masking import Masks
@@ -370,10 +370,10 @@ def search(
     """
     check_settings(method, sparsity, schedule, scope)
     current = _starting_masks(parameters, masks, sparsity)
-    start = current.sparsity
+    start = min(current.sparsity, sparsity)  # rounding may have taken one weight more
     network = Network(module, parameters, batches, loss_fn, example_input)
     cuts: list[str] = []
-    with masking.preserved_weights(parameters), gradients.undisturbed(module, method.mode):
+    with gradients.undisturbed(module, method.mode):
         current.apply_(module)
         for index in range(1, method.rounds + 1):
             density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
@@ -480,12 +480,13 @@ def _prune(
         num_kept = min(schedules.num_kept(masks.num_prunable, density), masks.num_kept)
         rankings = {"": ranking.keep_highest(scores, num_kept, masks)}
     else:
+        alive = {name: mask for name, mask in masks.items() if mask.any()}
         counts = {
             name: min(schedules.num_kept(mask.numel(), density), int(mask.count_nonzero()))
-            for name, mask in masks.items()
+            for name, mask in alive.items()
         }
-        rankings = ranking.keep_highest_each(scores, counts, masks)
-    found = Masks({name: mask for each in rankings.values() for name, mask in each.masks.items()})
+        rankings = ranking.keep_highest_each({name: scores[name] for name in alive}, counts, alive)
+    found = Masks({**masks, **{name: mask for each in rankings.values() for name, mask in each.masks.items()}})
     if all(each.num_above == 0 and each.threshold == 0 for each in rankings.values()) and found != masks:
         raise ValueError(
             "Every score is zero, so there is nothing to rank: the weights or all their gradients are zero. Check that"
@@ -508,9 +509,8 @@ def _cuts_in_zeros(rankings: Mapping[str, ranking.Ranking], round_index: int) ->
 def _active(network: Network, masks: Masks) -> tuple[Masks | None, str | None]:
     """Find the weights on input-output paths, or say why that could not be done."""
     try:
-        example_input = network.example_input()
         with gradients.undisturbed(network.module, "eval"):
-            return Masks(flow.active_masks(network.module, masks, example_input)), None
+            return Masks(flow.active_masks(network.module, masks, network.example_input())), None
     except Exception as error:  # the module's own `forward`, called in a way it may not be made for
         return None, f"{type(error).__name__}: {error}"
 

@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
 
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -33,7 +32,7 @@ def prunable_parameters(
     Raises:
         TypeError: If ``include`` or ``exclude`` is a string and not a list of strings.
         ValueError: If a pattern matches nothing, nothing is left to prune, or a selected weight is not yet
-            initialised or is computed by a parametrization (such as weight norm) rather than stored.
+            initialised or is computed (by weight norm, say) rather than stored.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
@@ -42,20 +41,37 @@ def prunable_parameters(
 
     """
     parameters = dict(module.named_parameters())
-    default = _default_names(module)
+    default, computed = _default_names(module), _computed_names(module)
+    known = [*parameters, *computed]
     for argument, patterns in (("include", include), ("exclude", exclude)):
         check_patterns(argument, patterns)
         for pattern in patterns or ():
-            if not _matching(pattern, parameters):
-                known = ", ".join(parameters) or "none"
-                raise ValueError(f"`{argument}` pattern {pattern!r} matches no parameter. The parameters are: {known}.")
-    names = set(default)
+            if not _matching(pattern, known):
+                listed = ", ".join(known) or "none"
+                raise ValueError(
+                    f"`{argument}` pattern {pattern!r} matches no parameter. The parameters are: {listed}."
+                )
+    names = {*default, *computed}
     if include is not None:
-        names = set().union(*(_matching(pattern, default) or _matching(pattern, parameters) for pattern in include))
-    names -= set().union(*(_matching(pattern, parameters) for pattern in exclude or ()))
-    frozen = [name for name in names if not parameters[name].requires_grad]
+        names = set().union(*(_matching(pattern, names) or _matching(pattern, parameters) for pattern in include))
+    names -= set().union(*(_matching(pattern, known) for pattern in exclude or ()))
+    for name in names.intersection(computed):
+        raise ValueError(
+            f"{name!r} is computed anew for every pass (by weight norm, spectral norm or a mask of"
+            " `torch.nn.utils.prune`, say), so zeros written into it would not stay. Make it a plain parameter first,"
+            f" or leave it out with `exclude=[{name!r}]`."
+        )
+    frozen = [name for name in parameters if name in names and not parameters[name].requires_grad]
     selected = {name: parameters[name] for name in parameters if name in names and name not in frozen}
-    _check(module, selected, frozen, exclude or ())
+    for name, parameter in selected.items():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"{name!r} is not initialised yet: run one batch through the lazy module before pruning.")
+    if not selected:
+        reason = f" ({', '.join(frozen)} matched, but `requires_grad` is False)" if frozen else ""
+        raise ValueError(
+            f"There is no trainable parameter to prune{reason}. Linear and convolutional weights are prunable;"
+            " check `include`, `exclude` and which parameters require a gradient."
+        )
     return selected
 
 
@@ -86,28 +102,14 @@ def _default_names(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters() if parameter in weights]
 
 
+def _computed_names(module: nn.Module) -> list[str]:
+    """Name the weights that would be prunable, were they parameters and not computed from others."""
+    return [
+        f"{name}.weight".lstrip(".")
+        for name, layer in module.named_modules()
+        if isinstance(layer, (nn.Linear, _ConvNd)) and "weight" not in layer._parameters
+    ]
+
+
 def _matching(pattern: str, names: Iterable[str]) -> set[str]:
     return {name for name in names if fnmatchcase(name, pattern)}
-
-
-def _check(module: nn.Module, selected: dict[str, nn.Parameter], frozen: list[str], exclude: Iterable[str]) -> None:
-    for name, parameter in selected.items():
-        if isinstance(parameter, UninitializedParameter):
-            raise ValueError(f"{name!r} is not initialised yet: run one batch through the lazy module before pruning.")
-    for layer_name, layer in module.named_modules():
-        name = f"{layer_name}.weight".lstrip(".")
-        if (
-            isinstance(layer, (nn.Linear, _ConvNd))
-            and parametrize.is_parametrized(layer, "weight")
-            and not any(fnmatchcase(name, pattern) for pattern in exclude)
-        ):
-            raise ValueError(
-                f"{name!r} is computed by a parametrization, so zeros written into it would not stay. Remove it with"
-                f" `torch.nn.utils.parametrize.remove_parametrizations` or leave the layer out with `exclude`."
-            )
-    if not selected:
-        reason = f" ({', '.join(sorted(frozen))} matched, but `requires_grad` is False)" if frozen else ""
-        raise ValueError(
-            f"There is no trainable parameter to prune{reason}. Linear and convolutional weights are prunable;"
-            f" check `include`, `exclude` and which parameters require a gradient."
-        )

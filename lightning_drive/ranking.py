@@ -68,7 +68,7 @@ def keep_highest(scores: Mapping[str, Tensor], num_kept: int, alive: Mapping[str
     if not 1 <= num_kept <= total:
         raise ValueError(f"`num_kept` must be in 1..{total}, the number of scores to choose from, got {num_kept}.")
     dtype = torch.float64 if any(score.dtype == torch.float64 for score in scores.values()) else torch.float32
-    scores = {name: score.detach().to(dtype) for name, score in scores.items()}
+    scores = {name: score.detach().to(dtype).contiguous() for name, score in scores.items()}
     threshold, ties_kept, num_tied = _cut(scores, num_kept, alive, dtype)
     masks = _masks(scores, alive, threshold, ties_kept if ties_kept < num_tied else None)
     return Ranking(masks, threshold, num_kept - ties_kept, num_tied)

@@ -14,7 +14,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
@@ -57,8 +56,7 @@ class TrainingBatches:
     def _transferred(self, batch: Any) -> Any:
         batch = self._trainer.precision_plugin.convert_input(batch)
         batch = self._pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        return apply_to_collection(batch, Tensor, _at_least_float32)  # as the parameters are, while scoring
+        return self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
     @contextmanager
     def opened(self) -> Generator["TrainingBatches"]:
@@ -182,10 +180,6 @@ def _generators_of(loader: Any) -> Iterator[torch.Generator]:
         generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator):
             yield generator
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
 
 
 @contextmanager

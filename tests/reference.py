@@ -1,0 +1,209 @@
+"""Slow oracles, written from the papers' algorithms and from nothing else: they import no part of the package.
+
+Everything is float64, autograd and plain Python. DRIVE multiplies the weights by an explicit mask tensor and asks
+autograd for the gradient of both factors, so the chain rule that the engine relies on is not assumed here.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Any
+LossFn = Callable[[nn.Module, Batch], Tensor]
+Scores = dict[str, Tensor]
+
+
+class LossModule(nn.Module):
+    """A loss as a module, so that `functional_call` can put other weights into `module` while it is computed."""
+
+    def __init__(self, module: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.module = module
+        self.loss_fn = loss_fn
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.loss_fn(self.module, batch)
+
+
+def keep_highest(scores: Mapping[str, Tensor], num_kept: int, alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sort every alive (score, position) and keep the first ones: earlier entries win ties."""
+    entries = [
+        (name, i, score)
+        for name in scores
+        for i, (score, lives) in enumerate(
+            zip(scores[name].flatten().tolist(), alive[name].flatten().tolist(), strict=True)
+        )
+        if lives
+    ]
+    best_first = sorted(entries, key=lambda entry: -entry[2])  # sorted() is stable
+    kept = {(name, i) for name, i, _ in best_first[:num_kept]}
+    return {
+        name: torch.tensor([(name, i) in kept for i in range(score.numel())]).view(score.shape)
+        for name, score in scores.items()
+    }
+
+
+def num_kept_after(round_index: int, num_rounds: int, num_weights: int, sparsity: float, schedule: str) -> int:
+    """Return `round(P * (1 - s)^(n / N))`, or the same on a straight line, counted from all P and at least 1."""
+    progress = round_index / num_rounds
+    density = (1 - sparsity) ** progress if schedule == "exponential" else 1 - sparsity * progress
+    return max(1, round(num_weights * density))
+
+
+def prune(
+    score: Callable[[dict[str, Tensor], int], Scores],
+    masks: dict[str, Tensor],
+    *,
+    sparsity: float,
+    rounds: int,
+    schedule: str = "exponential",
+    scope: str = "global",
+) -> list[dict[str, Tensor]]:
+    """Score and keep the highest `rounds` times; return the masks after each round."""
+    history = []
+    for round_index in range(1, rounds + 1):
+        scores = score(masks, round_index)
+        groups = [list(masks)] if scope == "global" else [[name] for name in masks]
+        new_masks: dict[str, Tensor] = {}
+        for group in groups:
+            total = sum(masks[name].numel() for name in group)
+            kept = num_kept_after(round_index, rounds, total, sparsity, schedule)
+            new_masks |= keep_highest(
+                {name: scores[name] for name in group}, kept, {name: masks[name] for name in group}
+            )
+        masks = new_masks
+        history.append(masks)
+    return history
+
+
+def ones_like_weights(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    parameters = dict(module.named_parameters())
+    return {name: torch.ones_like(parameters[name], dtype=torch.bool) for name in names}
+
+
+def set_scoring_mode(module: nn.Module, mode: str) -> None:
+    """Batch statistics or running ones; Dropout is off either way."""
+    module.train(mode == "train")
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.eval()
+
+
+def mask_and_weight_gradients(
+    module: nn.Module, names: Sequence[str], masks: Mapping[str, Tensor], batches: Sequence[Batch], loss_fn: LossFn
+) -> tuple[Scores, Scores, Scores]:
+    """Return theta, dL/dm and dL/dtheta of f(theta * m), each gradient summed over the batches."""
+    parameters = dict(module.named_parameters())
+    thetas = {name: parameters[name].detach().clone().requires_grad_() for name in names}
+    ms = {name: masks[name].double().requires_grad_() for name in names}
+    mask_grads = {name: torch.zeros_like(thetas[name]) for name in names}
+    weight_grads = {name: torch.zeros_like(thetas[name]) for name in names}
+    for batch in batches:
+        weights = {f"module.{name}": thetas[name] * ms[name] for name in names}
+        # A copy of the buffers: BatchNorm updates them in place.
+        buffers = {f"module.{name}": buffer.clone() for name, buffer in module.named_buffers()}
+        loss = torch.func.functional_call(LossModule(module, loss_fn), {**weights, **buffers}, (batch,))
+        inputs = [*ms.values(), *thetas.values()]
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        for name, mask_grad, weight_grad in zip(names, grads[: len(names)], grads[len(names) :], strict=True):
+            mask_grads[name] += mask_grad
+            weight_grads[name] += weight_grad
+    return {name: theta.detach() for name, theta in thetas.items()}, mask_grads, weight_grads
+
+
+def normalised(scores: Scores) -> Scores:
+    """Divide by the sum over all layers (Eq. 3 and 7)."""
+    total = math.fsum(x for score in scores.values() for x in score.flatten().tolist())
+    return {name: score / total for name, score in scores.items()} if total else scores
+
+
+def drive(
+    module: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    loss_fn: LossFn,
+    *,
+    mode: str = "train",
+    batches_per_round: int = 1,
+    snip: bool = False,
+    masks: dict[str, Tensor] | None = None,
+    **settings: Any,
+) -> list[dict[str, Tensor]]:
+    """DRIVE, Algorithm 1 (or, with `snip`, SNIP repeated): fresh batches every round, cycled in order."""
+    module = copy.deepcopy(module).double()
+    set_scoring_mode(module, mode)
+
+    def score(masks: dict[str, Tensor], round_index: int) -> Scores:
+        first = (round_index - 1) * batches_per_round
+        chosen = [batches[i % len(batches)] for i in range(first, first + batches_per_round)]
+        thetas, mask_grads, weight_grads = mask_and_weight_gradients(module, names, masks, chosen, loss_fn)
+        if snip:
+            return normalised({name: mask_grads[name].abs() for name in names})  # Eq. 2-3
+        return normalised({name: (thetas[name] * mask_grads[name] * weight_grads[name]).abs() for name in names})
+
+    return prune(score, masks or ones_like_weights(module, names), **settings)
+
+
+def synflow_flow_and_scores(
+    module: nn.Module, names: Sequence[str], masks: Mapping[str, Tensor], input_shape: Sequence[int]
+) -> tuple[float, Scores]:
+    """Return R = sum f(|theta| * m; ones) and theta * dR/dtheta of the network without signs and offsets."""
+    module = copy.deepcopy(module).double().eval()
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.abs_()
+            if name.endswith("bias"):
+                parameter.zero_()
+            if name in masks:
+                parameter.mul_(masks[name])
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.zero_()
+    flow = module(torch.ones(1, *input_shape, dtype=torch.float64)).sum()
+    grads = torch.autograd.grad(flow, [parameters[name] for name in names])
+    return flow.item(), {
+        name: (parameters[name].detach() * grad).abs() for name, grad in zip(names, grads, strict=True)
+    }
+
+
+def synflow(
+    module: nn.Module, names: Sequence[str], input_shape: Sequence[int], **settings: Any
+) -> list[dict[str, Tensor]]:
+    """SynFlow (Tanaka et al., 2020, Algorithm 1)."""
+
+    def score(masks: dict[str, Tensor], round_index: int) -> Scores:
+        del round_index
+        return synflow_flow_and_scores(module, names, masks, input_shape)[1]
+
+    return prune(score, ones_like_weights(module, names), **settings)
+
+
+def magnitude(module: nn.Module, names: Sequence[str], **settings: Any) -> list[dict[str, Tensor]]:
+    """Keep the largest weights."""
+    parameters = dict(module.named_parameters())
+    scores = {name: parameters[name].detach().double().abs() for name in names}
+    return prune(lambda masks, round_index: scores, ones_like_weights(module, names), **settings)
+
+
+def active_weights(matrices: Sequence[Sequence[Sequence[int]]]) -> list[list[list[int]]]:
+    """Mark the kept weights of an MLP that lie on a path from some input to some output.
+
+    `matrices[k][j][i]` is 1 where layer k keeps the weight from its input i to its output j.
+    """
+    fed = [set(range(len(matrices[0][0])))]  # the neurons that some input reaches, layer by layer
+    for matrix in matrices:
+        fed.append({j for j, row in enumerate(matrix) if any(row[i] and i in fed[-1] for i in range(len(row)))})
+    heard = [set(range(len(matrices[-1])))]  # the neurons that reach some output, from the last layer back
+    for matrix in reversed(matrices):
+        heard.insert(
+            0, {i for i in range(len(matrix[0])) if any(row[i] and j in heard[0] for j, row in enumerate(matrix))}
+        )
+    return [
+        [[int(x and i in fed[k] and j in heard[k + 1]) for i, x in enumerate(row)] for j, row in enumerate(matrix)]
+        for k, matrix in enumerate(matrices)
+    ]

@@ -1,0 +1,107 @@
+"""The package is a stack of floors: a module imports only from floors below its own, and nothing heavy is imported."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FLOORS = (
+    {"schedules", "scores", "ranking", "sparsity"},
+    {"prunable", "gradients", "flow", "masking", "rewinding"},
+    {"methods", "report"},
+    {"companions", "display", "scoring"},
+    {"callbacks"},
+)
+FIRST_LIGHTNING_FLOOR = 3
+LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning", "lightning_utilities", "torchmetrics"}
+PACKAGE = Path(__file__).parents[1] / "lightning_drive"
+MODULES = sorted(PACKAGE.glob("[!_]*.py"))
+FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+
+# Optional, and not imported by `lightning.pytorch` itself (torchmetrics alone brings matplotlib, torchvision, rich).
+HEAVY = {"sklearn", "jsonargparse", "pandas", "tensorboard", "safetensors"}
+
+
+def imported_modules(source: str) -> set[str]:
+    """Name what is imported anywhere, in functions too: `a.b` for `import a.b` and for `from a import b`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
+    return names
+
+
+def complaints(module: str, source: str) -> list[str]:
+    """Say which imports of a module go up or sideways."""
+    floor, found = FLOOR_OF[module], []
+    for name in sorted(imported_modules(source)):
+        top, *rest = name.split(".")
+        if top in LIGHTNING and floor < FIRST_LIGHTNING_FLOOR:
+            found.append(f"{module} (floor {floor}) imports {name}")
+        # A name that is no module, as in `import lightning_drive` or `from lightning_drive import DRIVE`, is the
+        # public face above all floors.
+        if top in {"lightning_drive", ""} and FLOOR_OF.get(rest[0] if rest else "", len(FLOORS)) >= floor:
+            found.append(f"{module} (floor {floor}) imports {name}")
+    return found
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Import in a fresh process, and say which of the heavy packages came with it."""
+    script = f"{statement}; import sys; print(*{HEAVY!r} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+def test_floors__every_module_has_one() -> None:
+    assert sorted(FLOOR_OF) == [path.stem for path in MODULES]
+    assert sum(map(len, FLOORS)) == len(FLOOR_OF)
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.stem in FLOOR_OF], ids=lambda path: path.stem)
+def test_imports_go_down(path: Path) -> None:
+    assert complaints(path.stem, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        pytest.param("ranking", "from lightning_drive import callbacks", id="up"),
+        pytest.param("ranking", "from lightning_drive.callbacks import DRIVEPruningCallback", id="up_for_a_name"),
+        pytest.param("ranking", "import lightning_drive.methods", id="up_plainly"),
+        pytest.param("ranking", "from lightning_drive import schedules", id="sideways"),
+        pytest.param("ranking", "from . import schedules", id="sideways_relatively"),
+        pytest.param("methods", "from lightning_drive.report import PruningReport", id="sideways_for_a_name"),
+        pytest.param("callbacks", "from lightning_drive import DRIVE", id="the_public_face"),
+        pytest.param("callbacks", "import lightning_drive", id="the_public_face_plainly"),
+        pytest.param("methods", "import lightning.pytorch as pl", id="lightning"),
+        pytest.param("flow", "def f():\n    from lightning.pytorch import Trainer", id="lightning_in_a_function"),
+        pytest.param("masking", "from torchmetrics import Metric", id="torchmetrics"),
+    ],
+)
+def test_imports_go_down__can_fail(module: str, source: str) -> None:
+    assert len(complaints(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        pytest.param("prunable", "from lightning_drive import schedules, scores", id="down"),
+        pytest.param("report", "from lightning_drive.masking import Masks", id="down_for_a_name"),
+        pytest.param("callbacks", "from lightning_drive.schedules import Schedule", id="down_many_floors"),
+        pytest.param("scoring", "import lightning.pytorch as pl\nfrom torchmetrics import Metric", id="lightning"),
+    ],
+)
+def test_imports_go_down__can_pass(module: str, source: str) -> None:
+    assert complaints(module, source) == []
+
+
+def test_import__nothing_heavy() -> None:
+    assert loaded_by("import lightning_drive") == set()
+
+
+def test_import__nothing_heavy_can_fail() -> None:
+    assert loaded_by("import sys, types; sys.modules['sklearn'] = types.ModuleType('sklearn')") == {"sklearn"}

@@ -1,0 +1,565 @@
+"""Synaptic flow is conserved, and a weight is active exactly when some path from input to output uses it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import models
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_drive import flow, prunable, scores
+
+RESIDUAL_CUTS = {
+    "stem": ["stem.weight"],
+    "block1_early": ["block1.conv1.weight", "block1.shortcut.0.weight"],
+    "block1_late": ["block1.conv2.weight", "block1.shortcut.0.weight"],
+    "block2_early": ["block2.conv1.weight", "block2.shortcut.0.weight"],
+    "block2_late": ["block2.conv2.weight", "block2.shortcut.0.weight"],
+    "fc": ["fc.weight"],
+}
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda: models.MLP(4, 6, 5, 3), (4,)),
+    "plain_conv_net": (models.PlainConvNet, (2, 4, 4)),
+    "conv_net": (models.ConvNet, (2, 6, 6)),
+    "residual_net": (models.ResidualNet, (2, 4, 4)),
+}
+EACH_NETWORK = pytest.mark.parametrize("network", NETWORKS)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class Calls(nn.Module):
+    """A module that only calls a function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+def build(network: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...]]:
+    make, shape = NETWORKS[network]
+    return models.randomised(make(), seed).eval(), shape
+
+
+def random_masks(module: nn.Module, density: float, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = prunable.prunable_parameters(module)
+    return {name: torch.rand(value.shape, generator=generator) < density for name, value in parameters.items()}
+
+
+def dense_masks(module: nn.Module) -> dict[str, Tensor]:
+    return random_masks(module, 2.0, 0)
+
+
+def apply(masks: dict[str, Tensor], module: nn.Module) -> None:
+    with torch.no_grad():
+        for name, mask in masks.items():
+            module.get_parameter(name).masked_fill_(~mask, 0)
+
+
+def flow_scores(module: nn.Module, example_input: Tensor) -> tuple[dict[str, Tensor], float]:
+    parameters = prunable.prunable_parameters(module)
+    found, total = flow.synaptic_flow(module, parameters, example_input)
+    return {name: scores.synflow(parameters[name].detach(), found[name]) for name in parameters}, total
+
+
+def active_counts(module: nn.Module, masks: dict[str, Tensor], example_input: Tensor) -> dict[str, int]:
+    return {name: int(mask.sum()) for name, mask in flow.active_masks(module, masks, example_input).items()}
+
+
+# --- synaptic flow
+
+
+def test_synaptic_flow__by_hand() -> None:
+    """R = |w| . 1 = 0 + 1 + 2 + 3, the gradient by each |w| is 1."""
+    module = models.InnerProduct(4)
+    with torch.no_grad():
+        module.layer.weight[0, 2] = -2.0
+    found, total = flow.synaptic_flow(module, prunable.prunable_parameters(module), torch.zeros(7, 4))
+    assert total == 6.0
+    assert found["layer.weight"].tolist() == [[1.0, 1.0, 1.0, 1.0]]
+
+
+@EACH_NETWORK
+@pytest.mark.parametrize("density", [1.5, 0.5], ids=["dense", "masked"])
+def test_synaptic_flow__matches_reference(network: str, density: float) -> None:
+    module, shape = build(network)
+    masks = random_masks(module, density, seed=1)
+    expected_total, expected = reference.synflow_flow_and_scores(module, list(masks), masks, shape)
+    apply(masks, module)
+    found, total = flow_scores(module, torch.zeros(2, *shape))
+    assert total == pytest.approx(expected_total, rel=1e-12)
+    for name in masks:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=0)
+        assert found[name].dtype == torch.float64
+
+
+@pytest.mark.parametrize("network", ["mlp", "plain_conv_net", "conv_net"])
+@pytest.mark.parametrize("density", [1.5, 0.5], ids=["dense", "masked"])
+def test_synaptic_flow__conserved_by_layer(network: str, density: float) -> None:
+    module, shape = build(network)
+    apply(random_masks(module, density, seed=2), module)
+    found, total = flow_scores(module, torch.zeros(1, *shape))
+    assert total > 0
+    assert [score.sum().item() for score in found.values()] == pytest.approx([total] * len(found), rel=1e-12)
+
+
+@pytest.mark.parametrize("cut", RESIDUAL_CUTS)
+def test_synaptic_flow__conserved_by_cut(cut: str) -> None:
+    """Beside a shortcut it is the layers that together separate input from output that carry all of it."""
+    module, shape = build("residual_net")
+    found, total = flow_scores(module, torch.zeros(1, *shape))
+    assert sum(found[name].sum().item() for name in RESIDUAL_CUTS[cut]) == pytest.approx(total, rel=1e-12)
+
+
+def test_synaptic_flow__beyond_float32() -> None:
+    module = models.randomised(models.MLP(*[64] * 60))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(8)
+    found, total = flow_scores(module, torch.zeros(1, 64))
+    assert torch.finfo(torch.float32).max < total < float("inf")
+    assert [score.sum().item() for score in found.values()] == pytest.approx([total] * 59, rel=1e-9)
+
+
+@EACH_NETWORK
+def test_synaptic_flow__leaves_the_module_alone(network: str) -> None:
+    module, shape = build(network)
+    before = models.fingerprint(module)
+    flow_scores(module, torch.zeros(1, *shape))
+    assert models.changes(module, before) == []
+
+
+def test_synaptic_flow__only_the_shape_matters() -> None:
+    module, shape = build("conv_net")
+    first, first_total = flow_scores(module, torch.zeros(1, *shape))
+    second, second_total = flow_scores(module, torch.full((5, *shape), -9.0, dtype=torch.bfloat16))
+    assert first_total == second_total
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_synaptic_flow__unused_and_cut_off() -> None:
+    module = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
+    module.forward = lambda x: module["used"](x)
+    found, total = flow.synaptic_flow(module, dict(module.named_parameters()), torch.zeros(1, 2))
+    assert found["unused.weight"].tolist() == [[0.0, 0.0]]
+    module.forward = lambda x: x
+    found, total = flow.synaptic_flow(module, dict(module.named_parameters()), torch.zeros(1, 2))
+    assert total == 2.0
+    assert found["used.weight"].tolist() == [[0.0, 0.0]]
+
+
+# --- layers without flow
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (nn.ReLU6(), "hardtanh"),
+        (nn.Hardtanh(), "hardtanh"),
+        (nn.Tanh(), "tanh"),
+        (nn.Sigmoid(), "sigmoid"),
+        (nn.Hardsigmoid(), "hardsigmoid"),
+        (nn.Softsign(), "softsign"),
+        (nn.LayerNorm(4), "layer_norm"),
+        (nn.GroupNorm(2, 4), "group_norm"),
+        (nn.InstanceNorm1d(4), "instance_norm"),
+        (nn.RMSNorm(4), "rms_norm"),
+        (nn.LocalResponseNorm(2), "local_response_norm"),
+        (nn.Softmax(-1), "softmax"),
+        (Calls(lambda x: x.sigmoid()), "sigmoid"),
+        (Calls(lambda x: x.tanh_()), "tanh_"),
+        (Calls(lambda x: F.relu6(x)), "relu6"),
+        (Calls(lambda x: torch.softmax(x, -1)), "softmax"),
+        (Calls(lambda x: F.normalize(x, dim=-1)), "normalize"),
+        (Calls(lambda x: F.scaled_dot_product_attention(x, x, x)), "scaled_dot_product_attention"),
+        (nn.LSTM(4, 4), "lstm"),
+        (nn.GRU(4, 4), "gru"),
+    ],
+    ids=str,
+)
+def test_layers_without_flow(layer: nn.Module, name: str) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), layer)
+    assert flow.layers_without_flow(module, torch.zeros(1, 4, 4)) == [f"'2' ({name})"]
+
+
+def test_layers_without_flow__called_by_the_module_itself() -> None:
+    class Net(models.MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sigmoid(super().forward(x))
+
+    assert flow.layers_without_flow(Net(4, 3), torch.zeros(1, 4)) == ["`forward` (sigmoid)"]
+
+
+def test_layers_without_flow__attention_is_one_layer() -> None:
+    found = flow.layers_without_flow(models.Attention().eval(), torch.zeros(1, 16))
+    assert found == ["'attention' (multi_head_attention_forward)"]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.ReLU(),
+        nn.LeakyReLU(),
+        nn.PReLU(),
+        nn.GELU(),
+        nn.SiLU(),
+        nn.Hardswish(),
+        nn.BatchNorm1d(4),
+        nn.Dropout(),
+        nn.MaxPool1d(2),
+        nn.AvgPool1d(2),
+        nn.Identity(),
+    ],
+    ids=str,
+)
+def test_layers_without_flow__none(layer: nn.Module) -> None:
+    assert flow.layers_without_flow(nn.Sequential(nn.Linear(4, 4), layer).eval(), torch.zeros(1, 4, 4)) == []
+
+
+# --- active weights
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("sizes", [(4, 3), (3, 5, 2), (4, 6, 6, 5, 3), (2, 3, 3, 3, 3, 3, 2)], ids=str)
+def test_active_masks__matches_reachability(seed: int, density: float, sizes: Sequence[int]) -> None:
+    module = models.MLP(*sizes)
+    masks = random_masks(module, density, seed)
+    expected = reference.active_weights([mask.int().tolist() for mask in masks.values()])
+    found = flow.active_masks(module, masks, torch.zeros(1, sizes[0]))
+    assert [mask.int().tolist() for mask in found.values()] == expected
+
+
+@EACH_NETWORK
+def test_active_masks__dense(network: str) -> None:
+    module, shape = build(network)
+    masks = dense_masks(module)
+    assert all(mask.all() for mask in flow.active_masks(module, masks, torch.zeros(1, *shape)).values())
+
+
+def test_active_masks__cut_channel() -> None:
+    """The second conv no longer hears channel 1, and nobody listens to channel 3."""
+    module, shape = build("conv_net")
+    masks = dense_masks(module)
+    masks["conv1.weight"][1] = False
+    masks["conv2.weight"][:, 3] = False
+    expected = {name: mask.clone() for name, mask in masks.items()}
+    expected["conv1.weight"][3] = False
+    expected["conv2.weight"][:, 1] = False
+    found = flow.active_masks(module, masks, torch.zeros(1, *shape))
+    assert all(found[name].equal(expected[name]) for name in masks)
+
+
+def test_active_masks__cut_channel_of_a_residual_net() -> None:
+    """What block1.conv2 does not give to channel 2, the shortcut still does: nothing after it is lost."""
+    module, shape = build("residual_net")
+    masks = dense_masks(module)
+    masks["block1.conv2.weight"][2] = False
+    found = flow.active_masks(module, masks, torch.zeros(1, *shape))
+    assert all(found[name].equal(masks[name]) for name in masks)
+    masks["block1.shortcut.0.weight"][2] = False
+    found = flow.active_masks(module, masks, torch.zeros(1, *shape))
+    assert not found["block2.conv1.weight"][:, 2].any()
+    assert not found["block2.shortcut.0.weight"][:, 2].any()
+    assert found["block2.conv1.weight"][:, [0, 1, 3]].all()
+
+
+def test_active_masks__taps_that_see_only_padding() -> None:
+    module = nn.Conv2d(1, 1, 3, padding=1)
+    masks = {"weight": torch.ones(1, 1, 3, 3, dtype=torch.bool)}
+    found = flow.active_masks(module, masks, torch.zeros(1, 1, 1, 1))
+    assert found["weight"].int().tolist() == [[[[0, 0, 0], [0, 1, 0], [0, 0, 0]]]]
+
+
+def test_active_masks__biases_carry_nothing() -> None:
+    module = models.MLP(3, 3, 2)
+    masks = dense_masks(module) | {"0.weight": torch.zeros(3, 3, dtype=torch.bool)}
+    assert active_counts(module, masks, torch.zeros(1, 3)) == {"0.weight": 0, "2.weight": 0}
+
+
+def test_active_masks__weights_without_a_mask_carry_all() -> None:
+    module = models.MLP(3, 3, 2)
+    assert active_counts(module, {"2.weight": dense_masks(module)["2.weight"]}, torch.zeros(1, 3)) == {"2.weight": 6}
+
+
+def test_active_masks__values_do_not_matter() -> None:
+    """Masks alone decide: zero, negative and NaN weights lie on paths too."""
+    module, shape = build("conv_net")
+    masks = random_masks(module, 0.4, seed=3)
+    expected = flow.active_masks(module, masks, torch.zeros(1, *shape))
+    with torch.no_grad():
+        for i, parameter in enumerate(module.parameters()):
+            parameter.fill_([0.0, -1.0, float("nan")][i % 3])
+    found = flow.active_masks(module, masks, torch.zeros(1, *shape))
+    assert all(found[name].equal(expected[name]) for name in masks)
+
+
+@EACH_NETWORK
+def test_active_masks__leaves_the_module_alone(network: str) -> None:
+    module, shape = build(network)
+    masks = random_masks(module, 0.5, seed=0)
+    copies = {name: mask.clone() for name, mask in masks.items()}
+    before = models.fingerprint(module)
+    with torch.no_grad():
+        flow.active_masks(module, masks, torch.zeros(1, *shape))
+    assert models.changes(module, before) == []
+    assert all(masks[name].equal(copies[name]) for name in masks)
+
+
+class Residual(nn.Module):
+    """x + layer(x), again and again."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + F.relu(layer(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: models.MLP(*[8] * 201), lambda: Residual(8, 200)], ids=["chain", "residual_chain"]
+)
+def test_active_masks__deep(make: Callable[[], nn.Module]) -> None:
+    """8 ** 200 paths would overflow and (1 / 8) ** 200 underflow float32; every weight is on some."""
+    module = make()
+    assert sum(active_counts(module, dense_masks(module), torch.zeros(1, 8)).values()) == 200 * 64
+
+
+def test_active_masks__deep_and_thin() -> None:
+    """One path of 200 weights; then it is cut in the middle."""
+    module = models.MLP(*[8] * 201)
+    masks = {name: torch.zeros(8, 8, dtype=torch.bool) for name in dense_masks(module)}
+    for mask in masks.values():
+        mask[3, 3] = True
+    assert sum(active_counts(module, masks, torch.zeros(1, 8)).values()) == 200
+    masks["200.weight"][3, 3] = False
+    assert sum(active_counts(module, masks, torch.zeros(1, 8)).values()) == 0
+
+
+# Every element-wise activation, norm and Dropout of torch.nn lets everything through.
+ACTIVATIONS = [
+    *(nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(), nn.PReLU(), nn.RReLU(), nn.ELU(), nn.SELU(), nn.CELU()),
+    *(nn.GELU(), nn.SiLU(), nn.Mish(), nn.Hardswish(), nn.ReLU6(), nn.Hardtanh(), nn.Hardsigmoid(), nn.Sigmoid()),
+    *(nn.Tanh(), nn.Softsign(), nn.Softplus(), nn.LogSigmoid(), nn.Tanhshrink(), nn.Softshrink(), nn.Hardshrink()),
+    *(nn.Threshold(1.0, 0.0), nn.Softmax(-1), nn.LogSoftmax(-1), nn.Softmin(-1)),
+    *(nn.BatchNorm1d(6), nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.RMSNorm(6), nn.Dropout(), nn.AlphaDropout()),
+    *(Calls(lambda x: x.relu()), Calls(lambda x: x.relu_()), Calls(lambda x: x.tanh()), Calls(torch.sigmoid)),
+]
+
+
+@pytest.mark.parametrize("layer", ACTIVATIONS, ids=str)
+def test_active_masks__passed_through(layer: nn.Module) -> None:
+    module = nn.Sequential(nn.Linear(4, 6), layer, nn.Linear(6, 3)).eval()
+    assert active_counts(module, dense_masks(module), torch.zeros(1, 4)) == {"0.weight": 24, "2.weight": 18}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(lambda x: -x, id="sign"),
+        pytest.param(lambda x: 1 - x, id="one_minus"),
+        pytest.param(lambda x: x - 2, id="offset"),
+        pytest.param(lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt(), id="norm"),
+        pytest.param(lambda x: x.clamp(0, 0.5), id="clamp"),
+    ],
+)
+def test_active_masks__arithmetic(function: Callable[[Tensor], Tensor]) -> None:
+    """Subtraction and a hand-written norm pass signals on, whatever their sign."""
+    module = nn.Sequential(nn.Linear(4, 6), Calls(function), nn.Linear(6, 3))
+    assert active_counts(module, dense_masks(module), torch.zeros(1, 4)) == {"0.weight": 24, "2.weight": 18}
+
+
+def test_active_masks__input_normalisation() -> None:
+    """Images in 0..255 are often normalised by buffers inside the model: 1 - 127.5 is not "nothing"."""
+
+    class Net(models.MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward((x - self.mean) / self.std)
+
+    module = Net(4, 6, 3)
+    module.register_buffer("mean", torch.tensor(127.5))
+    module.register_buffer("std", torch.tensor(64.0))
+    assert active_counts(module, dense_masks(module), torch.zeros(1, 4)) == {"0.weight": 24, "2.weight": 18}
+
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "MaxPool2d": nn.MaxPool2d(2),
+    "MaxPool2d_overlapping": nn.MaxPool2d(3, 2, 1),
+    "F.max_pool2d": lambda x: F.max_pool2d(x, 2),
+    "F.max_pool2d_keywords": lambda x: F.max_pool2d(input=x, kernel_size=2, stride=2),
+    "F.max_pool2d_indices": lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
+    "torch.max_pool2d": lambda x: torch.max_pool2d(x, 2),
+    "AdaptiveMaxPool2d": nn.AdaptiveMaxPool2d(2),
+    "F.adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(x, 2),
+    "AvgPool2d": nn.AvgPool2d(2),
+    "AdaptiveAvgPool2d": nn.AdaptiveAvgPool2d(2),
+    "amax": lambda x: x.amax((2, 3), keepdim=True),
+    "max": lambda x: x.flatten(2).max(-1).values[..., None, None],
+}
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+def test_active_masks__pooling(pool: Callable[[Tensor], Tensor]) -> None:
+    """With a full window each tap of the 3x3 convolution sees pixels; with only one position some see padding."""
+    module = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), Calls(pool), nn.Conv2d(2, 2, 1))
+    assert active_counts(module, dense_masks(module), torch.zeros(1, 1, 2, 2)) == {"0.weight": 18, "2.weight": 4}
+
+
+def test_active_masks__adaptive_max_pooling_of_a_window() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.AdaptiveMaxPool2d(1), nn.Conv2d(2, 2, 1))
+    assert active_counts(module, dense_masks(module), torch.zeros(1, 1, 2, 2)) == {"0.weight": 18, "2.weight": 4}
+
+
+def attention_masks() -> dict[str, Tensor]:
+    return dense_masks(models.Attention())
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "expected"),
+    [
+        pytest.param([], [], (48, 16, 12), id="dense"),
+        # Values are rows 8..11: without them nothing passes, and queries and keys have nothing to weigh.
+        pytest.param([8, 9, 10, 11], [], (0, 0, 0), id="no_values"),
+        # Queries are rows 0..3: without them the weights are uniform, keys do not matter, values still pass.
+        pytest.param([0, 1, 2, 3], [], (16, 16, 12), id="no_queries"),
+        pytest.param([4, 5, 6, 7], [], (16, 16, 12), id="no_keys"),
+        # Head 0 is rows 0, 1, 4, 5, 8, 9 and the first two columns of out_proj.
+        pytest.param([8, 9], [], (24, 8, 12), id="no_values_in_head_0"),
+        pytest.param([], [0, 1], (24, 8, 12), id="head_0_unheard"),
+    ],
+)
+def test_active_masks__attention(rows: list[int], columns: list[int], expected: tuple[int, ...]) -> None:
+    masks = attention_masks()
+    masks["attention.in_proj_weight"][rows] = False
+    masks["attention.out_proj.weight"][:, columns] = False
+    assert tuple(active_counts(models.Attention().eval(), masks, torch.zeros(1, 16)).values()) == expected
+
+
+class AttentionByHand(nn.Module):
+    """softmax(QK)V, written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.q(x) @ self.k(x).mT, -1) @ self.v(x)
+
+
+@pytest.mark.parametrize(
+    ("pruned", "expected"),
+    [(None, (16, 16, 16)), ("v", (0, 0, 0)), ("q", (0, 0, 16)), ("k", (0, 0, 16))],
+    ids=["dense", "no_values", "no_queries", "no_keys"],
+)
+def test_active_masks__attention_by_hand(pruned: str | None, expected: tuple[int, ...]) -> None:
+    """As for the layer: without queries or keys the weights are uniform, and values still pass."""
+    module = AttentionByHand()
+    masks = {name: mask.fill_(name[0] != pruned) for name, mask in dense_masks(module).items()}
+    assert tuple(active_counts(module, masks, torch.zeros(1, 3, 4)).values()) == expected
+
+
+class Gated(nn.Module):
+    """A squeeze-and-excitation gate: what passes is multiplied by sigmoid(gate)."""
+
+    def __init__(self, squash: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.squash = squash
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.last(hidden * self.squash(self.gate(hidden)))
+
+
+@pytest.mark.parametrize("squash", [torch.sigmoid, F.hardsigmoid, F.softplus], ids=lambda squash: squash.__name__)
+@pytest.mark.parametrize("pruned", [False, True], ids=["dense", "pruned_gate"])
+def test_active_masks__gate(squash: Callable[[Tensor], Tensor], pruned: bool) -> None:
+    """A gate without weights stands half open; it does not cut the network off."""
+    module = Gated(squash)
+    masks = dense_masks(module)
+    masks["gate.weight"].fill_(not pruned)
+    expected = {"first.weight": 24, "gate.weight": 0 if pruned else 36, "last.weight": 18}
+    assert active_counts(module, masks, torch.zeros(1, 4)) == expected
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between two linear ones."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.first, self.recurrent, self.last = nn.Linear(4, 64), kind(64, 64, batch_first=True), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.recurrent(self.first(x))[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
+def test_active_masks__recurrent_error(kind: type[nn.RNNBase]) -> None:
+    """Their gates saturate: no answer is better than a wrong one."""
+    module = Recurrent(kind)
+    with pytest.raises(ValueError, match="paths through a recurrent layer .* cannot be followed"):
+        active_counts(module, dense_masks(module), torch.zeros(1, 5, 4))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        pytest.param(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (2, 3, 4), id="encoder_layer"),
+        pytest.param(nn.TransformerEncoderLayer(4, 2, 8, norm_first=True), (3, 2, 4), id="norm_first"),
+        pytest.param(models.Tied(), (1, 4), id="tied"),
+        pytest.param(nn.Sequential(nn.Conv1d(2, 4, 2), nn.GLU(1), nn.Flatten(), nn.LazyLinear(2)), (1, 2, 5), id="glu"),
+        pytest.param(nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.PixelShuffle(1)), (1, 2, 3, 3), id="transposed"),
+        pytest.param(Calls(lambda x: {"a": [x]}), None, id="structured_output"),
+    ],
+)
+def test_active_masks__dense_is_all_active(module: nn.Module, shape: tuple[int, ...] | None) -> None:
+    if shape is None:
+        inner, module, shape = nn.Linear(4, 3), module, (1, 4)
+        module.inner, module.function = inner, lambda x: {"a": [inner(x)], "b": 3}
+    module.eval()(torch.zeros(shape))
+    masks = dense_masks(module)
+    assert all(mask.all() for mask in flow.active_masks(module, masks, torch.zeros(shape)).values())
+
+
+def test_active_masks__token_ids() -> None:
+    module = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+    assert active_counts(module, dense_masks(module), torch.tensor([[0, 4, 2]])) == {"1.weight": 12}
+
+
+def test_active_masks__not_a_network_error() -> None:
+    module = nn.Linear(4, 3)
+    module.forward = lambda x: "text"
+    with pytest.raises(ValueError, match="must return at least one floating-point tensor, got str"):
+        flow.active_masks(module, dense_masks(module), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.tensor([1.0]),
+        (torch.tensor([1.0]), torch.tensor([2.0])),
+        {"image": torch.tensor([1.0]), "label": torch.tensor([2.0])},
+        ["name", {"deep": [torch.tensor([1.0])]}],
+    ],
+    ids=["tensor", "tuple", "dict", "nested"],
+)
+def test_first_tensor(batch: Any) -> None:
+    assert flow.first_tensor(batch).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("batch", [None, "text", (), {"a": 1}], ids=str)
+def test_first_tensor__none(batch: Any) -> None:
+    assert flow.first_tensor(batch) is None

@@ -1,0 +1,305 @@
+"""Masks count, store and apply exactly: one bit per weight on disk, and a true zero on live parameters."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_drive import Masks, masking
+from lightning_drive.masking import MaskedParameters
+
+SHAPES = [(), (0,), (1,), (7,), (8,), (9,), (3, 5), (2, 3, 1, 7), (4, 4, 3, 3), (1, 1000)]
+NAN = float("nan")
+
+
+def random_mask(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+def mlp_masks(seed: int = 0) -> Masks:
+    return Masks({"0.weight": random_mask(5, 4, seed=seed), "2.weight": random_mask(3, 5, seed=seed + 1)})
+
+
+# --- bits
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("seed", range(2))
+def test_pack__round_trip(shape: tuple[int, ...], seed: int) -> None:
+    mask = random_mask(*shape, seed=seed)
+    bits = masking.pack(mask)
+    assert bits.dtype == torch.uint8
+    assert bits.shape == ((mask.numel() + 7) // 8,)
+    found = masking.unpack(bits, list(shape))
+    assert found.dtype == torch.bool
+    assert found.equal(mask)
+
+
+def test_pack__first_entry_in_the_highest_bit() -> None:
+    assert masking.pack(torch.tensor([[True, False, True], [False, False, False]])).tolist() == [0b10100000]
+
+
+def test_pack__layout_does_not_matter() -> None:
+    mask = random_mask(4, 3, 3, 3)
+    assert masking.pack(mask.to(memory_format=torch.channels_last)).equal(masking.pack(mask))
+    assert masking.pack(mask.transpose(0, 1)).equal(masking.pack(mask.transpose(0, 1).contiguous()))
+
+
+# --- a mapping that measures itself
+
+
+def test_masks() -> None:
+    masks = Masks({"a": torch.tensor([True, False, False]), "b": torch.tensor([[True]])})
+    assert (masks.num_kept, masks.num_prunable, masks.sparsity, masks.density) == (2, 4, 0.5, 0.5)
+    assert (list(masks), len(masks), "b" in masks, bool(masks)) == (["a", "b"], 2, True, True)
+    assert masks["a"].tolist() == [True, False, False]
+    assert repr(masks) == "Masks(2 parameters, 2 of 4 weights kept, sparsity 50.00%)"
+
+
+def test_masks__empty() -> None:
+    masks = Masks()
+    assert (masks.num_kept, masks.num_prunable, masks.sparsity, masks.density) == (0, 0, 0.0, 1.0)
+    assert not masks
+    assert Masks.from_state_dict(masks.state_dict()) == masks
+
+
+def test_masks__equality() -> None:
+    masks = mlp_masks()
+    assert masks == Masks(dict(reversed(list(masks.items()))))
+    assert masks != mlp_masks(seed=1)
+    assert masks != Masks({"0.weight": masks["0.weight"]})
+    assert masks != Masks({"0.weight": masks["0.weight"].t(), "2.weight": masks["2.weight"]})
+    assert masks != dict(masks)
+
+
+def test_masks__own_mapping() -> None:
+    """Adding to the dictionary that was given adds nothing to the masks."""
+    given = {"a": torch.tensor([True])}
+    masks = Masks(given)
+    given["b"] = torch.tensor([True])
+    assert list(masks) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind"),
+    [(torch.ones(2), "torch.float32"), (torch.ones(2, dtype=torch.uint8), "torch.uint8"), ([True], "list")],
+    ids=["float", "uint8", "list"],
+)
+def test_masks__type_error(mask: Any, kind: str) -> None:
+    with pytest.raises(TypeError, match=rf"The mask of 'fc' must be a boolean tensor .*, got {kind}"):
+        Masks({"conv": torch.tensor([True]), "fc": mask})
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda masks: pickle.loads(pickle.dumps(masks))], ids=["deepcopy", "pickle"]
+)
+def test_masks__copies(clone: Any) -> None:
+    masks = mlp_masks()
+    found = clone(masks)
+    assert found == masks
+    found["0.weight"].logical_not_()
+    assert found != masks
+
+
+# --- stored
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_state_dict__file(shape: tuple[int, ...]) -> None:
+    masks = Masks({"block.weight": random_mask(*shape), "fc.weight": random_mask(3, 3, seed=1)})
+    file = io.BytesIO()
+    torch.save(masks.state_dict(), file)
+    file.seek(0)
+    assert Masks.from_state_dict(torch.load(file, weights_only=True)) == masks
+
+
+def test_state_dict__one_bit_per_weight() -> None:
+    state = Masks({"a": random_mask(1000, 801)}).state_dict()
+    (packed,) = (value for value in state["masks"]["a"].values() if isinstance(value, Tensor))
+    assert packed.untyped_storage().nbytes() == 100_125
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param({"version": 2}, "version 2, but this lightning_drive reads version 1", id="newer"),
+        pytest.param({"version": None}, "version None", id="no_version"),
+        pytest.param({"bits": torch.zeros(2, dtype=torch.uint8)}, "'a' does not hold 20 bits", id="truncated"),
+        pytest.param({"bits": torch.zeros(4, dtype=torch.uint8)}, "'a' does not hold 20 bits", id="too_long"),
+        pytest.param({"bits": torch.zeros(3)}, "'a' does not hold 20 bits", id="not_bits"),
+        pytest.param({"shape": [5, 6]}, "'a' does not hold 30 bits", id="other_shape"),
+    ],
+)
+def test_from_state_dict__error(damage: dict[str, Any], message: str) -> None:
+    state = Masks({"a": random_mask(4, 5)}).state_dict()
+    for key, value in damage.items():
+        (state if key == "version" else state["masks"]["a"])[key] = value
+    with pytest.raises(ValueError, match=message):
+        Masks.from_state_dict(state)
+
+
+def test_digest__equal() -> None:
+    masks = mlp_masks()
+    assert masks.digest() == Masks(dict(reversed(list(masks.items())))).digest()
+    assert masks.digest() == Masks.from_state_dict(masks.state_dict()).digest()
+    assert Masks({"a": random_mask(4, 3, 3, 3)}).digest() == (
+        Masks({"a": random_mask(4, 3, 3, 3).to(memory_format=torch.channels_last)}).digest()
+    )
+
+
+def one_bit_flipped() -> Masks:
+    mask = mlp_masks()["2.weight"].clone()
+    mask[-1, -1] ^= True
+    return Masks({"0.weight": mlp_masks()["0.weight"], "2.weight": mask})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(one_bit_flipped(), id="one_bit"),
+        pytest.param(Masks({"0.weight": mlp_masks()["0.weight"]}), id="one_missing"),
+        pytest.param(Masks({f"net.{name}": mask for name, mask in mlp_masks().items()}), id="other_names"),
+        pytest.param(Masks({name: mask.reshape(-1, 1) for name, mask in mlp_masks().items()}), id="other_shapes"),
+        pytest.param(Masks({"0.weight": mlp_masks()["0.weight"], "2.weight": ~mlp_masks()["2.weight"]}), id="inverted"),
+        pytest.param(Masks(), id="empty"),
+    ],
+)
+def test_digest__differs(other: Masks) -> None:
+    assert mlp_masks().digest() != other.digest()
+
+
+# --- on live parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value", [NAN, -1.0, float("-inf"), -0.0], ids=str)
+def test_apply_(dtype: torch.dtype, value: float) -> None:
+    """Pruned weights become +0.0 whatever they were; kept ones, and what has no mask, keep every bit."""
+    module = models.MLP(4, 5, 3).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(value)
+    parameters = list(module.parameters())
+    masks = mlp_masks()
+    masks.apply_(module)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    kept_bits = torch.full((), value, dtype=dtype).view(bits).item()
+    for name, mask in masks.items():
+        expected = torch.where(mask, kept_bits, 0).to(bits)
+        assert module.get_parameter(name).detach().view(bits).equal(expected)
+    assert module[0].bias.detach().view(bits).eq(kept_bits).all()
+    assert all(one is two for one, two in zip(parameters, module.parameters(), strict=True))
+
+
+def test_apply___inner_product() -> None:
+    """0 + 1 + ... + 9 is 45; without the odd ones it is 20."""
+    module = models.InnerProduct(10)
+    assert module(torch.ones(10)).item() == 45
+    Masks({"layer.weight": torch.tensor([[True, False] * 5])}).apply_(module)
+    assert module(torch.ones(10)).item() == 20
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        pytest.param({"fc.weight": random_mask(5, 4)}, "hold 'fc.weight', but the module has no parameter", id="name"),
+        pytest.param(
+            {"0.weight": random_mask(4, 5)},
+            r"mask of '0.weight' has shape \(4, 5\), but the parameter has shape \(5, 4\)",
+            id="shape",
+        ),
+    ],
+)
+@pytest.mark.parametrize("use", [Masks.apply_, Masks.parameters_of], ids=["apply_", "parameters_of"])
+def test_masks__other_module_error(use: Any, masks: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        use(Masks(masks), models.MLP(4, 5, 3))
+
+
+def test_hold_for() -> None:
+    module, masks = models.randomised(models.MLP(4, 5, 3)), mlp_masks()
+    assert not masks.hold_for(module)
+    masks.apply_(module)
+    assert masks.hold_for(module)
+    assert not masks.hold_for(models.MLP(4, 6, 3))
+    assert not masks.hold_for(nn.Linear(2, 2))
+    with torch.no_grad():
+        module[2].weight[~masks["2.weight"]] = NAN
+    assert not masks.hold_for(module)
+
+
+def test_zero_gradients_() -> None:
+    module, masks = models.MLP(4, 5, 3), mlp_masks()
+    live = MaskedParameters(module, masks)
+    live.zero_gradients_()  # there are none yet
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, NAN)
+    module[2].weight.grad = None
+    live.zero_gradients_()
+    assert module[0].weight.grad.isnan().equal(masks["0.weight"])
+    assert module[0].weight.grad[~masks["0.weight"]].eq(0).all()
+    assert module[0].bias.grad.isnan().all()
+    assert module[2].weight.grad is None
+
+
+class Wrapper(Optimizer):
+    """An optimizer around another one, as SAM and Lookahead are, with a state of its own."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base_optimizer = base
+        super().__init__(base.param_groups, {})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {"slow": torch.ones_like(parameter), "other_shape": torch.ones(2), "note": "x"}
+
+    def step(self, closure: Any = None) -> None:
+        self.base_optimizer.step(closure)
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, amsgrad=True),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.1, momentum=0.9, centered=True),
+    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("wrappers", [0, 1, 2])
+def test_zero_optimizer_state_(make: Any, wrappers: int) -> None:
+    """Every state in its parameter's shape forgets pruned weights, and only these."""
+    module, masks = models.randomised(models.MLP(4, 5, 3)), mlp_masks()
+    inner = make(module.parameters())
+    models.loss_fn(module, models.make_batches(4)[0]).backward()
+    inner.step()
+    optimizer: Optimizer = inner
+    for _ in range(wrappers):
+        optimizer = Wrapper(optimizer)
+    before = copy.deepcopy(inner.state_dict()["state"])
+    MaskedParameters(module, masks).zero_optimizer_state_(optimizer)
+
+    checked = 0
+    for i, (name, parameter) in enumerate(module.named_parameters()):
+        for key, value in inner.state[parameter].items():
+            mask = masks.get(name, torch.tensor(True)) if value.shape == parameter.shape else torch.tensor(True)
+            assert value.equal(torch.where(mask, before[i][key], 0))
+            checked += name in masks and value.shape == parameter.shape
+        if wrappers:
+            assert optimizer.state[parameter]["slow"].equal(masks.get(name, torch.ones_like(parameter)).float())
+            assert optimizer.state[parameter]["other_shape"].eq(1).all()
+    assert checked >= len(masks)
+
+
+def test_masked_parameters__zero_weights_() -> None:
+    module, masks = models.MLP(4, 5, 3), mlp_masks()
+    live = MaskedParameters(module, masks)
+    with torch.no_grad():
+        module[0].weight.fill_(NAN)
+    live.zero_weights_()
+    assert module[0].weight.isnan().equal(masks["0.weight"])

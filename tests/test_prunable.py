@@ -1,0 +1,188 @@
+"""What is prunable is named, each weight once, in the order of `named_parameters()`; the rest stays dense."""
+
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from lightning_drive import prunable
+
+
+class Zoo(nn.Module):
+    """One of each kind of layer that has something called weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.embedding = nn.Embedding(5, 4)
+        self.conv1d = nn.Conv1d(1, 2, 3)
+        self.upward = nn.ConvTranspose2d(1, 2, 3)
+        self.conv3d = nn.Conv3d(1, 2, 3)
+        self.layer_norm = nn.LayerNorm(4)
+        self.prelu = nn.PReLU()
+        self.lstm = nn.LSTM(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.cross = nn.MultiheadAttention(4, 2, kdim=3, vdim=2)
+        self.head = nn.Linear(4, 2)
+        self.scale = nn.Parameter(torch.ones(4, 4))
+
+
+ZOO = [
+    "conv1d.weight",
+    "upward.weight",
+    "conv3d.weight",
+    "attention.in_proj_weight",
+    "attention.out_proj.weight",
+    "cross.q_proj_weight",
+    "cross.k_proj_weight",
+    "cross.v_proj_weight",
+    "cross.out_proj.weight",
+    "head.weight",
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        pytest.param(models.InnerProduct(), ["layer.weight"], id="inner_product"),
+        pytest.param(models.MLP(4, 5, 3), ["0.weight", "2.weight"], id="mlp"),
+        pytest.param(nn.Linear(2, 2), ["weight"], id="bare_layer"),
+        pytest.param(models.ConvNet(), ["conv1.weight", "conv2.weight", "fc.weight"], id="conv_net"),
+        pytest.param(
+            models.ResidualNet(),
+            [
+                "stem.weight",
+                "block1.conv1.weight",
+                "block1.conv2.weight",
+                "block1.shortcut.0.weight",
+                "block2.conv1.weight",
+                "block2.conv2.weight",
+                "block2.shortcut.0.weight",
+                "fc.weight",
+            ],
+            id="residual_net",
+        ),
+        pytest.param(models.Tied(), ["first.weight", "head.weight"], id="tied_once"),
+        pytest.param(
+            models.Attention(),
+            ["attention.in_proj_weight", "attention.out_proj.weight", "fc.weight"],
+            id="attention",
+        ),
+        pytest.param(Zoo(), ZOO, id="zoo"),
+    ],
+)
+def test_prunable_parameters(module: nn.Module, expected: list[str]) -> None:
+    found = prunable.prunable_parameters(module)
+    assert list(found) == expected
+    assert all(found[name] is module.get_parameter(name) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        pytest.param(None, ["conv*"], ZOO[1:2] + ZOO[3:], id="exclude_some"),
+        pytest.param(None, ["attention.*", "cross.*", "conv?d.*"], ["upward.weight", "head.weight"], id="exclude_many"),
+        pytest.param(["attention.*"], None, ZOO[3:5], id="include_leaves_biases_dense"),
+        pytest.param(["*"], None, ZOO, id="include_everything_prunable"),
+        pytest.param(["*"], ["*proj*"], ["conv1d.weight", "upward.weight", "conv3d.weight", "head.weight"], id="both"),
+        pytest.param(["embedding.weight"], None, ["embedding.weight"], id="embedding_by_name"),
+        pytest.param(["scale", "head.*"], None, ["scale", "head.weight"], id="bare_parameter_by_name"),
+        pytest.param(["head.*", "conv1d.*"], None, ["conv1d.weight", "head.weight"], id="order_of_the_module"),
+        pytest.param(None, ["embedding.weight"], ZOO, id="exclude_what_is_dense_anyway"),
+        pytest.param([], None, None, id="include_nothing"),
+    ],
+)
+def test_prunable_parameters__patterns(
+    include: list[str] | None, exclude: list[str] | None, expected: list[str] | None
+) -> None:
+    if expected is None:
+        with pytest.raises(ValueError, match="no trainable parameter to prune"):
+            prunable.prunable_parameters(Zoo(), include, exclude)
+    else:
+        assert list(prunable.prunable_parameters(Zoo(), include, exclude)) == expected
+
+
+def test_prunable_parameters__tied_to_an_embedding() -> None:
+    """The head's weight is prunable; it comes under its first name."""
+    module = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
+    module[2].weight = module[0].weight
+    assert list(prunable.prunable_parameters(module)) == ["0.weight", "1.weight"]
+
+
+def test_prunable_parameters__frozen_is_left_out() -> None:
+    module = models.MLP(4, 5, 3)
+    module[0].requires_grad_(False)
+    assert list(prunable.prunable_parameters(module)) == ["2.weight"]
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_prunable_parameters__unmatched_error(argument: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{argument}` pattern 'encoder.\*' matches no parameter.* 0.weight, 0.bias"):
+        prunable.prunable_parameters(models.MLP(4, 5, 3), **{argument: ["0.*", "encoder.*"]})
+
+
+@pytest.mark.parametrize("patterns", ["0.*", [0], {"0.*": 1}], ids=["text", "number", "dict"])
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_prunable_parameters__type_error(argument: str, patterns: Any) -> None:
+    with pytest.raises(TypeError, match=f"`{argument}` must be a list of glob patterns"):
+        prunable.prunable_parameters(models.MLP(4, 5, 3), **{argument: patterns})
+
+
+@pytest.mark.parametrize(
+    ("module", "exclude"),
+    [
+        pytest.param(nn.Sequential(nn.BatchNorm1d(3), nn.Embedding(2, 3)), None, id="no_prunable_layer"),
+        pytest.param(nn.ReLU(), None, id="no_parameter"),
+        pytest.param(models.MLP(4, 5, 3), ["*"], id="all_excluded"),
+    ],
+)
+def test_prunable_parameters__nothing_error(module: nn.Module, exclude: list[str] | None) -> None:
+    with pytest.raises(ValueError, match=r"no trainable parameter to prune\. Linear and conv"):
+        prunable.prunable_parameters(module, exclude=exclude)
+
+
+def test_prunable_parameters__all_frozen_error() -> None:
+    module = models.MLP(4, 5, 3).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no trainable parameter to prune \(0.weight, 2.weight matched, but"):
+        prunable.prunable_parameters(module)
+
+
+def test_prunable_parameters__lazy_error() -> None:
+    with pytest.raises(ValueError, match=r"'0\.weight' is not initialised yet"):
+        prunable.prunable_parameters(nn.Sequential(nn.LazyLinear(3)))
+
+
+@pytest.mark.parametrize(
+    "parametrize",
+    [
+        pytest.param(nn.utils.parametrizations.weight_norm, id="weight_norm"),
+        pytest.param(nn.utils.parametrizations.orthogonal, id="orthogonal"),
+        pytest.param(nn.utils.spectral_norm, id="spectral_norm_by_hook"),
+        pytest.param(lambda layer: prune.l1_unstructured(layer, "weight", 0.5), id="torch_prune"),
+    ],
+)
+def test_prunable_parameters__parametrized_error(parametrize: Callable[[nn.Module], object]) -> None:
+    """A weight that is computed anew before every forward pass would not keep its zeros."""
+    module = models.MLP(4, 5, 3)
+    parametrize(module[0])
+    with pytest.raises(ValueError, match=r"'0\.weight' is computed"):
+        prunable.prunable_parameters(module)
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude"),
+    [
+        pytest.param(None, ["0.weight"], id="exclude_as_the_error_names_it"),
+        pytest.param(None, ["0.*"], id="exclude_the_layer"),
+        pytest.param(["2.*"], None, id="include_others"),
+    ],
+)
+def test_prunable_parameters__parametrized_elsewhere(include: list[str] | None, exclude: list[str] | None) -> None:
+    """Only a weight that is selected must be stored."""
+    module = models.MLP(4, 5, 3)
+    nn.utils.parametrizations.weight_norm(module[0])
+    assert list(prunable.prunable_parameters(module, include, exclude)) == ["2.weight"]
