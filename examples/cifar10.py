@@ -169,7 +169,7 @@ def train(sparsity: float, train_data: TensorDataset, test_data: TensorDataset, 
     return Result(
         network=name,
         accuracy=metrics[0]["test_accuracy"],
-        num_weights=sum(weight.numel() for weight in model.parameters() if weight.ndim > 1),
+        num_weights=sum(weight.numel() for weight in model.parameters() if weight.ndim > 1),  # no biases, no norms
         seconds=seconds,
         report=pruning.report,
     )

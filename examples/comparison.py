@@ -113,12 +113,13 @@ def draw_accuracies(axes: Axes, results: Sequence[Result]) -> None:
 def draw_densities(axes: Axes, pruned: Sequence[tuple[Result, PruningReport]]) -> None:
     for (result, report), (colour, marker) in zip(pruned, STYLES, strict=False):
         names = [layer.name.removeprefix("network.").removesuffix(".weight") for layer in report.layers]
+        rows = [f"{name} ({layer.num_weights:,})" for name, layer in zip(names, report.layers, strict=True)]
         percents = [100 * layer.density for layer in report.layers]
-        axes.plot(percents, names, marker, color=colour, label=result.network)
+        axes.plot(percents, rows, marker, color=colour, label=result.network)
     axes.set_xscale("log")
     axes.set_xlim(right=120)
     axes.xaxis.set_major_formatter("{x:g}%")
     axes.invert_yaxis()
     axes.grid(axis="y", alpha=0.3)
-    axes.set_xlabel("weights kept in the layer")
+    axes.set_xlabel("weights kept, of those in brackets")
     axes.set_title("Where weights are left", fontsize="medium")

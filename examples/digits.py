@@ -6,7 +6,16 @@ A small convolutional network learns to read 1,797 images of 8x8 pixels, which c
 densely, and then with 90, 95 and 98 % of its weights removed after three dense epochs. All runs start from the same
 weights and take the same number of epochs in all. The result is a table and the figure `digits.png`.
 
-The settings are ours, not the paper's: the paper trains other networks on other data for longer.
+The settings are ours, not the paper's: the paper trains other networks on other data, and for longer.
+
+Measured on 2026-11-22 with Python 3.11, torch 2.15 and Lightning 2.6.6 on one or two busy cores of an AMD EPYC: 32 to
+53 s, imports included, and this test accuracy, over the seeds 0 to 4. One of the 450 test images is 0.22 %.
+
+    network    mean     lowest and highest
+    dense      98.8 %   98.4 %   99.1 %
+    90 %       98.3 %   97.8 %   98.7 %
+    95 %       97.4 %   96.9 %   98.0 %
+    98 %       95.0 %   92.7 %   96.2 %
 """
 
 import argparse
@@ -101,7 +110,7 @@ def train(sparsity: float, data: tuple[TensorDataset, TensorDataset], epochs: in
     return Result(
         network=name,
         accuracy=metrics[0]["test_accuracy"],
-        num_weights=sum(weight.numel() for weight in model.parameters() if weight.ndim > 1),
+        num_weights=sum(weight.numel() for weight in model.parameters() if weight.ndim > 1),  # no biases, no norms
         seconds=seconds,
         report=pruning.report,
     )
@@ -118,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # the images are in memory
 
+    torch.set_num_threads(1)  # layers this small gain nothing from more, and all machines add in the same order
     data = load_data()
     results = [train(sparsity, data, options.epochs, options.seed) for sparsity in SPARSITIES]
     print_table(results)

@@ -1,21 +1,15 @@
-"""Methods that find masks: one frozen dataclass per paper, and the loop over rounds that they share."""
+"""Methods that score weights: one frozen dataclass per paper, and the network as they see it."""
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import flow, gradients, prunable, ranking, schedules, scores
-from lightning_drive import sparsity as measures
+from lightning_drive import flow, gradients, scores
 from lightning_drive.gradients import LossFunction, Mode
-from lightning_drive.masking import Masks
-from lightning_drive.schedules import Schedule
-
-Scope: TypeAlias = Literal["global", "layerwise"]
 
 
 class Network:
@@ -255,160 +249,6 @@ class Random:
         }
 
 
-@dataclass(frozen=True)
-class Found:
-    """The outcome of a search: masks, and what there is to know about them."""
-
-    masks: Masks
-    active: Masks | None
-    """The kept weights on an input-output path; ``None`` if paths could not be followed."""
-    path_error: str | None
-    """Why paths could not be followed; ``None`` if they could."""
-    warnings: list[str]
-
-
-def find_masks(
-    module: nn.Module,
-    method: Method,
-    *,
-    sparsity: float,
-    batches: Iterable[Any] | None = None,
-    loss_fn: LossFunction | None = None,
-    masks: Mapping[str, Tensor] | None = None,
-    schedule: Schedule = "exponential",
-    scope: Scope = "global",
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    example_input: Tensor | None = None,
-    on_round: Callable[[int, Masks], None] | None = None,
-) -> Masks:
-    """Find which weights of any torch module to keep. The module is left exactly as it was; nothing is pruned yet.
-
-    After round ``n`` of ``N`` exactly ``round(P * density_n)`` of the ``P`` prunable weights are kept (at least 1), a
-    pruned weight never returns, and the module's weights stand still: Algorithm 1 of DRIVE and of SynFlow. Weights,
-    gradients, buffers, modes and random state are bit for bit as before, also after an error or an interrupt.
-
-    Args:
-        module: The network.
-        method: ``DRIVE``, ``SNIP``, ``SynFlow``, ``Magnitude`` or ``Random``.
-        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
-        batches: What ``loss_fn`` takes, read in order, ``method.batches_per_round`` in each round; a finite iterable
-            is cycled. ``DRIVE`` and ``SNIP`` need it.
-        loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor. ``DRIVE`` and ``SNIP`` need it.
-        masks: Continue from these masks, at their sparsity, instead of from the dense network.
-        schedule: ``"exponential"`` removes the same fraction of the survivors in every round, ``"linear"`` the same
-            number of weights.
-        scope: ``"global"``: one ranking for all parameters. ``"layerwise"``: every parameter keeps the same fraction.
-        include: Glob patterns over parameter names, see
-            :func:`lightning_drive.prunable.prunable_parameters`; default: linear and convolutional weights.
-        exclude: Glob patterns over parameter names that stay dense.
-        example_input: An input of the right shape, for ``SynFlow`` and for finding input-output paths; by default the
-            first tensor of the first batch.
-        on_round: Called after every round with its index, from 1, and the masks so far.
-
-    Returns:
-        The masks, on the devices of their parameters. ``masks.apply_(module)`` prunes.
-
-    Raises:
-        ValueError: If an argument is out of range, nothing is prunable, there is nothing to score on, the loss or a
-            score is not finite, every score is zero, or ``masks`` do not fit.
-        TypeError: If an argument has the wrong type.
-
-    Warns:
-        UserWarning: If the cut falls inside exact zeros, a layer or every input-output path is lost, paths cannot be
-            followed, or SynFlow is not defined for a few layers.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> batch = torch.randn(16, 4), torch.randint(3, (16,))
-        >>> def loss(module, batch):
-        ...     return nn.functional.cross_entropy(module(batch[0]), batch[1])
-        >>> masks = find_masks(net, DRIVE(rounds=10), sparsity=0.75, batches=[batch], loss_fn=loss)
-        >>> masks.num_kept, masks.num_prunable
-        (14, 56)
-
-    """
-    found = search(
-        module,
-        method,
-        sparsity=sparsity,
-        batches=batches,
-        loss_fn=loss_fn,
-        masks=masks,
-        schedule=schedule,
-        scope=scope,
-        parameters=prunable.prunable_parameters(module, include, exclude),
-        example_input=example_input,
-        on_round=on_round,
-    )
-    if found.path_error and example_input is not None:
-        found.warnings.append(f"Input-output paths could not be followed from `example_input`: {found.path_error}")
-    for text in found.warnings:
-        warnings.warn(text, stacklevel=2)
-    return found.masks
-
-
-def search(
-    module: nn.Module,
-    method: Method,
-    *,
-    sparsity: float,
-    parameters: Mapping[str, nn.Parameter],
-    batches: Iterable[Any] | None = None,
-    loss_fn: LossFunction | None = None,
-    masks: Mapping[str, Tensor] | None = None,
-    schedule: Schedule = "exponential",
-    scope: Scope = "global",
-    example_input: Tensor | None = None,
-    on_round: Callable[[int, Masks], None] | None = None,
-) -> Found:
-    """Find masks and tell what happened: :func:`find_masks` for a caller that warns and reports in its own way.
-
-    The arguments are those of :func:`find_masks`, with the live prunable ``parameters`` by name in place of
-    ``include`` and ``exclude``.
-    """
-    check_settings(method, sparsity, schedule, scope)
-    current = _starting_masks(parameters, masks, sparsity)
-    start = min(current.sparsity, sparsity)  # rounding may have taken one weight more
-    network = Network(module, parameters, batches, loss_fn, example_input)
-    cuts: list[str] = []
-    with gradients.undisturbed(module, method.mode):
-        current.apply_(module)
-        for index in range(1, method.rounds + 1):
-            density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
-            current, rankings = _prune(method.score(network), current, density, scope)
-            current.apply_(module)
-            cuts.extend(_cuts_in_zeros(rankings, index))
-            if on_round is not None:
-                on_round(index, current)
-    if len(cuts) > 1:
-        cuts[:] = [f"{cuts[0]} This happened {len(cuts)} times."]
-    active, path_error = _active(network, current)
-    return Found(current, active, path_error, [*network.warnings, *cuts, *_collapses(current, active)])
-
-
-def check_settings(method: Method, sparsity: float, schedule: str, scope: str) -> None:
-    """Refuse settings that no module could be pruned with.
-
-    Args:
-        method: An instance of a method.
-        sparsity: Fraction removed, in ``[0, 1)``.
-        schedule: ``"exponential"`` or ``"linear"``.
-        scope: ``"global"`` or ``"layerwise"``.
-
-    Raises:
-        TypeError: If the method is not an instance of a method, or ``sparsity`` not a number.
-        ValueError: If ``sparsity`` is out of range or a choice is not one.
-
-    """
-    if isinstance(method, type) or not isinstance(method, Method):
-        raise TypeError(f"`method` must be an instance of a method, such as `DRIVE(rounds=100)`, got {method!r}.")
-    schedules.check_sparsity(sparsity)
-    check_choice("schedule", schedule, Schedule)
-    check_choice("scope", scope, Scope)
-
-
 def with_fewer_rounds(method: Method, most: int) -> Method:
     """Give the method with at most so many rounds.
 
@@ -450,76 +290,3 @@ def check_count(argument: str, value: object, *, least: int = 1) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"`{argument}` must be a whole number of at least {least}, got {value!r}.")
-
-
-def _starting_masks(
-    parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor] | None, sparsity: float
-) -> Masks:
-    if not masks:
-        return Masks({name: torch.ones_like(value, dtype=torch.bool) for name, value in parameters.items()})
-    if masks.keys() != parameters.keys():
-        different = ", ".join(sorted(masks.keys() ^ parameters.keys()))
-        raise ValueError(
-            f"`masks` must cover exactly the prunable parameters, but {different} is in only one of the two:"
-            " check `include` and `exclude`."
-        )
-    start = Masks({name: masks[name].to(value.device) for name, value in parameters.items()})
-    if start.num_kept < schedules.num_kept(start.num_prunable, 1 - sparsity):
-        raise ValueError(
-            f"`masks` already have sparsity {start.sparsity:g}, more than the `sparsity` of {sparsity:g} asked for, and"
-            " a pruned weight never returns."
-        )
-    return start
-
-
-def _prune(
-    scores: dict[str, Tensor], masks: Masks, density: float, scope: Scope
-) -> tuple[Masks, dict[str, ranking.Ranking]]:
-    """Do one cut: keep the highest of the survivors, counted from all prunable weights."""
-    if scope == "global":
-        num_kept = min(schedules.num_kept(masks.num_prunable, density), masks.num_kept)
-        rankings = {"": ranking.keep_highest(scores, num_kept, masks)}
-    else:
-        alive = {name: mask for name, mask in masks.items() if mask.any()}
-        counts = {
-            name: min(schedules.num_kept(mask.numel(), density), int(mask.count_nonzero()))
-            for name, mask in alive.items()
-        }
-        rankings = ranking.keep_highest_each({name: scores[name] for name in alive}, counts, alive)
-    found = Masks({**masks, **{name: mask for each in rankings.values() for name, mask in each.masks.items()}})
-    if all(each.num_above == 0 and each.threshold == 0 for each in rankings.values()) and found != masks:
-        raise ValueError(
-            "Every score is zero, so there is nothing to rank: the weights or all their gradients are zero. Check that"
-            " the loss depends on the weights and that no layer is initialised with zeros."
-        )
-    return found, rankings
-
-
-def _cuts_in_zeros(rankings: Mapping[str, ranking.Ranking], round_index: int) -> Iterator[str]:
-    for name, each in rankings.items():
-        kept = measures.num_kept(each.masks)
-        if each.threshold == 0 and each.num_above + each.num_tied > kept:
-            where = f" in {name!r}" if name else ""
-            yield (
-                f"In round {round_index} only {each.num_above:,} weights{where} had a score above zero, fewer than the"
-                f" {kept:,} to keep: the cut fell inside exact zeros, and the rest was kept by position."
-            )
-
-
-def _active(network: Network, masks: Masks) -> tuple[Masks | None, str | None]:
-    """Find the weights on input-output paths, or say why that could not be done."""
-    try:
-        with gradients.undisturbed(network.module, "eval"):
-            return Masks(flow.active_masks(network.module, masks, network.example_input())), None
-    except Exception as error:  # the module's own `forward`, called in a way it may not be made for
-        return None, f"{type(error).__name__}: {error}"
-
-
-def _collapses(masks: Masks, active: Masks | None) -> Iterator[str]:
-    """Say where nothing is left, and what commonly helps."""
-    helps = "More rounds, a lower `sparsity` or `scope='layerwise'` commonly help."
-    empty = measures.collapsed_layers(masks)
-    if empty:
-        yield f"Layer collapse: no weight is left in {', '.join(map(repr, empty))}. {helps}"
-    if active is not None and not active.num_kept:
-        yield f"The network is cut off: no path from its input to its output is left, so it cannot learn. {helps}"

@@ -12,7 +12,7 @@ from lightning_drive import display
 
 
 def test_progress__rich(tmp_path: Path) -> None:
-    """A task of as many steps as there are rounds runs full and is hidden afterwards, and the bar's own task is still its own."""
+    """A task with a step for each round runs full and is hidden afterwards; the bar's own task stays its own."""
     seen: list[tuple[str, float, float | None]] = []
 
     class Bar(RichProgressBar):

@@ -11,10 +11,12 @@ FLOORS = (
     {"schedules", "scores", "ranking", "sparsity"},
     {"prunable", "gradients", "flow", "masking", "rewinding"},
     {"methods", "report"},
+    {"finding"},
     {"companions", "display", "scoring"},
+    {"pruning"},
     {"callbacks"},
 )
-FIRST_LIGHTNING_FLOOR = 3
+FIRST_LIGHTNING_FLOOR = 4
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning", "lightning_utilities", "torchmetrics"}
 PACKAGE = Path(__file__).parents[1] / "lightning_drive"
 MODULES = sorted(PACKAGE.glob("[!_]*.py"))

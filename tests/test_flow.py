@@ -338,6 +338,16 @@ def test_active_masks__deep(make: Callable[[], nn.Module]) -> None:
     assert sum(active_counts(module, dense_masks(module), torch.zeros(1, 8)).values()) == 200 * 64
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_active_masks__deep_with_gaps(seed: int) -> None:
+    """Infinity times a pruned weight would be NaN, forwards as well as backwards."""
+    module = models.MLP(*[8] * 201)
+    masks = random_masks(module, 0.6, seed)
+    expected = reference.active_weights([mask.int().tolist() for mask in masks.values()])
+    found = flow.active_masks(module, masks, torch.zeros(1, 8))
+    assert [mask.int().tolist() for mask in found.values()] == expected
+
+
 def test_active_masks__deep_and_thin() -> None:
     """One path of 200 weights; then it is cut in the middle."""
     module = models.MLP(*[8] * 201)
@@ -510,7 +520,7 @@ class Recurrent(nn.Module):
 def test_active_masks__recurrent_error(kind: type[nn.RNNBase]) -> None:
     """Their gates saturate: no answer is better than a wrong one."""
     module = Recurrent(kind)
-    with pytest.raises(ValueError, match="paths through a recurrent layer .* cannot be followed"):
+    with pytest.raises(ValueError, match=r"paths through a recurrent layer .* cannot be followed"):
         active_counts(module, dense_masks(module), torch.zeros(1, 5, 4))
 
 

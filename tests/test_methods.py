@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_drive import DRIVE, SNIP, Magnitude, Masks, Random, SynFlow, find_masks, methods, prunable
+from lightning_drive import DRIVE, SNIP, Magnitude, Masks, Random, SynFlow, find_masks, finding, methods, prunable
 from lightning_drive.methods import Network
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -887,7 +887,7 @@ def test_search__active() -> None:
     module = models.MLP(3, 2, 2, bias=False)
     scores = {"0.weight": torch.tensor([[9.0, 9, 9], [9, 0.1, 0.1]]), "2.weight": torch.tensor([[5.0, 0.1], [5, 0.1]])}
     parameters = prunable.prunable_parameters(module)
-    found = methods.search(module, Fixed(scores), sparsity=0.4, parameters=parameters, example_input=torch.zeros(1, 3))
+    found = finding.search(module, Fixed(scores), sparsity=0.4, parameters=parameters, example_input=torch.zeros(1, 3))
     assert found.path_error is None
     assert {name: mask.int().tolist() for name, mask in found.masks.items()} == {
         "0.weight": [[1, 1, 1], [1, 0, 0]],
@@ -904,7 +904,7 @@ def test_search__paths_of_a_module_with_another_forward() -> None:
     module = models.MLP(3, 2, 2)
     module.forward = lambda left, right: left
     parameters = prunable.prunable_parameters(module)
-    found = methods.search(module, Magnitude(), sparsity=0.5, parameters=parameters, batches=models.make_batches(3))
+    found = finding.search(module, Magnitude(), sparsity=0.5, parameters=parameters, batches=models.make_batches(3))
     assert found.masks.sparsity == 0.5
     assert found.active is None
     assert found.path_error.startswith("TypeError: ")
