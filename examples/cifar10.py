@@ -1,15 +1,19 @@
 r"""Compare a dense ResNet-18 with ones pruned by DRIVE, on CIFAR-10.
 
-    python examples/cifar10.py --data DIR --download         # fetches CIFAR-10 (170 MB) into DIR
-    python examples/cifar10.py --data DIR --sparsity 0 0.98 --epochs 8 --warmup-epochs 2 \
-        --train-images 5000 --width 16                       # minutes on a CPU
+    python examples/cifar10.py --data DIR --download                     # fetches CIFAR-10 (170 MB) into DIR
+    python examples/cifar10.py --data DIR --train-images 5000 --width 16 --batch-size 64 \
+        --sparsity 0 0.98 --epochs 6 --warmup-epochs 2                   # minutes on a CPU
 
 `DIR` is either where torchvision keeps its CIFAR-10, or a tree of images, `DIR/train/<class>/*.jpg` and
 `DIR/test/<class>/*.jpg`. All images are decoded once and stay in memory, on the GPU if there is one, so that an epoch
-costs no more than its arithmetic. The network is torchvision's ResNet-18 with the usual changes for small images: a
-3x3 first convolution with stride 1 and no max-pooling.
+costs little more than its arithmetic. The network is torchvision's ResNet-18 with the usual changes for small images:
+a 3x3 first convolution with stride 1 and no max-pooling.
 
-The settings are ours, not the paper's, which trains for 200 epochs with a learning rate of 0.01.
+The settings are ours, not the paper's, which trains for 200 epochs from a learning rate of 0.01.
+
+Measured on 2026-11-22 with Python 3.11, torch 2.15 and Lightning 2.6.6: the second command, on one busy core of an
+AMD EPYC, took 11 minutes (7 of processor time) with seed 0 on CIFAR-10 stored as JPEG. Dense, the narrow network
+recognises 47.6 % of the test images; with 2 % of its weights, 43.6 %. The first command, and a GPU, are not measured.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from lightning_drive import flow, gradients, prunable, ranking, schedules
 from lightning_drive import sparsity as measures
 from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
+from lightning_drive.messages import listed
 from lightning_drive.methods import Method, Network, check_choice
 from lightning_drive.schedules import Schedule
 
@@ -82,6 +83,7 @@ def find_masks(
             followed, or SynFlow is not defined for a few layers.
 
     Example:
+        >>> from lightning_drive.methods import DRIVE
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> batch = torch.randn(16, 4), torch.randint(3, (16,))
@@ -178,7 +180,7 @@ def _starting_masks(
     if not masks:
         return Masks({name: torch.ones_like(value, dtype=torch.bool) for name, value in parameters.items()})
     if masks.keys() != parameters.keys():
-        different = ", ".join(sorted(masks.keys() ^ parameters.keys()))
+        different = listed(sorted(masks.keys() ^ parameters.keys()))
         raise ValueError(
             f"`masks` must cover exactly the prunable parameters, but {different} is in only one of the two:"
             " check `include` and `exclude`."
@@ -240,6 +242,6 @@ def _collapses(masks: Masks, active: Masks | None) -> Iterator[str]:
     helps = "More rounds, a lower `sparsity` or `scope='layerwise'` commonly help."
     empty = measures.collapsed_layers(masks)
     if empty:
-        yield f"Layer collapse: no weight is left in {', '.join(map(repr, empty))}. {helps}"
+        yield f"Layer collapse: no weight is left in {listed(map(repr, empty))}. {helps}"
     if active is not None and not active.num_kept:
         yield f"The network is cut off: no path from its input to its output is left, so it cannot learn. {helps}"

@@ -13,6 +13,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from lightning_drive.messages import listed
+
 Mode: TypeAlias = Literal["train", "eval"]
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss_fn(module, batch)`` returns a scalar tensor."""
@@ -60,7 +62,7 @@ def loss_gradients(
         raise ValueError("There is nothing to score on: `batches` is empty.")
     if all(parameter.grad is None for parameter in parameters.values()):
         raise ValueError(
-            f"The loss does not depend on any prunable parameter ({', '.join(parameters)}): all gradients are None."
+            f"The loss does not depend on any prunable parameter ({listed(parameters)}): all gradients are None."
         )
     gradients = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

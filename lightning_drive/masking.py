@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_drive import sparsity as measures
+from lightning_drive.messages import listed
 
 _VERSION = 1
 
@@ -126,7 +127,7 @@ class Masks(Mapping[str, Tensor]):
             if name not in parameters:
                 raise ValueError(
                     f"The masks hold {name!r}, but the module has no parameter of that name: they belong to another"
-                    f" module. It has: {', '.join(parameters) or 'none'}."
+                    f" module. It has: {listed(parameters, most=20)}."
                 )
             if parameters[name].shape != mask.shape:
                 raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_drive import flow, gradients, scores
 from lightning_drive.gradients import LossFunction, Mode
+from lightning_drive.messages import listed
 
 
 class Network:
@@ -70,8 +71,8 @@ class Network:
     def _check_flow(self) -> bool:
         layers = flow.layers_without_flow(self.module, self.example_input())
         text = (
-            f"SynFlow is not defined for {', '.join(layers)}: saturating activations stop the flow and normalisation"
-            " mixes its signs."
+            f"SynFlow is not defined for {listed(layers, most=3)}: saturating activations stop the flow and"
+            " normalisation mixes its signs."
         )
         if len(layers) * 3 > len(self.weights):
             raise ValueError(f"{text} That is too much of this network; use another method, such as DRIVE.")

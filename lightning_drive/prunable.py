@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_drive.messages import listed
+
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -47,9 +49,9 @@ def prunable_parameters(
         check_patterns(argument, patterns)
         for pattern in patterns or ():
             if not _matching(pattern, known):
-                listed = ", ".join(known) or "none"
                 raise ValueError(
-                    f"`{argument}` pattern {pattern!r} matches no parameter. The parameters are: {listed}."
+                    f"`{argument}` pattern {pattern!r} matches no parameter. The parameters are:"
+                    f" {listed(known, most=20)}."
                 )
     names = {*default, *computed}
     if include is not None:
@@ -67,7 +69,7 @@ def prunable_parameters(
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"{name!r} is not initialised yet: run one batch through the lazy module before pruning.")
     if not selected:
-        reason = f" ({', '.join(frozen)} matched, but `requires_grad` is False)" if frozen else ""
+        reason = f" ({listed(frozen)} matched, but `requires_grad` is False)" if frozen else ""
         raise ValueError(
             f"There is no trainable parameter to prune{reason}. Linear and convolutional weights are prunable;"
             " check `include`, `exclude` and which parameters require a gradient."

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FLOORS = (
-    {"schedules", "scores", "ranking", "sparsity"},
+    {"schedules", "scores", "ranking", "sparsity", "messages"},
     {"prunable", "gradients", "flow", "masking", "rewinding"},
     {"methods", "report"},
     {"finding"},

@@ -392,6 +392,22 @@ def test_active_masks__arithmetic(function: Callable[[Tensor], Tensor]) -> None:
     assert active_counts(module, dense_masks(module), torch.zeros(1, 4)) == {"0.weight": 24, "2.weight": 18}
 
 
+def in_place(operation: str, other: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: getattr(x, operation)(other)
+
+
+@pytest.mark.parametrize("operation", ["sub_", "add_", "mul_", "div_", "__isub__", "__iadd__", "__imul__", "relu_"])
+@pytest.mark.parametrize("place", ["input", "token_embedding", "hidden"])
+def test_active_masks__in_place(operation: str, place: str) -> None:
+    """Changing the input, an embedding or a hidden layer in place is nothing special."""
+    change = nn.ReLU(inplace=True) if operation == "relu_" else Calls(in_place(operation, torch.tensor(2.0)))
+    before = {"input": [], "token_embedding": [nn.Embedding(5, 4)], "hidden": [nn.Linear(4, 4), nn.ReLU()]}[place]
+    module = nn.Sequential(*before, change, nn.Linear(4, 3))
+    masks = dense_masks(module)
+    example_input = torch.tensor([1, 2]) if place == "token_embedding" else torch.zeros(1, 4)
+    assert all(mask.all() for mask in flow.active_masks(module, masks, example_input).values())
+
+
 def test_active_masks__input_normalisation() -> None:
     """Images in 0..255 are often normalised by buffers inside the model: 1 - 127.5 is not "nothing"."""
 
@@ -459,14 +475,19 @@ def test_active_masks__attention(rows: list[int], columns: list[int], expected: 
 
 
 class AttentionByHand(nn.Module):
-    """softmax(QK)V, written out."""
+    """softmax(QK)V, written out; causal: no token sees a later one."""
 
-    def __init__(self) -> None:
+    def __init__(self, causal: bool) -> None:
         super().__init__()
         self.q, self.k, self.v = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.causal = causal
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.softmax(self.q(x) @ self.k(x).mT, -1) @ self.v(x)
+        similarity = self.q(x) @ self.k(x).mT / 2
+        if self.causal:
+            later = torch.ones(similarity.shape[-2:], dtype=torch.bool).triu(1)
+            similarity = similarity.masked_fill(later, float("-inf"))
+        return torch.softmax(similarity, -1) @ self.v(x)
 
 
 @pytest.mark.parametrize(
@@ -474,9 +495,10 @@ class AttentionByHand(nn.Module):
     [(None, (16, 16, 16)), ("v", (0, 0, 0)), ("q", (0, 0, 16)), ("k", (0, 0, 16))],
     ids=["dense", "no_values", "no_queries", "no_keys"],
 )
-def test_active_masks__attention_by_hand(pruned: str | None, expected: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_active_masks__attention_by_hand(causal: bool, pruned: str | None, expected: tuple[int, ...]) -> None:
     """As for the layer: without queries or keys the weights are uniform, and values still pass."""
-    module = AttentionByHand()
+    module = AttentionByHand(causal)
     masks = {name: mask.fill_(name[0] != pruned) for name, mask in dense_masks(module).items()}
     assert tuple(active_counts(module, masks, torch.zeros(1, 3, 4)).values()) == expected
 
@@ -494,7 +516,18 @@ class Gated(nn.Module):
         return self.last(hidden * self.squash(self.gate(hidden)))
 
 
-@pytest.mark.parametrize("squash", [torch.sigmoid, F.hardsigmoid, F.softplus], ids=lambda squash: squash.__name__)
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "Sigmoid": nn.Sigmoid(),
+    "hardsigmoid": F.hardsigmoid,
+    "softplus": F.softplus,
+    # as squeeze-and-excitation layers bring one number per channel to the shape of the image
+    "reshaped": lambda x: torch.sigmoid(x).view(len(x), -1, 1).expand(-1, -1, 2)[..., 0],
+    "scaled": lambda x: 2 * torch.sigmoid(x),
+}
+
+
+@pytest.mark.parametrize("squash", GATES.values(), ids=GATES)
 @pytest.mark.parametrize("pruned", [False, True], ids=["dense", "pruned_gate"])
 def test_active_masks__gate(squash: Callable[[Tensor], Tensor], pruned: bool) -> None:
     """A gate without weights stands half open; it does not cut the network off."""
@@ -503,6 +536,19 @@ def test_active_masks__gate(squash: Callable[[Tensor], Tensor], pruned: bool) ->
     masks["gate.weight"].fill_(not pruned)
     expected = {"first.weight": 24, "gate.weight": 0 if pruned else 36, "last.weight": 18}
     assert active_counts(module, masks, torch.zeros(1, 4)) == expected
+
+
+def test_active_masks__gate_in_place() -> None:
+    class Net(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            passed = hidden.clone()
+            passed *= torch.sigmoid(self.gate(hidden))
+            return self.last(passed)
+
+    module = Net(torch.sigmoid)
+    expected = {"first.weight": 24, "gate.weight": 36, "last.weight": 18}
+    assert active_counts(module, dense_masks(module), torch.zeros(1, 4)) == expected
 
 
 class Recurrent(nn.Module):
