@@ -309,6 +309,14 @@ def test_same_module_goes_on(tmp_path: Path) -> None:
     assert callback.masks is masks
 
 
+def test_same_module_goes_on__shorter_than_the_warmup(tmp_path: Path) -> None:
+    """What is pruned already needs no warm-up, so one more epoch of it is no mistake."""
+    module, callback = ConvModule(), fits.drive()
+    fits.trainer(tmp_path, callback).fit(module, fits.loader())
+    fits.trainer(tmp_path, callback, max_epochs=1).fit(module, fits.loader())
+    assert callback.masks.hold_for(module)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
 def test_copies(tmp_path: Path, copied: Any) -> None:
     """A copy has the masks and lets go of the module, also in the middle of a fit."""
