@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -99,7 +100,7 @@ def draw_dense_accuracy(axes: Axes, dense: Result) -> None:
 def draw_accuracies(axes: Axes, results: Sequence[Result]) -> None:
     kept = [result.percent_kept for result in results]
     axes.plot(kept, [100 * result.accuracy for result in results], color=GREY, linewidth=1, zorder=0)
-    for result, (colour, marker) in zip(results, STYLES, strict=False):
+    for result, (colour, marker) in zip(results, cycle(STYLES)):
         axes.plot(result.percent_kept, 100 * result.accuracy, marker, color=colour, markersize=9)
     axes.set_xscale("log")
     axes.set_xticks(kept, [f"{result.percent_kept:.3g}%\n{result.num_kept:,}" for result in results])
@@ -111,7 +112,7 @@ def draw_accuracies(axes: Axes, results: Sequence[Result]) -> None:
 
 
 def draw_densities(axes: Axes, pruned: Sequence[tuple[Result, PruningReport]]) -> None:
-    for (result, report), (colour, marker) in zip(pruned, STYLES, strict=False):
+    for (result, report), (colour, marker) in zip(pruned, cycle(STYLES)):
         names = [layer.name.removeprefix("network.").removesuffix(".weight") for layer in report.layers]
         rows = [f"{name} ({layer.num_weights:,})" for name, layer in zip(names, report.layers, strict=True)]
         percents = [100 * layer.density for layer in report.layers]

@@ -224,7 +224,8 @@ def _cuts_in_zeros(rankings: Mapping[str, ranking.Ranking], round_index: int) ->
             where = f" in {name!r}" if name else ""
             yield (
                 f"In round {round_index} only {each.num_above:,} weights{where} had a score above zero, fewer than the"
-                f" {kept:,} to keep: the cut fell inside exact zeros, and the rest was kept by position."
+                f" {kept:,} to keep: the cut fell inside exact zeros, and the rest was kept by position. Larger"
+                " batches, more `batches_per_round` or a longer warm-up give fewer zeros."
             )
 
 
