@@ -45,6 +45,21 @@ _PASSED_THROUGH = {
 _OPEN_GATES = {"sigmoid", "sigmoid_", "hardsigmoid", "softplus", "softmax", "softmin", "exp"}
 """Functions that give something positive for 0: what they multiply passes even where nothing arrives at the gate."""
 
+_VIEWS = {
+    *(
+        "view",
+        "view_as",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "expand_as",
+        "contiguous",
+    ),
+    *("transpose", "permute", "movedim", "repeat", "__getitem__"),
+}
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 _JOINING = {
     *("linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
@@ -138,8 +153,8 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
     tensors |= {name: _path_value(name, parameter, masks) for name, parameter in module.named_parameters()}
     leaves = [tensors[name] for name in masks]
     with torch.enable_grad(), _Paths():
-        signal = _ones(example_input, torch.float32)
-        signal.requires_grad_(signal.is_floating_point())
+        ones = _ones(example_input, torch.float32)
+        signal = _begin(ones) if ones.is_floating_point() else ones
         total = _sum_of_outputs(functional_call(module, tensors, (signal,)))
     if not total.requires_grad:
         return {name: torch.zeros_like(mask) for name, mask in masks.items()}
@@ -252,9 +267,9 @@ class _Paths(TorchFunctionMode):
         result = func(*args, **kwargs)
         if name in _JOINING:
             return _arrives(result)
-        if name in ("embedding", "embedding_bag"):  # where the signal begins, if the input is integers
-            return result.requires_grad_()
-        return result
+        if name in ("embedding", "embedding_bag"):  # the input, if it is integers
+            return _begin(result)
+        return result.as_subclass(_Gate) if name in _VIEWS and isinstance(args[0], _Gate) else result
 
 
 class _Gate(Tensor):
@@ -279,6 +294,11 @@ def _arrives(signal: Tensor) -> Tensor:
     return _Arrives.apply(signal)  # type: ignore[no-any-return]
 
 
+def _begin(values: Tensor) -> Tensor:
+    """Make values a signal, which may also be written to."""
+    return values if values.requires_grad else values.requires_grad_().clone()
+
+
 def _is_signal(value: Any) -> bool:
     """Whether a value comes from the input or from masked weights, rather than being a constant."""
     return isinstance(value, Tensor) and value.requires_grad
@@ -288,16 +308,15 @@ def _arithmetic(name: str, func: Callable[..., Any], first: Any, second: Any) ->
     """Let signals through sums, differences, products and quotients, whatever their sign; constants add nothing."""
     if not _is_signal(first) and not _is_signal(second):
         return func(first, second)
+    if name.endswith("_") and not name.startswith("_"):  # in place
+        return first.copy_(_arithmetic(name.rstrip("_"), func, first.clone(), second))
     is_product = "mul" in name
     if _is_signal(first) and _is_signal(second):
-        result = first * second if is_product else first + second
-    else:
-        signal, constant = (first, second) if _is_signal(first) else (second, first)
-        if is_product:
-            result = signal * (constant != 0)
-        else:
-            result = signal + torch.zeros_like(constant) if isinstance(constant, Tensor) else signal
-    return first.copy_(result) if name.endswith("_") and not name.startswith("_") else result
+        return first * second if is_product else first + second
+    signal, constant = (first, second) if _is_signal(first) else (second, first)
+    if is_product:
+        return signal * (constant != 0)
+    return signal + torch.zeros_like(constant) if isinstance(constant, Tensor) else signal
 
 
 def _average_pool(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:

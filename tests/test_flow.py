@@ -380,6 +380,8 @@ def test_active_masks__passed_through(layer: nn.Module) -> None:
     "function",
     [
         pytest.param(lambda x: -x, id="sign"),
+        pytest.param(lambda x: -2 * x, id="negative_factor"),
+        pytest.param(lambda x: x / -2, id="negative_divisor"),
         pytest.param(lambda x: 1 - x, id="one_minus"),
         pytest.param(lambda x: x - 2, id="offset"),
         pytest.param(lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt(), id="norm"),

@@ -316,6 +316,15 @@ def test_undisturbed__no_trace_of_an_interrupted_start(monkeypatch: pytest.Monke
     assert models.changes(module, before) == []
 
 
+def test_undisturbed__weight_moved_elsewhere() -> None:
+    """A parameter that is given other memory inside gets its own back, with what was in it."""
+    module = restless()
+    before = models.fingerprint(module)
+    with gradients.undisturbed(module):
+        module.first.weight.data = torch.ones(6, 4)
+    assert models.changes(module, before) == []
+
+
 def test_undisturbed__expanded_buffer() -> None:
     """A buffer may be a view that repeats one number; it cannot be written to, and need not be."""
     module = models.MLP(4, 5, 3)

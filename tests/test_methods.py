@@ -476,6 +476,8 @@ def test_find_masks__optimizer_in_backward() -> None:
     before = models.fingerprint(module)
     assert_equal(quietly(module, DRIVE(rounds=3), **settings), expected)
     assert models.changes(module, before) == []
+    models.loss_fn(module, models.make_batches(4)[0]).backward()
+    assert set(models.changes(module, before)) == {f"parameter {name}" for name, _ in module.named_parameters()}
 
 
 @pytest.mark.parametrize("method", [DRIVE(rounds=2), SNIP()], ids=["DRIVE", "SNIP"])

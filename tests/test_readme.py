@@ -10,6 +10,7 @@ README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:.*tensorboardX.* has been removed:UserWarning")
 def test_first_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one-line example, up to its ``fit``, which gets whatever the reader has."""
     fitted: list[tuple[object, ...]] = []
