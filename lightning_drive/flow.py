@@ -133,12 +133,12 @@ def layers_without_flow(module: nn.Module, example_input: Tensor) -> list[str]:
 def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor) -> dict[str, Tensor]:
     """Keep only the weights that lie on a path from the input to the output.
 
-    A kept weight is inactive when everything before it or everything after it is pruned (Vysogorets & Kempe, 2023;
-    the share of inactive weights is the *effective sparsity*). Paths are followed exactly, with a signal of zeros and
-    ones: every layer's output and every gradient is reduced to "something arrives" or "nothing does", so depth can
-    neither overflow nor underflow. Activations, norms and Dropout let everything through, max pooling passes on all
-    of its window, signs and scales do not count, and weights without a mask carry everything. What does not come from
-    the input carries nothing: biases, buffers, and constants that are added or subtracted.
+    A kept weight is inactive when everything before it or everything after it is pruned (Vysogorets & Kempe, 2023; the
+    share of inactive weights is the *effective sparsity*). Paths are followed with a signal of zeros and ones: every
+    layer's output and every gradient is reduced to "something arrives" or "nothing does", so depth can neither overflow
+    nor underflow. Activations, norms and Dropout let everything through, max pooling passes on all of its window, signs
+    and scales do not count, and weights without a mask carry everything. What does not come from the input carries
+    nothing: biases, buffers, and constants that are added or subtracted.
 
     Args:
         module: The network; its ``forward`` takes one tensor.

@@ -179,8 +179,10 @@ class Masks(Mapping[str, Tensor]):
         if version != _VERSION:
             raise ValueError(f"These masks have version {version}, but this lightning_drive reads version {_VERSION}.")
         masks = {}
-        for name, packed in state_dict["masks"].items():
-            shape, bits = packed["shape"], packed["bits"]
+        for name, packed in state_dict.get("masks", {}).items():
+            shape, bits = packed.get("shape"), packed.get("bits")
+            if not isinstance(shape, list) or not isinstance(bits, Tensor):
+                raise ValueError(f"The packed mask of {name!r} needs a `shape` and `bits`: the file is damaged.")
             if bits.dtype != torch.uint8 or len(bits) != (prod(shape) + 7) // 8:
                 raise ValueError(f"The packed mask of {name!r} does not hold {prod(shape)} bits: the file is damaged.")
             masks[name] = unpack(bits, shape)
@@ -285,8 +287,9 @@ def _bit_positions(device: torch.device) -> Tensor:
     return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
 
 
-def _with_wrapped(optimizer: Optimizer) -> Iterator[Optimizer]:
-    yield optimizer
-    for value in vars(optimizer).values():
-        if isinstance(value, Optimizer):
-            yield from _with_wrapped(value)
+def _with_wrapped(optimizer: Optimizer) -> list[Optimizer]:
+    """Find the optimizer and those that it wraps, each once."""
+    found = [optimizer]
+    for outer in found:  # grows as wrapped optimizers turn up
+        found += [value for value in vars(outer).values() if isinstance(value, Optimizer) and value not in found]
+    return found

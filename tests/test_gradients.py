@@ -402,7 +402,8 @@ def test_batch_norm_statistics() -> None:
     expected = copy.deepcopy(module)
     update_bn(batches, expected)
     before = models.fingerprint(module)
-    statistics = gradients.batch_norm_statistics(module, models.loss_fn, batches)
+    with gradients.undisturbed(module):
+        statistics = gradients.batch_norm_statistics(module, models.loss_fn, batches)
     assert models.changes(module, before) == []
     assert list(statistics) == [module.norm1, module.norm2]
     gradients.load_batch_norm_statistics(statistics)
@@ -431,7 +432,7 @@ def test_batch_norm_statistics__error_leaves_no_trace() -> None:
         models.loss_fn(module, batch)
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), gradients.undisturbed(module):
         gradients.batch_norm_statistics(module, broken, models.make_batches(2, 6, 6))
     assert models.changes(module, before) == []
     assert module.norm1.momentum == momentum

@@ -303,3 +303,23 @@ def test_masked_parameters__zero_weights_() -> None:
         module[0].weight.fill_(NAN)
     live.zero_weights_()
     assert module[0].weight.isnan().equal(masks["0.weight"])
+
+
+def test_zero_optimizer_state__optimizers_that_know_each_other() -> None:
+    """A wrapper and what it wraps may refer to each other; each is visited once."""
+    module = models.MLP(4, 5, 3)
+    inner, outer = (torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9) for _ in range(2))
+    inner.outer, outer.inner = outer, inner  # type: ignore[attr-defined]
+    weight = module[0].weight
+    inner.state[weight]["momentum_buffer"] = torch.ones_like(weight)
+    masks = Masks({"0.weight": torch.zeros_like(weight, dtype=torch.bool)})
+    masking.MaskedParameters(module, masks).zero_optimizer_state_(outer)
+    assert not inner.state[weight]["momentum_buffer"].any()
+
+
+@pytest.mark.parametrize(
+    "packed", [{"shape": [2]}, {"bits": torch.zeros(1, dtype=torch.uint8)}, {"shape": [2], "bits": b"?"}]
+)
+def test_from_state_dict__incomplete_error(packed: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"The packed mask of 'fc\.weight' needs a `shape` and `bits`"):
+        Masks.from_state_dict({"version": 1, "masks": {"fc.weight": packed}})
