@@ -39,7 +39,7 @@ class Network:
         self._loss_fn = loss_fn
         self._example_input = example_input
         self.warnings: list[str] = []
-        self._flow_is_defined: bool | None = None
+        self._flow_checked = False
 
     def loss_gradients(self, num_batches: int) -> dict[str, Tensor]:
         """Sum the loss gradients over the next batches.
@@ -64,11 +64,12 @@ class Network:
             ValueError: If the flow is not defined for much of the network. For a few layers it is a warning.
 
         """
-        if self._flow_is_defined is None:
-            self._flow_is_defined = self._check_flow()
+        if not self._flow_checked:
+            self._check_flow()
+            self._flow_checked = True
         return flow.synaptic_flow(self.module, self.weights, self.example_input())
 
-    def _check_flow(self) -> bool:
+    def _check_flow(self) -> None:
         layers = flow.layers_without_flow(self.module, self.example_input())
         text = (
             f"SynFlow is not defined for {listed(layers, most=3)}: saturating activations stop the flow and"
@@ -78,7 +79,6 @@ class Network:
             raise ValueError(f"{text} That is too much of this network; use another method, such as DRIVE.")
         if layers:
             self.warnings.append(f"{text} Their neighbours' scores mean little.")
-        return not layers
 
     def example_input(self) -> Tensor:
         """Give an input of the right shape, on the device of the weights.

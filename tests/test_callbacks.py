@@ -85,6 +85,10 @@ def test_exact_and_stays(tmp_path: Path, optimizer: str, sparsity: float) -> Non
         assert torch.equal(pruned, torch.zeros_like(pruned))
         assert not torch.signbit(pruned).any()
         assert module.get_parameter(name).detach()[mask].count_nonzero() == mask.sum()
+        state = module.trainer.optimizers[0].state[module.get_parameter(name)]
+        remembered = [value[~mask] for value in state.values() if getattr(value, "shape", None) == mask.shape]
+        assert remembered
+        assert not any(value.any() for value in remembered)  # nothing left that could bring a weight back
     assert [name for name, _ in module.named_parameters()] == dense_names
     assert list(module.state_dict()) == dense_keys
     assert all(now is before for now, before in zip(module.parameters(), parameters, strict=True))
