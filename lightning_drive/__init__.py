@@ -1,7 +1,10 @@
 """Prune a PyTorch Lightning model early in training with one line: DRIVE and its siblings as callbacks."""
 
 from lightning_drive.callbacks import DRIVEPruningCallback as DRIVEPruningCallback
+from lightning_drive.callbacks import SNIPPruningCallback as SNIPPruningCallback
+from lightning_drive.callbacks import SynFlowPruningCallback as SynFlowPruningCallback
 from lightning_drive.finding import find_masks as find_masks
+from lightning_drive.lottery import IMPPruningCallback as IMPPruningCallback
 from lightning_drive.masking import Masks as Masks
 from lightning_drive.methods import DRIVE as DRIVE
 from lightning_drive.methods import SNIP as SNIP

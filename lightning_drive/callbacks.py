@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 from lightning_drive.finding import Scope
 from lightning_drive.gradients import Mode
-from lightning_drive.methods import DRIVE
-from lightning_drive.pruning import PruningCallback
+from lightning_drive.methods import DRIVE, SNIP, SynFlow
+from lightning_drive.report import Control
 from lightning_drive.schedules import Schedule
+from lightning_drive.warmup import WarmupPruningCallback
 
 
-class DRIVEPruningCallback(PruningCallback):
+class DRIVEPruningCallback(WarmupPruningCallback):
     """Train densely for a few epochs, prune by DRIVE, and train the sparse network to the end.
 
     DRIVE is "Dual Gradient-Based Rapid Iterative Pruning" (Saikumar & Varghese, 2024, Algorithm 1). Kept are exactly
@@ -33,6 +34,8 @@ class DRIVEPruningCallback(PruningCallback):
         bn_batches: Training batches for re-estimating BatchNorm's running statistics after pruning, at least 0;
             0 leaves them as they are.
         reset_best: Whether ModelCheckpoint and EarlyStopping forget the dense epochs when the network is pruned.
+        control: For comparison: ``shuffle`` shuffles the masks within each parameter; ``reinit`` keeps the masks, and
+            trains from new initial values of the survivors. Default: neither.
 
     Attributes:
         masks: The masks (:class:`lightning_drive.Masks`), on the CPU; empty before pruning.
@@ -65,6 +68,7 @@ class DRIVEPruningCallback(PruningCallback):
         loss_fn: Callable | None = None,  # type: ignore[type-arg]  # jsonargparse misreads a parametrised Callable
         bn_batches: int = 20,
         reset_best: bool = True,
+        control: Control = "none",
     ) -> None:
         super().__init__(
             DRIVE(rounds=rounds, batches_per_round=batches_per_round, mode=mode),
@@ -77,4 +81,153 @@ class DRIVEPruningCallback(PruningCallback):
             loss_fn=loss_fn,
             bn_batches=bn_batches,
             reset_best=reset_best,
+            control=control,
+        )
+
+
+class SNIPPruningCallback(WarmupPruningCallback):
+    """Prune by SNIP before training, and train the sparse network.
+
+    SNIP is single-shot pruning by connection sensitivity (Lee et al., 2019). One shot commonly cuts deep networks off
+    at 99 % and more; with many rounds it is iterative SNIP, which does not. Kept are exactly
+    ``round(P * (1 - sparsity))`` of the ``P`` prunable weights.
+
+    Args:
+        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``: 0.98 keeps 2 %.
+        warmup_epochs: Dense epochs before pruning, at least 0; 0 prunes at initialisation, as the paper does.
+        rounds: Pruning rounds, at least 1; 1 is the paper's single shot. Each costs a forward and backward pass per
+            batch.
+        batches_per_round: Training batches whose gradients are summed in each round, at least 1.
+        schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
+            number of weights.
+        scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
+        include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all linear
+            and convolutional layers.
+        exclude: Glob patterns over parameter names that stay dense.
+        mode: ``train``: BatchNorm uses batch statistics while scoring; ``eval``: running statistics. Dropout is off
+            in both.
+        loss_fn: Function ``loss_fn(pl_module, batch)`` that returns the loss to score by. Default: the module's
+            ``training_step``, with logging silenced. Needed for manual optimization.
+        bn_batches: Training batches for re-estimating BatchNorm's running statistics after pruning, at least 0;
+            0 leaves them as they are.
+        reset_best: Whether ModelCheckpoint and EarlyStopping forget the dense epochs when the network is pruned.
+        control: For comparison: ``shuffle`` shuffles the masks within each parameter; ``reinit`` keeps the masks, and
+            trains from new initial values of the survivors. Default: neither.
+
+    Attributes:
+        masks: The masks (:class:`lightning_drive.Masks`), on the CPU; empty before pruning.
+        pruned: Whether the network has been pruned.
+        report: What was pruned (:class:`lightning_drive.PruningReport`); ``None`` before pruning.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> callback = SNIPPruningCallback(sparsity=0.9)
+        >>> trainer = pl.Trainer(max_epochs=50, callbacks=[callback], logger=False)
+
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        warmup_epochs: int = 0,
+        rounds: int = 1,
+        batches_per_round: int = 1,
+        schedule: Schedule = "exponential",
+        scope: Scope = "global",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        mode: Mode = "train",
+        loss_fn: Callable | None = None,  # type: ignore[type-arg]  # jsonargparse misreads a parametrised Callable
+        bn_batches: int = 20,
+        reset_best: bool = True,
+        control: Control = "none",
+    ) -> None:
+        super().__init__(
+            SNIP(rounds=rounds, batches_per_round=batches_per_round, mode=mode),
+            sparsity=sparsity,
+            warmup_epochs=warmup_epochs,
+            schedule=schedule,
+            scope=scope,
+            include=include,
+            exclude=exclude,
+            loss_fn=loss_fn,
+            bn_batches=bn_batches,
+            reset_best=reset_best,
+            control=control,
+        )
+
+
+class SynFlowPruningCallback(WarmupPruningCallback):
+    """Prune by SynFlow before training, without data, and train the sparse network.
+
+    SynFlow is iterative synaptic flow pruning (Tanaka et al., 2020, Algorithm 1). It reads nothing but the shape of
+    the input: of the module's ``example_input_array``, or else of the first tensor of a training batch, which the
+    module's ``forward`` must take. It always scores in float64 and in eval mode. It is not defined for transformers.
+    Kept are exactly ``round(P * (1 - sparsity))`` of the ``P`` prunable weights.
+
+    Args:
+        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``: 0.98 keeps 2 %.
+        warmup_epochs: Dense epochs before pruning, at least 0; 0 prunes at initialisation, as the paper does.
+        rounds: Pruning rounds, at least 1. Each costs a forward and backward pass on one image of ones.
+        schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
+            number of weights.
+        scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
+        include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all linear
+            and convolutional layers.
+        exclude: Glob patterns over parameter names that stay dense.
+        bn_batches: Training batches for re-estimating BatchNorm's running statistics after pruning, at least 0;
+            0 leaves them as they are.
+        reset_best: Whether ModelCheckpoint and EarlyStopping forget the dense epochs when the network is pruned.
+        control: For comparison: ``shuffle`` shuffles the masks within each parameter; ``reinit`` keeps the masks, and
+            trains from new initial values of the survivors. Default: neither.
+
+    Attributes:
+        masks: The masks (:class:`lightning_drive.Masks`), on the CPU; empty before pruning.
+        pruned: Whether the network has been pruned.
+        report: What was pruned (:class:`lightning_drive.PruningReport`); ``None`` before pruning.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> callback = SynFlowPruningCallback(sparsity=0.98)
+        >>> trainer = pl.Trainer(max_epochs=50, callbacks=[callback], logger=False)
+
+    """
+
+    _needs_loss = False
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        warmup_epochs: int = 0,
+        rounds: int = 100,
+        schedule: Schedule = "exponential",
+        scope: Scope = "global",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        bn_batches: int = 20,
+        reset_best: bool = True,
+        control: Control = "none",
+    ) -> None:
+        super().__init__(
+            SynFlow(rounds=rounds),
+            sparsity=sparsity,
+            warmup_epochs=warmup_epochs,
+            schedule=schedule,
+            scope=scope,
+            include=include,
+            exclude=exclude,
+            loss_fn=None,
+            bn_batches=bn_batches,
+            reset_best=reset_best,
+            control=control,
         )

@@ -2,9 +2,9 @@
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -24,6 +24,44 @@ def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
     ]
 
 
+def restart_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let running averages begin again with the module as it is now.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+
+    """
+    for callback in callbacks_of(trainer):
+        average = getattr(callback, "_average_model", None)
+        if average is None:
+            continue
+        module = average.module if isinstance(average, AveragedModel) else average
+        with torch.no_grad():
+            for mean, now in (
+                *zip(module.parameters(), pl_module.parameters(), strict=True),
+                *zip(module.buffers(), pl_module.buffers(), strict=True),
+            ):
+                mean.copy_(now)
+        count = getattr(average if isinstance(average, AveragedModel) else callback, "n_averaged", None)
+        if count is not None:
+            count.zero_()
+        if isinstance(callback, StochasticWeightAveraging):  # it takes what it finds at the start of an epoch
+            callback._latest_update_epoch = trainer.current_epoch
+
+
+def hold_off_early_stopping(trainer: pl.Trainer) -> None:
+    """Let EarlyStopping count from here: what comes before a rewind says nothing about what comes after it.
+
+    Args:
+        trainer: The Trainer.
+
+    """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, EarlyStopping):
+            callback.wait_count, callback.best_score = 0, _worst(callback)
+
+
 def forget_best(trainer: pl.Trainer) -> None:
     """Let best-model tracking begin again: a dense epoch must not win "best" over the sparse ones.
 
@@ -35,17 +73,17 @@ def forget_best(trainer: pl.Trainer) -> None:
     for callback in callbacks_of(trainer):
         if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or callback.monitor is None:
             continue
-        worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
         if isinstance(callback, EarlyStopping):
-            callback.wait_count, callback.best_score = 0, worst
+            callback.wait_count, callback.best_score = 0, _worst(callback)
         else:
-            callback.best_k_models, callback.kth_best_model_path, callback.kth_value = {}, "", worst
+            callback.best_k_models, callback.kth_best_model_path = {}, ""
+            callback.kth_value = _worst(callback)
             callback.best_model_path, callback.best_model_score, callback.current_score = "", None, None
         forgotten.append(f"{type(callback).__name__} (monitor={callback.monitor!r})")
     if forgotten:
         rank_zero_info(
-            f"{', '.join(forgotten)}: tracking of the best begins again with the sparse network. Files of dense epochs"
-            " stay where they are. `reset_best=False` turns this off."
+            f"{', '.join(forgotten)}: tracking of the best begins again with the sparse network. Files of earlier"
+            " epochs stay where they are. `reset_best=False` turns this off."
         )
 
 
@@ -57,3 +95,7 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 
     """
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
+
+
+def _worst(callback: EarlyStopping | ModelCheckpoint) -> Tensor:
+    return torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)

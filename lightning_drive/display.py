@@ -14,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 def progress(trainer: pl.Trainer, description: str, total: int) -> Generator[Callable[[], None]]:
     """Show a bar within the Trainer's progress bar, Rich or tqdm; one line of text if there is none.
 
+    A single step shows nothing.
+
     Args:
         trainer: The running Trainer.
         description: What is being done.
@@ -24,7 +26,9 @@ def progress(trainer: pl.Trainer, description: str, total: int) -> Generator[Cal
 
     """
     bar = trainer.progress_bar_callback
-    if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
+    if total == 1:
+        yield lambda: None
+    elif isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
         rich = bar.progress
         style = bar.theme.description
         task = rich.add_task(f"[{style}]{description}" if style else description, total=total)

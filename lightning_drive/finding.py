@@ -127,20 +127,27 @@ def search(
     scope: Scope = "global",
     example_input: Tensor | None = None,
     on_round: Callable[[int, Masks], None] | None = None,
+    only_round: int | None = None,
+    shuffle: torch.Generator | None = None,
 ) -> Found:
     """Find masks and tell what happened: :func:`find_masks` for a caller that warns and reports in its own way.
 
     The arguments are those of :func:`find_masks`, with the live prunable ``parameters`` by name in place of
-    ``include`` and ``exclude``.
+    ``include`` and ``exclude``, and two more: ``only_round`` does a single one of the method's rounds, from the masks
+    that those before it left, and ``shuffle`` gives the outcome in a random order within each parameter.
     """
-    check_settings(method, sparsity, schedule, scope)
+    check_method(method)
+    check_settings(sparsity, schedule, scope)
     current = _starting_masks(parameters, masks, sparsity)
     start = min(current.sparsity, sparsity)  # rounding may have taken one weight more
+    rounds = range(1, method.rounds + 1)
+    if only_round is not None:
+        start, rounds = 0.0, range(only_round, only_round + 1)
     network = Network(module, parameters, batches, loss_fn, example_input)
     cuts: list[str] = []
     with gradients.undisturbed(module, method.mode):
         current.apply_(module)
-        for index in range(1, method.rounds + 1):
+        for index in rounds:
             density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
             current, rankings = _prune(method.score(network), current, density, scope)
             current.apply_(module)
@@ -149,26 +156,39 @@ def search(
                 on_round(index, current)
     if len(cuts) > 1:
         cuts[:] = [f"{cuts[0]} This happened {len(cuts)} times."]
+    if shuffle is not None:
+        current = current.shuffled(shuffle)
     active, path_error = _active(network, current)
     return Found(current, active, path_error, [*network.warnings, *cuts, *_collapses(current, active)])
 
 
-def check_settings(method: Method, sparsity: float, schedule: str, scope: str) -> None:
-    """Refuse settings that no module could be pruned with.
+def check_method(method: Method) -> None:
+    """Refuse what is not a method.
 
     Args:
         method: An instance of a method.
+
+    Raises:
+        TypeError: If it is not, for example the class itself.
+
+    """
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise TypeError(f"`method` must be an instance of a method, such as `DRIVE(rounds=100)`, got {method!r}.")
+
+
+def check_settings(sparsity: float, schedule: str, scope: str) -> None:
+    """Refuse settings that no module could be pruned with.
+
+    Args:
         sparsity: Fraction removed, in ``[0, 1)``.
         schedule: ``"exponential"`` or ``"linear"``.
         scope: ``"global"`` or ``"layerwise"``.
 
     Raises:
-        TypeError: If the method is not an instance of a method, or ``sparsity`` not a number.
-        ValueError: If ``sparsity`` is out of range or a choice is not one.
+        TypeError: If ``sparsity`` is not a number.
+        ValueError: If it is out of range, or a choice is not one.
 
     """
-    if isinstance(method, type) or not isinstance(method, Method):
-        raise TypeError(f"`method` must be an instance of a method, such as `DRIVE(rounds=100)`, got {method!r}.")
     schedules.check_sparsity(sparsity)
     check_choice("schedule", schedule, Schedule)
     check_choice("scope", scope, Scope)

@@ -97,6 +97,29 @@ class Masks(Mapping[str, Tensor]):
         """
         return Masks({name: mask.to(device) for name, mask in self.items()})
 
+    def shuffled(self, generator: torch.Generator) -> "Masks":
+        """Give random masks that keep as many weights of every parameter as these do.
+
+        The control of Frankle et al. (2021, "Pruning Neural Networks at Initialization: Why Are We Missing the
+        Mark?"): a method whose masks do no better than their shuffled copies has only found out how many weights each
+        layer needs.
+
+        Args:
+            generator: A random generator; equal seeds on equal devices give equal masks.
+
+        Example:
+            >>> masks = Masks({"weight": torch.tensor([[True, True, False], [False, False, False]])})
+            >>> shuffled = masks.shuffled(torch.Generator().manual_seed(0))
+            >>> shuffled.num_kept, shuffled == masks
+            (2, False)
+
+        """
+        orders = {
+            name: torch.randperm(mask.numel(), generator=generator, device=generator.device).to(mask.device)
+            for name, mask in self.items()
+        }
+        return Masks({name: mask.flatten()[orders[name]].view_as(mask) for name, mask in self.items()})
+
     def apply_(self, module: nn.Module) -> None:
         """Set the pruned weights of a module to exactly 0, in place.
 

@@ -1,7 +1,7 @@
 """Methods that score weights: one frozen dataclass per paper, and the network as they see it."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_drive import flow, gradients, scores
 from lightning_drive.gradients import LossFunction, Mode
+from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
 
 
@@ -231,11 +232,14 @@ class Random:
     Args:
         rounds: Number of rounds, at least 1. Scores are the same in each.
         seed: Seed of the scores; the global random state is neither used nor changed.
+        like: Keep as many weights of every parameter as these masks do, where ``sparsity`` and scope are theirs, too;
+            the same as :meth:`Masks.shuffled`. By default all weights have the same chance.
 
     """
 
     rounds: int = 1
     seed: int = 0
+    like: Masks | None = field(default=None, repr=False, hash=False)
     mode: ClassVar[Mode] = "eval"
 
     def __post_init__(self) -> None:
@@ -244,10 +248,20 @@ class Random:
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by uniform random numbers drawn on the CPU."""
         generator = torch.Generator().manual_seed(self.seed)
-        return {
+        found = {
             name: torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
             for name, weight in network.weights.items()
         }
+        if self.like is None:
+            return found
+        if self.like.keys() != network.weights.keys():
+            different = listed(sorted(self.like.keys() ^ network.weights.keys()))
+            raise ValueError(
+                f"`like` must cover exactly the prunable parameters, but {different} is in only one of the two."
+            )
+        self.like.parameters_of(network.module)  # or an error that names the shape that differs
+        preferred = self.like.shuffled(generator)
+        return {name: score + preferred[name].to(score.device) for name, score in found.items()}
 
 
 def with_fewer_rounds(method: Method, most: int) -> Method:

@@ -3,9 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from lightning_drive.masking import Masks
+
+Control: TypeAlias = Literal["none", "shuffle", "reinit"]
+
+_CONTROLS = {
+    "shuffle": "the masks were shuffled within each parameter",
+    "reinit": "the survivors were re-initialised",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,9 @@ class PruningReport:
         step: ``trainer.global_step`` at that moment.
         digest: :meth:`Masks.digest` of the masks.
         warnings: What went less than well.
+        control: What was changed afterwards for comparison: ``"none"``, ``"shuffle"`` (the masks, within each
+            parameter) or ``"reinit"`` (the values of the survivors).
+        cycle: How many cycles of iterative magnitude pruning lie behind; ``None`` with other methods.
 
     Example:
         >>> layer = LayerReport("fc.weight", (2, 4), num_weights=8, num_kept=2, num_active=1)
@@ -69,6 +79,8 @@ class PruningReport:
     step: int
     digest: str
     warnings: tuple[str, ...]
+    control: Control = "none"
+    cycle: int | None = None
 
     @classmethod
     def of(
@@ -81,6 +93,8 @@ class PruningReport:
         epoch: int,
         step: int,
         warnings: Sequence[str],
+        control: Control = "none",
+        cycle: int | None = None,
     ) -> "PruningReport":
         """Measure masks.
 
@@ -92,6 +106,8 @@ class PruningReport:
             epoch: The epoch at whose start the network was pruned.
             step: The global step at that moment.
             warnings: What went less than well.
+            control: What was changed afterwards for comparison.
+            cycle: How many cycles of iterative magnitude pruning lie behind.
 
         """
         layers = tuple(
@@ -104,7 +120,7 @@ class PruningReport:
             )
             for name, mask in masks.items()
         )
-        return cls(method, layers, seconds, epoch, step, masks.digest(), tuple(warnings))
+        return cls(method, layers, seconds, epoch, step, masks.digest(), tuple(warnings), control, cycle)
 
     @property
     def num_weights(self) -> int:
@@ -133,6 +149,10 @@ class PruningReport:
         if len(active) < len(self.layers):
             return None
         return (self.num_weights - sum(active)) / self.num_weights
+
+    @property
+    def _after_cycle(self) -> str:
+        return "" if self.cycle is None else f", cycle {self.cycle},"
 
     def to_dict(self) -> dict[str, Any]:
         """Give everything in plain types that JSON and ``torch.load(weights_only=True)`` know."""
@@ -164,8 +184,9 @@ class PruningReport:
         effective = self.effective_sparsity
         return "\n".join(
             [
-                f"Pruned by {self.method} at the start of epoch {self.epoch} (step {self.step})"
+                f"Pruned by {self.method}{self._after_cycle} at the start of epoch {self.epoch} (step {self.step})"
                 f" in {self.seconds:.1f} s",
+                *([f"control: {_CONTROLS[self.control]}"] if self.control != "none" else []),
                 *_aligned(rows),
                 f"sparsity {self.sparsity:.2%}, effective sparsity "
                 + ("not measured" if effective is None else f"{effective:.2%}")

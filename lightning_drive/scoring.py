@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
-from lightning_drive import gradients
+from lightning_drive import flow, gradients
 
 
 class TrainingBatches:
@@ -26,28 +26,23 @@ class TrainingBatches:
 
     The Trainer's live iterator is never touched: with persistent workers, ``iter(trainer.train_dataloader)`` would
     restart it and training would lose batches. Every pass starts at the loader's first batch, in its own order and
-    under ``limit_train_batches``; both transfer hooks of the module run.
+    under ``limit_train_batches``; both transfer hooks of the module run. Reading them raises what :func:`check_data`
+    does.
 
     Args:
         trainer: A Trainer in the middle of ``fit``.
         pl_module: Its module.
-
-    Raises:
-        MisconfigurationException: If a stream cannot be read a second time.
 
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._trainer = trainer
         self._pl_module = pl_module
-        live = trainer.fit_loop._combined_loader
-        assert live is not None  # there is one from `on_train_start` on
-        self._live = live.flattened
-        self._loader = CombinedLoader(live.iterables, live._mode)
-        self._loader.flattened = [_independent(loader) for loader in live.flattened]
-        self._loader.limits = live.limits
+        self._loader: CombinedLoader | None = None
 
     def __iter__(self) -> Iterator[Any]:
+        if self._loader is None:
+            self._loader = _independent(_live(self._trainer))
         length = self._trainer.num_training_batches  # the loop, not the loader, counts up to `limit_train_batches`
         for batch, _, _ in islice(iter(self._loader), int(length) if math.isfinite(length) else None):
             if batch is not None:
@@ -61,14 +56,40 @@ class TrainingBatches:
     @contextmanager
     def opened(self) -> Generator["TrainingBatches"]:
         """Stop workers at the end, and put the random generators that the loaders own back to where they were."""
-        generators = {id(found): found for loader in self._live for found in _generators_of(loader)}
+        loaders = _live(self._trainer).flattened
+        generators = {id(found): found for loader in loaders for found in _generators_of(loader)}
         states = {key: generator.get_state() for key, generator in generators.items()}
         try:
             yield self
         finally:
-            self._loader.reset()
+            if self._loader is not None:
+                self._loader.reset()
             for key, generator in generators.items():
                 generator.set_state(states[key])
+
+
+def check_data(trainer: pl.Trainer) -> None:
+    """Refuse training data that cannot be read a second time.
+
+    Args:
+        trainer: A Trainer in the middle of ``fit``, after ``on_train_start``.
+
+    Raises:
+        MisconfigurationException: If it is a stream.
+
+    """
+    _independent(_live(trainer))
+
+
+def steps_per_epoch(trainer: pl.Trainer) -> float:
+    """Count the optimizer steps of an epoch; infinite where the length of the data is not known.
+
+    Args:
+        trainer: A Trainer in the middle of ``fit``, after ``on_train_start``.
+
+    """
+    batches = trainer.num_training_batches
+    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
 
 
 def training_step_loss(trainer: pl.Trainer) -> gradients.LossFunction:
@@ -95,6 +116,17 @@ def training_step_loss(trainer: pl.Trainer) -> gradients.LossFunction:
         return loss
 
     return loss_fn
+
+
+def forward(pl_module: pl.LightningModule, batch: Any) -> Tensor:
+    """Run a batch's first tensor through ``forward``, in place of a loss where nothing but statistics is wanted.
+
+    Args:
+        pl_module: The module.
+        batch: A batch with a tensor in it.
+
+    """
+    return pl_module(flow.first_tensor(batch))  # type: ignore[no-any-return]
 
 
 def check_training_step(pl_module: pl.LightningModule) -> None:
@@ -157,8 +189,22 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def _independent(loader: Any) -> Any:
-    """Copy a loader so far that iterating the copy leaves the original alone."""
+def _live(trainer: pl.Trainer) -> CombinedLoader:
+    """Give the loader that training itself reads; there is one from `on_train_start` on."""
+    live = trainer.fit_loop._combined_loader
+    assert live is not None
+    return live
+
+
+def _independent(live: CombinedLoader) -> CombinedLoader:
+    """Copy a combined loader so far that iterating the copy leaves the original alone."""
+    loader = CombinedLoader(live.iterables, live._mode)
+    loader.flattened = [_independent_part(part) for part in live.flattened]
+    loader.limits = live.limits
+    return loader
+
+
+def _independent_part(loader: Any) -> Any:
     dataset = getattr(loader, "dataset", None)
     in_workers = getattr(loader, "num_workers", 0) > 0
     if isinstance(loader, Iterator) or (isinstance(dataset, Iterator) and not in_workers):

@@ -12,9 +12,10 @@ FLOORS = (
     {"prunable", "gradients", "flow", "masking", "rewinding"},
     {"methods", "report"},
     {"finding"},
-    {"companions", "display", "scoring"},
+    {"companions", "display", "scoring", "phases"},
     {"pruning"},
-    {"callbacks"},
+    {"warmup"},
+    {"callbacks", "lottery"},
 )
 FIRST_LIGHTNING_FLOOR = 4
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning", "lightning_utilities", "torchmetrics"}

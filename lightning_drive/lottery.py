@@ -1,0 +1,365 @@
+"""Iterative magnitude pruning: cycles of training, pruning and rewinding inside one fit."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from typing_extensions import override
+
+from lightning_drive import companions, methods, phases, scoring
+from lightning_drive.finding import Scope
+from lightning_drive.methods import Magnitude
+from lightning_drive.pruning import PruningCallback, is_quick_check
+from lightning_drive.report import Control
+from lightning_drive.schedules import Schedule
+
+
+class IMPPruningCallback(PruningCallback):
+    """Find a lottery ticket by iterative magnitude pruning (IMP), and train it, inside one ``trainer.fit``.
+
+    In each cycle the network trains for ``epochs_per_cycle`` epochs. Then the weights of the smallest magnitude are
+    removed, and everything else returns to where it was at the start of epoch ``rewind_epoch``: surviving weights,
+    biases, all buffers, optimizer state and learning-rate schedules (Frankle & Carbin, 2019; with ``rewind_epoch`` > 0,
+    Frankle et al., 2020). After cycle ``c`` of ``C`` exactly ``round(P * (1 - sparsity) ** (c / C))`` of the ``P``
+    prunable weights are left. The last cut falls at the start of epoch ``cycles * epochs_per_cycle``, and the ticket
+    trains from there to ``max_epochs``, which must be larger.
+
+    ``configure_optimizers`` sees each phase as if it were the whole training: ``trainer.max_epochs`` is there
+    ``rewind_epoch + epochs_per_cycle``, and ``trainer.estimated_stepping_batches`` goes with it. If the last phase is
+    of another length, ``configure_optimizers`` is called once more for its schedulers.
+
+    Running averages (EMA, SWA) begin again with every cycle. EarlyStopping is held off until the last cut, and
+    ModelCheckpoint then tracks the best anew. Checkpoints hold a copy of the rewind point until the last cut.
+
+    Args:
+        sparsity: Fraction of the prunable weights to remove in all, in ``[0, 1)``: 0.98 keeps 2 %.
+        cycles: How often to train, prune and rewind, at least 1.
+        epochs_per_cycle: Epochs to train before each cut, at least 1.
+        rewind_epoch: The epoch of the first cycle to whose start everything returns, from 0 (the initial weights) to
+            ``epochs_per_cycle - 1``.
+        schedule: ``exponential`` removes the same fraction of the survivors in every cycle, ``linear`` the same
+            number of weights.
+        scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
+        include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all linear
+            and convolutional layers.
+        exclude: Glob patterns over parameter names that stay dense.
+        bn_batches: Taken like by its siblings, but without effect: BatchNorm's statistics return with the weights.
+        reset_best: Whether ModelCheckpoint and EarlyStopping forget what was before the last cut.
+        control: For comparison: ``shuffle`` shuffles the final masks within each parameter; ``reinit`` keeps the
+            masks, and trains from new initial values of the survivors. Default: neither.
+
+    Attributes:
+        masks: The masks (:class:`lightning_drive.Masks`), on the CPU; empty in the first cycle.
+        pruned: Whether the network has been pruned: ``False`` in the first cycle.
+        report: What was pruned last (:class:`lightning_drive.PruningReport`); ``None`` in the first cycle.
+        cycle: How many cycles lie behind, from 0 to ``cycles``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        Five cycles of ten epochs, and 30 epochs for the ticket:
+
+        >>> import lightning.pytorch as pl
+        >>> callback = IMPPruningCallback(sparsity=0.9, cycles=5, epochs_per_cycle=10)
+        >>> trainer = pl.Trainer(max_epochs=5 * 10 + 30, callbacks=[callback], logger=False)
+
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        cycles: int = 50,
+        epochs_per_cycle: int = 20,
+        rewind_epoch: int = 0,
+        schedule: Schedule = "exponential",
+        scope: Scope = "global",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        bn_batches: int = 20,
+        reset_best: bool = True,
+        control: Control = "none",
+    ) -> None:
+        methods.check_count("cycles", cycles)
+        methods.check_count("epochs_per_cycle", epochs_per_cycle)
+        methods.check_count("rewind_epoch", rewind_epoch, least=0)
+        methods.check_count("bn_batches", bn_batches, least=0)
+        if rewind_epoch >= epochs_per_cycle:
+            raise ValueError(
+                f"`rewind_epoch` is an epoch of the first cycle, so it must be less than `epochs_per_cycle`"
+                f" ({epochs_per_cycle}), got {rewind_epoch}."
+            )
+        if control == "reinit" and rewind_epoch > 0:
+            raise ValueError(
+                "`control='reinit'` trains from new initial values, so it needs `rewind_epoch=0`, got"
+                f" rewind_epoch={rewind_epoch}."
+            )
+        super().__init__(
+            sparsity=sparsity,
+            schedule=schedule,
+            scope=scope,
+            include=include,
+            exclude=exclude,
+            reset_best=reset_best,
+            control=control,
+            remember_epoch=rewind_epoch,
+        )
+        self.cycles = cycles
+        self.epochs_per_cycle = epochs_per_cycle
+        self.rewind_epoch = rewind_epoch
+        self.bn_batches = bn_batches
+        self._max_epochs = -1
+        self._planned: int | None = None
+        self._undo_plan: Callable[[], None] | None = None
+        self._schedulers: list[LRSchedulerConfig] = []
+
+    @property
+    def cycle(self) -> int:
+        """How many cycles lie behind."""
+        return 0 if self.report is None or self.report.cycle is None else self.report.cycle
+
+    # When.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let ``configure_optimizers`` see one cycle."""
+        super().setup(trainer, pl_module, stage)
+        self._planned = None
+        if stage != "fit" or is_quick_check(trainer) or (self._finished and self.masks.hold_for(pl_module)):
+            return
+        self._max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs  # other callbacks may change it
+        self._check_epochs()
+        self._planned = self._cycle_length
+        self._undo_plan = phases.plan(trainer, pl_module, self._planned)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what cannot work, and start afresh on a module that the masks were not made for."""
+        self._forget_plan()
+        super().on_fit_start(trainer, pl_module)
+        self._schedulers = list(trainer.lr_scheduler_configs)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up restored masks again, and the schedules of the last phase where it is on."""
+        if self._restored and self._finished and self._ticket_has_another_length:
+            new = self._schedulers_of_the_ticket(trainer, pl_module)
+            for config, old in zip(new, self._schedulers, strict=True):
+                config.scheduler.load_state_dict(old.scheduler.state_dict())
+            trainer.lr_scheduler_configs[:] = self._schedulers = new
+        super().on_train_start(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prune and rewind when a cycle is over."""
+        super().on_train_epoch_start(trainer, pl_module)
+        if self.reset_best and not self._finished:
+            companions.hold_off_early_stopping(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the run ended before its cycles did."""
+        if not self._finished:
+            rank_zero_warn(
+                f"Training ended in epoch {trainer.current_epoch}, in cycle {self.cycle} (counted from 0) of"
+                f" {self.cycles}: the network has a sparsity of {self.masks.sparsity:.4f}, not {self.sparsity}. Let"
+                f" training run for more than {self.cycles * self.epochs_per_cycle} epochs, or lower `cycles` or"
+                " `epochs_per_cycle`."
+            )
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave; cycles must be those of the checkpoint as long as they last."""
+        super().load_state_dict(state_dict)
+        then, now = state_dict.get("settings"), self._settings()
+        if self.cycle < state_dict["settings"]["cycles"] and then != now:
+            raise ValueError(
+                f"The checkpoint is from cycle {self.cycle} of an IMP run with {then}, but this IMPPruningCallback has"
+                f" {now}: its cycles would not follow on. Resume with the settings of the checkpoint."
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Save the masks, one bit per weight, the report, the rewind point, and the settings that they depend on."""
+        return {**super().state_dict(), "settings": self._settings()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the live parameters, schedulers and hooks of this process out of copies and pickles."""
+        return {**super().__getstate__(), "_undo_plan": None, "_schedulers": []}
+
+    # What happens when it is time.
+
+    @property
+    @override
+    def _finished(self) -> bool:
+        return self.cycle >= self.cycles
+
+    @override
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        return self._due_cycle(trainer) > self.cycle
+
+    def _due_cycle(self, trainer: pl.Trainer) -> int:
+        return (
+            self.cycles if is_quick_check(trainer) else min(trainer.current_epoch // self.epochs_per_cycle, self.cycles)
+        )
+
+    @override
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        start = time.monotonic()
+        cycle = self._due_cycle(trainer)
+        is_last = cycle == self.cycles
+        found, _ = self._search(
+            trainer,
+            pl_module,
+            Magnitude(rounds=self.cycles),
+            only_round=cycle,
+            shuffle=is_last and self.control == "shuffle",
+        )
+        # Everything is computed: from here on only commit.
+        method = (
+            f"IMP(cycles={self.cycles}, epochs_per_cycle={self.epochs_per_cycle}, rewind_epoch={self.rewind_epoch})"
+        )
+        self._record(trainer, found, method, start, control=self.control if is_last else "none", cycle=cycle)
+        self._settle(trainer, pl_module)
+        self._announce(trainer, found, f"\n{self.report}" if is_last else self._line())
+        if is_last and self.reset_best:
+            companions.forget_best(trainer)
+
+    @override
+    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._start is not None  # it is kept until training goes on after the last cut
+        if self._finished and self.control == "reinit":
+            self._reinitialise(pl_module)
+        else:
+            self._start.snapshot.rewind_(pl_module, self.masks)
+        states = self._scheduler_states(trainer, pl_module, self._start.schedulers)
+        self._start.rewind_optimizers_(trainer.optimizers, learning_rates=True)
+        for config, state in zip(self._schedulers, states, strict=True):
+            config.scheduler.load_state_dict(copy.deepcopy(dict(state)))
+        trainer.lr_scheduler_configs[:] = self._schedulers  # SWA may have put its own there
+        companions.restart_averages(trainer, pl_module)
+        super()._settle(trainer, pl_module)
+
+    def _scheduler_states(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, states: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Mapping[str, Any]]:
+        """Get schedulers for the phase that begins, and the states that they return to."""
+        if self._finished and self._ticket_has_another_length and states:
+            short = states  # of a scheduler that has not begun; those of the rewind point are not always that
+            if self.rewind_epoch:
+                configs = phases.schedulers_for(trainer, pl_module, self._cycle_length)
+                short = [config.scheduler.state_dict() for config in configs]
+            self._schedulers = self._schedulers_of_the_ticket(trainer, pl_module)
+            long = [config.scheduler.state_dict() for config in self._schedulers]
+            return [phases.adapted(*each) for each in zip(states, short, long, strict=True)]
+        if len(self._schedulers) != len(states):  # SWA removes them where it is resumed itself
+            self._schedulers = phases.schedulers_for(trainer, pl_module, self._cycle_length)
+        return states
+
+    def _schedulers_of_the_ticket(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[LRSchedulerConfig]:
+        report = self.report
+        if report is None:  # before training, to see whether they will do
+            steps = self.cycles * self.epochs_per_cycle * scoring.steps_per_epoch(trainer)
+        else:
+            steps = report.step
+        before = steps * (1 - self.rewind_epoch / (self.cycles * self.epochs_per_cycle))
+        return phases.schedulers_for(trainer, pl_module, self._ticket_length, round(before))
+
+    @property
+    def _cycle_length(self) -> int:
+        """How many epochs a learning-rate schedule runs in a cycle, those before the rewind point included."""
+        return self.rewind_epoch + self.epochs_per_cycle
+
+    @property
+    def _ticket_length(self) -> int:
+        """The same for the last phase; -1: without end."""
+        if self._max_epochs == -1:
+            return -1
+        return self.rewind_epoch + self._max_epochs - self.cycles * self.epochs_per_cycle
+
+    @property
+    def _ticket_has_another_length(self) -> bool:
+        return self._planned is not None and self._ticket_length != self._planned
+
+    @override
+    def _metrics(self) -> dict[str, float]:
+        return {**super()._metrics(), "pruning/cycle": float(self.cycle)}
+
+    def _line(self) -> str:
+        return (
+            f"IMP cycle {self.cycle} of {self.cycles} is over: {self.masks.num_kept:,} of"
+            f" {self.masks.num_prunable:,} weights are kept (sparsity {self.masks.sparsity:.2%}), and training returns"
+            f" to the start of epoch {self.rewind_epoch}."
+        )
+
+    def _settings(self) -> dict[str, int]:
+        names = ("cycles", "epochs_per_cycle", "rewind_epoch")
+        return {name: getattr(self, name) for name in names}
+
+    @override
+    def _release(self) -> None:
+        self._forget_plan()
+        super()._release()
+
+    def _forget_plan(self) -> None:
+        if self._undo_plan is not None:
+            self._undo_plan()
+            self._undo_plan = None
+
+    # What is refused before training starts.
+
+    def _check_epochs(self) -> None:
+        last_cut = self.cycles * self.epochs_per_cycle
+        if 0 <= self._max_epochs <= last_cut:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(cycles={self.cycles}, epochs_per_cycle={self.epochs_per_cycle}) prunes for the"
+                f" last time at the start of epoch {last_cut} (counted from 0) and then trains the ticket, but training"
+                f" ends after max_epochs={self._max_epochs} epochs. Set `max_epochs` to {last_cut} plus the epochs for"
+                " the ticket, or lower `cycles` or `epochs_per_cycle`."
+            )
+
+    @override
+    def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super()._check_module(trainer, pl_module)
+        for callback in companions.callbacks_of(trainer):
+            if isinstance(callback, BaseFinetuning):
+                raise MisconfigurationException(
+                    f"{type(self).__name__} cannot return to a state before {type(callback).__name__} unfroze layers:"
+                    " it would add their parameters to the optimizer in every cycle. Train with one of the two."
+                )
+
+    @override
+    def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super()._check_training(trainer, pl_module)
+        if is_quick_check(trainer) or self._planned is None:
+            return
+        last_cut = self.cycles * self.epochs_per_cycle
+        steps_per_epoch = scoring.steps_per_epoch(trainer)
+        if 0 <= trainer.max_steps <= last_cut * steps_per_epoch < math.inf:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(cycles={self.cycles}, epochs_per_cycle={self.epochs_per_cycle}) prunes for the"
+                f" last time after {last_cut * steps_per_epoch:g} steps and then trains the ticket, but training ends"
+                f" after max_steps={trainer.max_steps}. Raise `max_steps`, or lower `cycles` or `epochs_per_cycle`."
+            )
+        phases.check_frequencies(self._schedulers, self.epochs_per_cycle, self.rewind_epoch)
+        if math.isfinite(steps_per_epoch):
+            phases.check_lengths(self._schedulers, self._cycle_length, steps_per_epoch, "an IMP cycle")
+            if self._ticket_has_another_length and self._schedulers:
+                ticket = self._schedulers_of_the_ticket(trainer, pl_module)
+                phases.check_lengths(ticket, self._ticket_length, steps_per_epoch, "training the ticket")
+        for callback in companions.callbacks_of(trainer):
+            if isinstance(callback, StochasticWeightAveraging) and callback.swa_start < last_cut:
+                rank_zero_warn(
+                    f"StochasticWeightAveraging starts in epoch {callback.swa_start}, before IMP's last cut at epoch"
+                    f" {last_cut}: its learning rate ends with the cycle, and its average begins again with every"
+                    f" cycle. To average the ticket's training, set `swa_epoch_start` to {last_cut + 1} or more."
+                )

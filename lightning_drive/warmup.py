@@ -1,0 +1,153 @@
+"""Dense warm-up, one pruning, sparse training: when the early-pruning callbacks prune, and what follows."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from lightning_drive import companions, finding, gradients, methods, scoring
+from lightning_drive.finding import Scope
+from lightning_drive.methods import Method
+from lightning_drive.pruning import PruningCallback, is_quick_check
+from lightning_drive.report import Control
+from lightning_drive.schedules import Schedule
+
+
+class WarmupPruningCallback(PruningCallback):
+    """Train densely for some epochs, prune once, keep the masks until the end.
+
+    Pruning happens at the start of epoch ``warmup_epochs``, so all of the epoch before is dense, its validation and
+    checkpoint included.
+
+    Args:
+        method: The method that finds the masks.
+        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
+        warmup_epochs: Dense epochs before pruning, at least 0.
+        schedule: See :class:`~lightning_drive.pruning.PruningCallback`, as for the other arguments that are not here.
+        scope: See there.
+        include: See there.
+        exclude: See there.
+        loss_fn: ``loss_fn(pl_module, batch)`` returns the loss to score by; ``None``: the module's ``training_step``.
+        bn_batches: Training batches for re-estimating BatchNorm's statistics after pruning; 0: leave them.
+        reset_best: See there.
+        control: See there.
+
+    """
+
+    _needs_loss: ClassVar[bool] = True
+    """Whether the method scores by the gradient of a loss."""
+
+    def __init__(
+        self,
+        method: Method,
+        *,
+        sparsity: float,
+        warmup_epochs: int,
+        schedule: Schedule,
+        scope: Scope,
+        include: list[str] | None,
+        exclude: list[str] | None,
+        loss_fn: Callable[..., Any] | None,
+        bn_batches: int,
+        reset_best: bool,
+        control: Control,
+    ) -> None:
+        super().__init__(
+            sparsity=sparsity,
+            schedule=schedule,
+            scope=scope,
+            include=include,
+            exclude=exclude,
+            reset_best=reset_best,
+            control=control,
+            remember_epoch=0 if control == "reinit" else None,
+        )
+        finding.check_method(method)
+        methods.check_count("warmup_epochs", warmup_epochs, least=0)
+        methods.check_count("bn_batches", bn_batches, least=0)
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"`loss_fn` must be a function `loss_fn(pl_module, batch)` or None, got {loss_fn!r}.")
+        self.method = method
+        self.warmup_epochs = warmup_epochs
+        self.loss_fn = loss_fn
+        self.bn_batches = bn_batches
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the run ended before its warm-up did."""
+        if not self.pruned:
+            rank_zero_warn(
+                f"Training ended in epoch {trainer.current_epoch}, before the {self.warmup_epochs} warm-up epochs were"
+                " over: the network is dense. Lower `warmup_epochs`, or let training run longer."
+            )
+
+    @override
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        return is_quick_check(trainer) or trainer.current_epoch >= self.warmup_epochs
+
+    @override
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        start = time.monotonic()
+        method = methods.with_fewer_rounds(self.method, 2) if is_quick_check(trainer) else self.method
+        found, statistics = self._search(
+            trainer,
+            pl_module,
+            method,
+            loss_fn=self._loss_fn(trainer, pl_module),
+            shuffle=self.control == "shuffle",
+            bn_batches=self.bn_batches,
+        )
+        # Everything is computed: from here on only commit.
+        self._record(trainer, found, str(method), start, control=self.control)
+        gradients.load_batch_norm_statistics(statistics)
+        self._settle(trainer, pl_module)
+        self._announce(trainer, found, f"\n{self.report}")
+        if self.reset_best:
+            companions.forget_best(trainer)
+
+    @override
+    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.control == "reinit" and self._start is not None:
+            self._reinitialise(pl_module)
+            self._start.rewind_optimizers_(trainer.optimizers, learning_rates=False)
+            companions.restart_averages(trainer, pl_module)
+        super()._settle(trainer, pl_module)
+
+    def _loss_fn(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> gradients.LossFunction:
+        """Give what runs a batch through the module, and returns the loss to score by."""
+        if self._needs_loss or pl_module.automatic_optimization:
+            return self.loss_fn or scoring.training_step_loss(trainer)
+        return scoring.forward  # good enough for BatchNorm's statistics
+
+    @override
+    def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super()._check_module(trainer, pl_module)
+        if self._needs_loss and self.loss_fn is None:
+            scoring.check_training_step(pl_module)
+        if is_quick_check(trainer) or trainer.max_epochs is None:
+            return
+        if 0 <= trainer.max_epochs <= self.warmup_epochs:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes at the start of epoch"
+                f" {self.warmup_epochs} (counted from 0), but training ends after max_epochs={trainer.max_epochs}"
+                " epochs, so it would never prune. Raise `max_epochs` or lower `warmup_epochs`."
+            )
+
+    @override
+    def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super()._check_training(trainer, pl_module)
+        reads_statistics = self.bn_batches > 0 and self.warmup_epochs > 0
+        if self._needs_loss or reads_statistics or pl_module.example_input_array is None:
+            scoring.check_data(trainer)
+        steps = self.warmup_epochs * scoring.steps_per_epoch(trainer)
+        if not is_quick_check(trainer) and math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes after {steps:g} steps, but training"
+                f" ends after max_steps={trainer.max_steps}, so it would never prune. Raise `max_steps` or lower"
+                " `warmup_epochs`."
+            )
