@@ -197,11 +197,13 @@ class SynFlow:
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.scores.synflow` in float64."""
         found, total = network.synaptic_flow()
-        if total == 0:
-            raise ValueError(
-                "The synaptic flow R is 0: no signal reaches the output. A layer is zero-initialised or empty, or the"
-                " input is integer-valued; start from weights that are not zero, for example after a warm-up."
+        if total == 0 or not any(gradient.any() for gradient in found.values()):
+            cause = " ".join(network.warnings) or (
+                "A layer is zero-initialised or empty, or the input is integer-valued; start from weights that are not"
+                " zero, for example after a warm-up."
             )
+            where = "no signal reaches the output" if total == 0 else "but it does not depend on any weight"
+            raise ValueError(f"The synaptic flow R is {total:g}: {where}. {cause}")
         return {name: scores.synflow(weight.detach(), found.pop(name)) for name, weight in network.weights.items()}
 
 
