@@ -12,8 +12,29 @@ from typing import Any
 import fits
 import lightning.pytorch as pl
 import torch
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
+
+from lightning_drive import IMPPruningCallback
 
 EPOCHS, WARMUP = 4, 2
+CYCLES, EPOCHS_PER_CYCLE, IMP_EPOCHS = 2, 2, 7  # a ticket of another length than a cycle
+
+
+class Scheduled(fits.ConvModule):
+    """With a learning-rate schedule, of which OneCycleLR reads its length from the Trainer."""
+
+    def __init__(self, optimizer: str, scheduler: str | None) -> None:
+        super().__init__(optimizer)
+        self.scheduler = scheduler
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        if self.scheduler == "onecycle":
+            scheduler = OneCycleLR(optimizer, self.lr, self.trainer.estimated_stepping_batches)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        if self.scheduler == "step":
+            return {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, step_size=1, gamma=0.5)}
+        return optimizer
 
 
 class SaveEverywhere(pl.Callback):
@@ -59,25 +80,61 @@ class CountPruning(pl.Callback):
         self.last = digest
 
 
+class Rates(pl.Callback):
+    """Writes down the learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.rates: dict[int, float] = {}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.rates[trainer.global_step] = trainer.optimizers[0].param_groups[0]["lr"]
+
+
+def pruning_for(method: str, rewind_epoch: int) -> Any:
+    if method == "drive":
+        return fits.drive(warmup_epochs=WARMUP)
+    return IMPPruningCallback(sparsity=0.8, cycles=CYCLES, epochs_per_cycle=EPOCHS_PER_CYCLE, rewind_epoch=rewind_epoch)
+
+
+def forget(module: torch.nn.Module) -> None:
+    """Start from other weights than the first process did: all that matters must come from the checkpoint."""
+    generator = torch.Generator().manual_seed(99)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(generator=generator)
+
+
 def run(
-    folder: Path, optimizer: str, *, ckpt_path: Path | None = None, save: bool = False, kill: int | None = None
+    folder: Path,
+    optimizer: str,
+    *,
+    method: str = "drive",
+    scheduler: str | None = None,
+    rewind_epoch: int = 0,
+    ckpt_path: Path | None = None,
+    save: bool = False,
+    kill: int | None = None,
 ) -> Any:
     """Train from the start or from a checkpoint, and give what is left at the end."""
     torch.set_num_threads(1)
-    module, callback = fits.ConvModule(optimizer), fits.drive(warmup_epochs=WARMUP)
-    counter = CountPruning(callback)
-    callbacks: list[pl.Callback] = [callback, counter]
+    module, callback = Scheduled(optimizer, scheduler), pruning_for(method, rewind_epoch)
+    if ckpt_path is not None:
+        forget(module)
+    counter, rates = CountPruning(callback), Rates()
+    callbacks: list[pl.Callback] = [callback, counter, rates]
     if save:
         callbacks.append(SaveEverywhere(folder))
     if kill is not None:
         callbacks += [KillItself(kill)]
-    fits.trainer(folder, *callbacks, max_epochs=EPOCHS).fit(module, fits.loader(), ckpt_path=ckpt_path)
+    max_epochs = EPOCHS if method == "drive" else IMP_EPOCHS
+    fits.trainer(folder, *callbacks, max_epochs=max_epochs).fit(module, fits.loader(), ckpt_path=ckpt_path)
     return {
         "state": fits.state_of(module),
         "digest": callback.masks.digest(),
         "changes": counter.changes,
         "pruned_in_epoch": callback.report.epoch if callback.report else None,
         "optimizer": [value for state in module.optimizers().state.values() for value in state.values()],
+        "rates": rates.rates,
     }
 
 
@@ -85,12 +142,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--optimizer", default="sgd")
+    parser.add_argument("--method", default="drive", choices=["drive", "imp"])
+    parser.add_argument("--scheduler", choices=["onecycle", "step"])
+    parser.add_argument("--rewind-epoch", type=int, default=0)
     parser.add_argument("--resume", type=Path, nargs="*")
     parser.add_argument("--kill", type=int)
-    arguments = parser.parse_args()
-    if arguments.resume is None:
-        result = run(arguments.folder, arguments.optimizer, save=True, kill=arguments.kill)
-        torch.save(result, arguments.folder / "final.pt")
+    settings = vars(parser.parse_args())
+    folder, resume, kill = settings["folder"], settings.pop("resume"), settings.pop("kill")
+    if resume is None:
+        torch.save(run(**settings, save=True, kill=kill), folder / "final.pt")
     else:
-        resumed = {path.stem: run(arguments.folder, arguments.optimizer, ckpt_path=path) for path in arguments.resume}
-        torch.save(resumed, arguments.folder / "resumed.pt")
+        torch.save({path.stem: run(**settings, ckpt_path=path) for path in resume}, folder / "resumed.pt")

@@ -323,3 +323,29 @@ def test_zero_optimizer_state__optimizers_that_know_each_other() -> None:
 def test_from_state_dict__incomplete_error(packed: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"The packed mask of 'fc\.weight' needs a `shape` and `bits`"):
         Masks.from_state_dict({"version": 1, "masks": {"fc.weight": packed}})
+
+
+def test_shuffled() -> None:
+    """Every parameter keeps its count, any position can be kept, and only the generator's numbers are used."""
+    generator = torch.Generator().manual_seed(0)
+    masks = Masks(
+        {"a": torch.arange(24).view(4, 6) < 5, "b": torch.ones(3, dtype=torch.bool), "c": torch.arange(2) > 5}
+    )
+    state = torch.get_rng_state()
+    drawn = [masks.shuffled(generator) for _ in range(200)]
+    assert torch.get_rng_state().equal(state)
+    assert masks["a"].flatten()[:5].all()
+    for each in drawn:
+        assert {name: mask.shape for name, mask in each.items()} == {name: mask.shape for name, mask in masks.items()}
+        assert [int(mask.sum()) for mask in each.values()] == [5, 3, 0]
+    frequency = torch.stack([each["a"] for each in drawn]).double().mean(0)
+    assert (frequency - 5 / 24).abs().max() < 0.13  # 4.5 standard deviations
+    assert len({each.digest() for each in drawn}) == 200
+
+
+def test_shuffled__seed() -> None:
+    masks = Masks({"a": torch.arange(50) < 9, "b": torch.arange(50) < 9})
+    one, two, three = (masks.shuffled(torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert one == two
+    assert one != three
+    assert not one["a"].equal(one["b"])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_drive import DRIVE, SNIP, Magnitude, Masks, Random, SynFlow, find_masks, finding, methods, prunable
+from lightning_drive import DRIVE, SNIP, Magnitude, Masks, Random, SynFlow, find_masks, finding, flow, methods, prunable
 from lightning_drive.methods import Network
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -168,6 +168,40 @@ def test_find_masks__random_seed() -> None:
     masks = [find_masks(module, Random(seed=seed), sparsity=0.5) for seed in (0, 0, 1)]
     assert masks[0] == masks[1]
     assert masks[0] != masks[2]
+
+
+@pytest.mark.parametrize("scope", ["global", "layerwise"])
+def test_find_masks__random_like(scope: str) -> None:
+    """Random masks with the layer densities of others: as many weights in each parameter, elsewhere."""
+    module, batches, _ = build("conv_net")
+    settings: dict[str, Any] = {"sparsity": 0.7, "scope": scope}
+    masks = find_masks(module, SNIP(), batches=batches, loss_fn=models.loss_fn, **settings)
+    drawn = [find_masks(module, Random(seed=seed, like=masks), **settings) for seed in range(3)]
+    for each in drawn:
+        assert {name: int(mask.sum()) for name, mask in each.items()} == {
+            name: int(mask.sum()) for name, mask in masks.items()
+        }
+    assert len({each.digest() for each in (masks, *drawn)}) == 4
+    assert find_masks(module, Random(seed=0, like=masks), **settings) == drawn[0]
+    assert drawn[0] == masks.shuffled(after_scores(masks, seed=0))
+
+
+def after_scores(masks: Masks, seed: int) -> torch.Generator:
+    """The generator as `Random` has it once a score is drawn for every weight."""
+    generator = torch.Generator().manual_seed(seed)
+    for mask in masks.values():
+        torch.rand(mask.shape, generator=generator)
+    return generator
+
+
+def test_find_masks__random_like_error() -> None:
+    module = models.MLP(4, 5, 3)
+    other = Masks({"0.weight": torch.ones(5, 4, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"`like` must cover exactly the prunable parameters, but 2.weight is in only"):
+        find_masks(module, Random(like=other), sparsity=0.5)
+    other = Masks({"0.weight": torch.ones(5, 4, dtype=torch.bool), "2.weight": torch.ones(5, 3, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"mask of '2.weight' has shape \(5, 3\)"):
+        find_masks(module, Random(like=other), sparsity=0.5)
 
 
 def test_find_masks__float32_scores() -> None:
@@ -911,3 +945,39 @@ def test_search__paths_of_a_module_with_another_forward() -> None:
     assert found.active is None
     assert found.path_error.startswith("TypeError: ")
     assert found.warnings == []
+
+
+@pytest.mark.parametrize("scope", ["global", "layerwise"])
+@pytest.mark.parametrize("schedule", ["exponential", "linear"])
+def test_search__one_round_at_a_time(schedule: str, scope: str) -> None:
+    """The rounds of a method one by one, from the masks before, are the rounds in one go: IMP trains in between."""
+    module, batches, _ = build("conv_net")
+    settings: dict[str, Any] = {
+        "sparsity": 0.9,
+        "schedule": schedule,
+        "scope": scope,
+        "parameters": prunable.prunable_parameters(module),
+        "batches": batches[:1],
+        "loss_fn": models.loss_fn,
+    }
+    history: History = []
+    finding.search(module, DRIVE(rounds=5), on_round=lambda _, masks: history.append(dict(masks)), **settings)
+    masks = None
+    for index, expected in enumerate(history, 1):
+        masks = finding.search(module, DRIVE(rounds=5), only_round=index, masks=masks, **settings).masks
+        assert masks == Masks(expected)
+
+
+def test_search__shuffle() -> None:
+    """The masks are shuffled after the last round, and paths are followed in what comes out."""
+    module, batches, _ = build("mlp")
+    settings: dict[str, Any] = {
+        "sparsity": 0.9,
+        "parameters": prunable.prunable_parameters(module),
+        "batches": batches,
+        "loss_fn": models.loss_fn,
+    }
+    plain = finding.search(module, SNIP(), **settings)
+    shuffled = finding.search(module, SNIP(), shuffle=torch.Generator().manual_seed(1), **settings)
+    assert shuffled.masks == plain.masks.shuffled(torch.Generator().manual_seed(1))
+    assert shuffled.active == Masks(flow.active_masks(module, shuffled.masks, batches[0][0]))

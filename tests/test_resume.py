@@ -22,9 +22,17 @@ def start(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
+def pruning_state(checkpoint: Path) -> Any:
+    [state] = [
+        state
+        for key, state in torch.load(checkpoint, weights_only=True)["callbacks"].items()
+        if key.endswith("PruningCallback")
+    ]
+    return state
+
+
 def masks_in(checkpoint: Path) -> Masks:
-    state = torch.load(checkpoint, weights_only=True)["callbacks"]["DRIVEPruningCallback"]
-    return Masks.from_state_dict(state["masks"])
+    return Masks.from_state_dict(pruning_state(checkpoint)["masks"])
 
 
 def is_equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
@@ -86,3 +94,76 @@ def test_killed_in_the_sparse_phase(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     assert start(tmp_path / "whole").returncode == 0
     assert is_equal(torch.load(tmp_path / "whole" / "final.pt", weights_only=True), result)
+
+
+IMP_RUNS = {
+    "initial_weights": ("--optimizer", "sgd", "--scheduler", "onecycle", "--rewind-epoch", 0),
+    "later_weights": ("--optimizer", "adamw", "--scheduler", "step", "--rewind-epoch", 1),
+}
+
+
+@pytest.fixture(scope="module", params=IMP_RUNS)
+def imp_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One uninterrupted IMP run, and all runs resumed from its epoch boundaries by a second process."""
+    folder = tmp_path_factory.mktemp(request.param)
+    settings = ("--method", "imp", *IMP_RUNS[request.param])
+    whole = start(folder, *settings)
+    assert whole.returncode == 0, whole.stderr
+    checkpoints = sorted(path for path in folder.glob("*.ckpt") if not path.stem.endswith("middle"))
+    assert len(checkpoints) == resumable.IMP_EPOCHS * len(MOMENTS[1:])
+    resumed = start(folder, *settings, "--resume", *checkpoints)
+    assert resumed.returncode == 0, resumed.stderr
+    return (
+        folder,
+        torch.load(folder / "final.pt", weights_only=True),
+        torch.load(folder / "resumed.pt", weights_only=True),
+    )
+
+
+@pytest.mark.parametrize("moment", MOMENTS[1:])
+@pytest.mark.parametrize("epoch", range(resumable.IMP_EPOCHS))
+def test_resume__imp_bitwise(imp_runs: Any, epoch: int, moment: str) -> None:
+    """From every epoch boundary of every cycle: the same weights, momenta, masks and learning rates.
+
+    The second process starts from other random weights, so the rewind point is that of the checkpoint.
+    """
+    _, whole, resumed = imp_runs
+    result = resumed[f"{epoch}-{moment}"]
+    assert is_equal(whole, result)
+    assert result["digest"] == whole["digest"]
+    assert result["pruned_in_epoch"] == whole["pruned_in_epoch"] == resumable.CYCLES * resumable.EPOCHS_PER_CYCLE
+    steps = range(3 * (epoch + 1), 3 * resumable.IMP_EPOCHS)
+    assert result["rates"] == {step: whole["rates"][step] for step in steps}
+
+
+def test_resume__imp_rewind_point(imp_runs: Any, request: pytest.FixtureRequest) -> None:
+    """Checkpoints hold the point to return to from then until the last cut; later ones are smaller by it."""
+    folder, _, _ = imp_runs
+    first = int("later_weights" in request.node.name)
+    last_cut = resumable.CYCLES * resumable.EPOCHS_PER_CYCLE
+    has_start = {
+        epoch: pruning_state(folder / f"{epoch}-epoch_end.ckpt")["start"] is not None
+        for epoch in range(resumable.IMP_EPOCHS)
+    }
+    assert has_start == {epoch: first <= epoch < last_cut for epoch in range(resumable.IMP_EPOCHS)}
+    size = {epoch: (folder / f"{epoch}-epoch_end.ckpt").stat().st_size for epoch in (last_cut - 1, last_cut)}
+    assert size[last_cut] < size[last_cut - 1] - 4 * masks_in(folder / "2-epoch_end.ckpt").num_prunable
+
+
+@pytest.mark.parametrize("imp_runs", ["later_weights"], indirect=True)
+def test_killed_in_a_cycle(imp_runs: Any, tmp_path: Path) -> None:
+    """After a SIGKILL in the middle of the second cycle, the last checkpoint resumes to the same ticket."""
+    _, whole, _ = imp_runs
+    settings = ("--method", "imp", *IMP_RUNS["later_weights"])
+    killed = start(tmp_path, *settings, "--kill", 3)
+    assert killed.returncode == -signal.SIGKILL
+    last = max(tmp_path.glob("*epoch_end.ckpt"))
+    assert last.stem == "2-epoch_end"
+    before = masks_in(last)
+    assert before.num_kept == round(before.num_prunable * 0.2**0.5)
+
+    resumed = start(tmp_path, *settings, "--resume", last)
+    assert resumed.returncode == 0, resumed.stderr
+    result = torch.load(tmp_path / "resumed.pt", weights_only=True)[last.stem]
+    assert is_equal(whole, result)
+    assert result["digest"] == whole["digest"]
