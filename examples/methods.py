@@ -1,15 +1,14 @@
 r"""Compare pruning methods fairly: from the same start, on the same data, with the same number of epochs at the end.
 
-    python examples/methods.py                                                   # on scikit-learn's digits
+    python examples/methods.py                                                          # scikit-learn's digits
     python examples/methods.py --data DIR --train-images 10000 --test-images 5000 --batch-size 128 --epochs 10 \
-        --warmup-epochs 2 --rounds 20 --epochs-per-cycle 5 --sparsity 0.98 0.993 --results runs.jsonl
+        --warmup-epochs 2 --rounds 20 --epochs-per-cycle 5 --sparsity 0.98 0.993 --results runs.jsonl    # CIFAR-10
 
-The second command learns CIFAR-10, stored in `DIR` as `cifar10.py` wants it. Every network that is tested has trained
-for `--epochs` epochs under one learning-rate schedule. DRIVE's dense epochs are among them; the cycles in which IMP
-looks for its masks are not, but the column "epochs" counts them, too. "magnitude" keeps the largest initial weights,
-SNIP takes one round on one batch, and SynFlow takes 100 rounds without data. The networks are small: that of
-`digits.py`, and for CIFAR-10 four convolutions with 390,496 weights that can be pruned. All settings are ours, not
-those of the papers, which train larger networks for much longer.
+Every network that is tested has trained for `--epochs` epochs under one learning-rate schedule. DRIVE's dense epochs
+are among them; the cycles in which IMP looks for its masks are not, but the column "epochs" counts them, too.
+"magnitude" keeps the largest initial weights, SNIP takes one round on one batch, and SynFlow 100 without data. The
+networks are small: that of `digits.py`, and for CIFAR-10, stored as `cifar10.py` wants it, four convolutions with
+390,496 weights that can be pruned. All settings are ours, not those of the papers, which train for much longer.
 """
 
 import argparse
@@ -123,13 +122,12 @@ def train(settings: dict[str, Any], train_data: TensorDataset, test_data: Tensor
     own = settings["pruning"]
     pruning = CALLBACKS[settings["method"]](**own) if own else None
     epochs = settings["epochs"] + own.get("cycles", 0) * own.get("epochs_per_cycle", 0)
-    device = "cpu" if settings["data"] == "digits" else DEVICE.type
     trainer = pl.Trainer(
         max_epochs=epochs,
         callbacks=[pruning] if pruning else [],
-        accelerator=device,
+        accelerator=DEVICE.type,
         devices=1,
-        precision="bf16-mixed" if device == "cuda" else "32-true",
+        precision="bf16-mixed" if DEVICE.type == "cuda" else "32-true",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -187,7 +185,7 @@ def grouped(runs: Sequence[Run]) -> dict[tuple[float, int], list[Run]]:
 
 def print_table(runs: Sequence[Run]) -> None:
     table = Table("sparsity", "method", box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("test\naccuracy", "lowest,\nhighest", "effective\nsparsity", "pruning", "in all", "epochs"):
+    for heading in ("test\naccuracy", "lowest,\nhighest", "effective\nsparsity", "pruning", "total", "epochs"):
         table.add_column(heading, justify="right")
     last = None
     for (sparsity, method), group in grouped(runs).items():
@@ -266,7 +264,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not all(0 < sparsity < 1 for sparsity in options.sparsity):
         parser.error("argument --sparsity: these are fractions to remove, between 0 and 1")
-    if not 0 <= options.warmup_epochs < options.epochs:
+    if "DRIVE" in options.methods and not 0 <= options.warmup_epochs < options.epochs:
         parser.error("argument --warmup-epochs: must be at least 0 and less than --epochs")
     if min(options.seeds) < 0:
         parser.error("argument --seeds: must be at least 0")

@@ -1,5 +1,6 @@
 """A few lines of YAML are enough, through the real LightningCLI, and a wrong value is refused in one clear line."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
+
+import lightning_drive
 
 CONFIG = """
 seed_everything: 1
@@ -101,11 +104,39 @@ def test_wrong_value__choice(command_line: Any, capsys: pytest.CaptureFixture[st
     assert "Literal['exponential', 'linear']. Got value: cubic" in capsys.readouterr().err
 
 
-def test_help(capsys: pytest.CaptureFixture[str], command_line: Any) -> None:
+SIBLINGS = {
+    "DRIVEPruningCallback": {"warmup_epochs": 1, "rounds": 3, "mode": "eval"},
+    "SNIPPruningCallback": {"warmup_epochs": 1, "rounds": 2, "batches_per_round": 2},
+    "SynFlowPruningCallback": {"rounds": 5, "schedule": "linear"},
+    "IMPPruningCallback": {"cycles": 2, "epochs_per_cycle": 1, "rewind_epoch": 0},
+}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_siblings(command_line: Any, tmp_path: Path, name: str) -> None:
+    """Each callback comes out of YAML with its own settings and the common ones, and prunes."""
+    config = yaml.safe_load(CONFIG)
+    common = {"sparsity": 0.9, "scope": "layerwise", "include": ["features.*"], "control": "shuffle"}
+    config["trainer"]["callbacks"] = [
+        {"class_path": f"lightning_drive.{name}", "init_args": {**common, **SIBLINGS[name]}}
+    ]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    [callback, *_] = command_line().trainer.callbacks
+    assert type(callback).__name__ == name
+    assert [int(mask.sum()) for mask in callback.masks.values()] == [5, 43]
+    assert callback.report.control == "shuffle"
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_help(capsys: pytest.CaptureFixture[str], command_line: Any, name: str) -> None:
     """Every argument is there, with its meaning and its default."""
+    kind = getattr(lightning_drive, name)
     with pytest.raises(SystemExit):
-        command_line("--trainer.callbacks.help=lightning_drive.DRIVEPruningCallback")
+        command_line(f"--trainer.callbacks.help=lightning_drive.{name}")
     text = " ".join(capsys.readouterr().out.split())
-    assert "Fraction of the prunable weights to remove, in ``[0, 1)``" in text
-    for name in ("warmup_epochs", "rounds", "schedule", "scope", "include", "exclude", "mode", "loss_fn", "reset_best"):
-        assert f"--trainer.callbacks.{name}" in text
+    assert "Fraction of the prunable weights to remove" in text
+    for argument, parameter in inspect.signature(kind).parameters.items():
+        assert f"--trainer.callbacks.{argument}" in text
+        if parameter.default is not inspect.Parameter.empty:
+            default = "null" if parameter.default is None else parameter.default
+            assert f"default: {default}" in text

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     EarlyStopping,
     ModelCheckpoint,
-    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
 from torch import Tensor, nn
@@ -551,7 +551,7 @@ class Decaying(ConvModule):
 @pytest.mark.parametrize("swa_epoch_start", [1, 3, 6, 0.7])
 def test_averages_restart__swa(tmp_path: Path, swa_epoch_start: Any, pruning_first: bool) -> None:
     """SWA ends with the mean over the starts of the ticket's epochs, wherever it began, and its extra epoch."""
-    module, callback, weights = Quiet(), imp(), Weights()
+    module, callback, weights = ConvModule(), imp(), Weights()
     averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=swa_epoch_start)
     callbacks = [callback, averaging] if pruning_first else [averaging, callback]
     if swa_epoch_start in (1, 3):
@@ -580,6 +580,36 @@ def test_swa_of_the_ticket_has_its_learning_rate(tmp_path: Path, pruning_first: 
     fit(tmp_path, module(), *callbacks, rates, max_epochs=9)
     assert rates.seen[: 2 * STEPS] == rates.seen[2 * STEPS : 4 * STEPS]
     assert rates.seen[8 * STEPS] == pytest.approx(0.003)
+
+
+@quiet_swa
+@pytest.mark.filterwarnings("ignore:StochasticWeightAveraging starts in epoch")
+@pytest.mark.parametrize("pruning_first", [True, False])
+@pytest.mark.parametrize("swa_epoch_start", [1, 2, 3])
+def test_swa_in_the_cycles_ends_with_each(tmp_path: Path, swa_epoch_start: int, pruning_first: bool) -> None:
+    """The schedule that a cut returns to is the module's own, and the cycles before SWA began know nothing of it."""
+    callback, rates = imp(), Rates()
+    averaging = StochasticWeightAveraging(swa_lrs=0.003, swa_epoch_start=swa_epoch_start, annealing_epochs=1)
+    callbacks = [callback, averaging] if pruning_first else [averaging, callback]
+    fit(tmp_path, Decaying(), *callbacks, rates, max_epochs=7)
+    assert rates.seen[4 * STEPS : 7 * STEPS : STEPS] == pytest.approx([0.05, 0.025, 0.0125])
+    before = (swa_epoch_start - 1) * STEPS
+    plain = [0.05] * STEPS + [0.025] * STEPS
+    assert rates.seen[:before] == pytest.approx((2 * plain)[:before])
+
+
+@quiet_swa
+@pytest.mark.parametrize("module", [ConvModule, Decaying])
+@pytest.mark.parametrize("pruning_first", [True, False])
+def test_swa_of_the_ticket_can_be_resumed(tmp_path: Path, pruning_first: bool, module: Any) -> None:
+    path, ends = tmp_path / "swa.ckpt", []
+    for ckpt_path in (None, path):
+        trained = module()
+        averaging = StochasticWeightAveraging(swa_lrs=0.003, swa_epoch_start=6, annealing_epochs=2)
+        callbacks: list[pl.Callback] = [imp(), averaging] if pruning_first else [averaging, imp()]
+        fit(tmp_path, trained, *callbacks, SaveAt(path, 6), max_epochs=9, ckpt_path=ckpt_path)
+        ends.append(fits.state_of(trained))
+    assert is_same(*ends)
 
 
 class Scripted(ConvModule):
@@ -619,14 +649,22 @@ def test_early_stopping_waits_for_the_ticket(tmp_path: Path, patience: int) -> N
     assert stopping.best_score == torch.tensor(0.7)
 
 
-def test_early_stopping_waits_for_the_ticket__several_validations_per_epoch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"patience": 2}, {"stopping_threshold": 0.5}, {"divergence_threshold": 1.5}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_early_stopping_waits_for_the_ticket__other_reasons(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Nor does it stop between the epochs of a cycle, where validation comes more often, nor for another reason."""
+
     class Rising(ConvModule):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("val_loss", float(self.global_step))
+            self.log("val_loss", float((self.global_step - 1) % STEPS))
 
     callback = imp()
-    settings = {"val_check_interval": 1, "max_epochs": 6}
-    fit(tmp_path, Rising(), callback, EarlyStopping("val_loss", patience=2), **settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Training ended in epoch")
+        fit(tmp_path, Rising(), callback, EarlyStopping("val_loss", **settings), val_check_interval=0.34)
     assert callback.cycle == 2
 
 
@@ -676,6 +714,16 @@ class SaveAt(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
+class SaveWhatIsLeft(pl.Callback):
+    """Saves a checkpoint when training breaks off, like OnExceptionCheckpoint, and keeps it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
 @pytest.mark.parametrize("epoch", [2, 4])
 @pytest.mark.parametrize("control", ["none", "reinit"])
 def test_resume__interrupted_in_a_cut(
@@ -684,6 +732,7 @@ def test_resume__interrupted_in_a_cut(
     """A rewind that was cut short, with masks but with old weights, is made good by the run that resumes."""
     settings: dict[str, Any] = {"rewind_epoch": int(control == "none"), "control": control}
     _, whole = looked(tmp_path, Quiet(), imp(**settings))
+    path = tmp_path / "interrupted.ckpt"
 
     def fail(snapshot: Snapshot, module: nn.Module, masks: Masks) -> None:
         if running.current_epoch == epoch:
@@ -691,16 +740,14 @@ def test_resume__interrupted_in_a_cut(
         rewind_(snapshot, module, masks)
 
     rewind_ = Snapshot.rewind_
-    interrupted = OnExceptionCheckpoint(tmp_path, "interrupted")
-    running = fits.trainer(
-        tmp_path, imp(**settings), interrupted, max_epochs=6, limit_val_batches=0, enable_checkpointing=True
-    )
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+    running = fits.trainer(tmp_path, imp(**settings), SaveWhatIsLeft(path), max_epochs=6, limit_val_batches=0)
+    with monkeypatch.context() as patch:
         patch.setattr(Snapshot, "rewind_", fail)
-        running.fit(Quiet(), fits.loader())
+        with pytest.raises(RuntimeError, match="power cut"):
+            running.fit(Quiet(), fits.loader())
     module = Quiet()
     resumable.forget(module)
-    before, _ = looked(tmp_path, module, imp(**settings), ckpt_path=tmp_path / "interrupted.ckpt")
+    before, _ = looked(tmp_path, module, imp(**settings), ckpt_path=path)
     assert is_same(before[0].tensors, whole[epoch].tensors)
     assert is_same(before[0].optimizer, whole[epoch].optimizer)
     assert before[0].masks == whole[epoch].masks
