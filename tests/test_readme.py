@@ -2,12 +2,18 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def block_with(text: str) -> str:
+    [block] = [block for block in BLOCKS if text in block]
+    return block
 
 
 @pytest.mark.filterwarnings("ignore:.*tensorboardX.* has been removed:UserWarning")
@@ -19,7 +25,21 @@ def test_first_example(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fitted == [("model", "loader")]
 
 
+@pytest.mark.filterwarnings("ignore:.*tensorboardX.* has been removed:UserWarning")
+def test_imp() -> None:
+    found: dict[str, Any] = {}
+    exec(block_with("IMPPruningCallback("), found)
+    assert found["trainer"].callbacks[0] is found["imp"]
+    assert found["trainer"].max_epochs > found["imp"].cycles * found["imp"].epochs_per_cycle
+
+
 def test_find_masks(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(BLOCKS[1], {})
-    [promised] = re.findall(r"print\(masks\)  # (.*)", BLOCKS[1])
+    block = block_with("find_masks(")
+    exec(block, {})
+    [promised] = re.findall(r"print\(masks\)  # (.*)", block)
     assert capsys.readouterr().out.strip() == promised
+
+
+def test_all_blocks() -> None:
+    """Every block of Python in the README has its test here."""
+    assert len(BLOCKS) == 3
