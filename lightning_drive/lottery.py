@@ -151,9 +151,10 @@ class IMPPruningCallback(PruningCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up restored masks again, and the schedules of the last phase where it is on."""
-        if self._restored and self._finished and self._ticket_has_another_length:
+        configs = trainer.lr_scheduler_configs  # empty also where SWA, resumed itself, has taken over
+        if self._restored and self._finished and self._ticket_has_another_length and configs:
             new = self._schedulers_of_the_ticket(trainer, pl_module)
-            for config, old in zip(new, self._schedulers, strict=True):
+            for config, old in zip(new, configs, strict=True):
                 config.scheduler.load_state_dict(old.scheduler.state_dict())
             trainer.lr_scheduler_configs[:] = self._schedulers = new
         super().on_train_start(trainer, pl_module)
@@ -208,9 +209,9 @@ class IMPPruningCallback(PruningCallback):
         return self._due_cycle(trainer) > self.cycle
 
     def _due_cycle(self, trainer: pl.Trainer) -> int:
-        return (
-            self.cycles if is_quick_check(trainer) else min(trainer.current_epoch // self.epochs_per_cycle, self.cycles)
-        )
+        if is_quick_check(trainer):
+            return self.cycles
+        return min(trainer.current_epoch // self.epochs_per_cycle, self.cycles)
 
     @override
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -225,9 +226,7 @@ class IMPPruningCallback(PruningCallback):
             shuffle=is_last and self.control == "shuffle",
         )
         # Everything is computed: from here on only commit.
-        method = (
-            f"IMP(cycles={self.cycles}, epochs_per_cycle={self.epochs_per_cycle}, rewind_epoch={self.rewind_epoch})"
-        )
+        method = f"IMP({', '.join(f'{name}={value}' for name, value in self._settings().items())})"
         self._record(trainer, found, method, start, control=self.control if is_last else "none", cycle=cycle)
         self._settle(trainer, pl_module)
         self._announce(trainer, found, f"\n{self.report}" if is_last else self._line())
@@ -266,13 +265,13 @@ class IMPPruningCallback(PruningCallback):
         return states
 
     def _schedulers_of_the_ticket(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[LRSchedulerConfig]:
-        report = self.report
-        if report is None:  # before training, to see whether they will do
-            steps = self.cycles * self.epochs_per_cycle * scoring.steps_per_epoch(trainer)
-        else:
-            steps = report.step
-        before = steps * (1 - self.rewind_epoch / (self.cycles * self.epochs_per_cycle))
-        return phases.schedulers_for(trainer, pl_module, self._ticket_length, round(before))
+        last_cut = self.cycles * self.epochs_per_cycle
+        if self._finished and self.report is not None:
+            steps = float(self.report.step)
+        else:  # before training, to see whether they will do
+            steps = last_cut * scoring.steps_per_epoch(trainer)
+        steps_before = round(steps * (1 - self.rewind_epoch / last_cut))
+        return phases.schedulers_for(trainer, pl_module, self._ticket_length, steps_before)
 
     @property
     def _cycle_length(self) -> int:

@@ -166,16 +166,16 @@ class RewindPoint:
             ValueError: If optimizers or parameter groups were added or removed since.
 
         """
-        now = [len(optimizer.param_groups) for optimizer in optimizers]
-        then = [len(state["param_groups"]) for state in self.optimizers]
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        now, then = ([len(state.get("param_groups", ())) for state in each] for each in (states, self.optimizers))
         if now != then:
             raise ValueError(
                 f"The optimizers had {then} parameter groups at the rewind point, but have {now} now, so they cannot"
                 " return. Something added or removed groups during training, such as a finetuning callback."
             )
-        for optimizer, state in zip(optimizers, self.optimizers, strict=True):
-            groups = state["param_groups"] if learning_rates else optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict(_copied({**state, "param_groups": groups}))
+        for optimizer, state, current in zip(optimizers, self.optimizers, states, strict=True):
+            kept = {} if learning_rates else {"param_groups": current["param_groups"]}
+            optimizer.load_state_dict(_copied({**state, **kept}))
 
     def rewind_schedulers_(self, schedulers: Sequence[Any]) -> None:
         """Bring the learning-rate schedulers back; after the optimizers, whose learning rates they read.

@@ -1,6 +1,7 @@
 """The examples run as a user runs them, from the command line, and end with a table and a figure."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 from torchvision.models import resnet18
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+METHODS = ("dense", "magnitude", "SNIP", "SynFlow", "DRIVE", "IMP")
 ROW = re.compile(
     r"^ *(dense|DRIVE, .* sparse) +([\d.]+)% +([\d,]+) +([\d.]+%) +(-|[\d.]+ s) +[\d.]+ s *$", re.MULTILINE
 )
@@ -62,6 +64,12 @@ def cifar10(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The example as a module, imported as Python does that runs it: its folder comes first."""
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("cifar10")
+
+
+@pytest.fixture
+def methods(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("methods")
 
 
 @pytest.mark.slow
@@ -118,3 +126,76 @@ def test_cifar10__resnet18(cifar10: ModuleType) -> None:
     ours, theirs = cifar10.resnet18(width=64), resnet18(num_classes=10)
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
     assert sum(parameter.numel() for parameter in ours.parameters()) == 11_173_962
+
+
+@pytest.mark.slow
+def test_methods(tmp_path: Path) -> None:
+    """All methods run; what the results file has is not done again, and the table can be had without training."""
+    few = ["--train-images", "128", "--test-images", "100", "--epochs", "2", "--warmup-epochs", "1", "--rounds", "3"]
+    few += ["--cycles", "2", "--epochs-per-cycle", "1", "--seeds", "0", "--sparsity", "0.5", "--results", "runs.jsonl"]
+    begun = run("methods.py", *few, "--methods", *METHODS[:3], folder=tmp_path)
+    assert begun.returncode == 0, begun.stderr
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["settings"]["method"] for line in lines] == [*METHODS[:3]]
+
+    finished = run("methods.py", *few, "--output", "figure.png", folder=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert "site-packages" not in begun.stderr + finished.stderr
+    assert "[1 of 3] SynFlow at 50%, seed 0" in finished.stdout
+    assert (tmp_path / "runs.jsonl").read_text().splitlines()[:3] == lines
+    rows = re.findall(rf"^ *(?:[\d.]+% +)?({'|'.join(METHODS)}) .* (\d+) *$", finished.stdout, re.MULTILINE)
+    assert rows == [(method, "4" if method == "IMP" else "2") for method in METHODS]
+    assert image_size(tmp_path / "figure.png") == (1400, 800)
+
+    shown = run("methods.py", *few, "--show", folder=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert finished.stdout.endswith(shown.stdout)
+
+
+@pytest.mark.slow
+def test_methods__cifar10(tmp_path: Path) -> None:
+    write_noise(tmp_path / "cifar", per_class=2)
+    data = ["--data", "cifar", "--batch-size", "10", "--methods", "SynFlow", "DRIVE", "--sparsity", "0.9"]
+    short = ["--epochs", "2", "--warmup-epochs", "1", "--rounds", "3", "--control", "shuffle", "--seeds", "0"]
+    completed = run("methods.py", *data, *short, "--results", "runs.jsonl", folder=tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert "site-packages" not in completed.stderr
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [found["num_kept"] for found in runs] == [39_050, 39_050]  # of 390,496
+    assert [found["settings"]["pruning"]["control"] for found in runs] == ["shuffle", "shuffle"]
+
+
+def test_methods__all_settings(methods: ModuleType) -> None:
+    """Seed by seed; dense once, whatever the sparsity; and the rarer the weights, the more cycles."""
+    choice = ["--methods", "dense", "IMP", "--sparsity", "0.3", "0.98", "0.993", "--seeds", "3", "4"]
+    found = methods.all_settings(methods.read_options(choice))
+    assert [(each["seed"], each["method"], each["pruning"].get("cycles")) for each in found] == [
+        (seed, *rest) for seed in (3, 4) for rest in [("dense", None), ("IMP", 1), ("IMP", 4), ("IMP", 5)]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--sparsity 90", "--sparsity: these are fractions to remove, between 0 and 1"),
+        ("--epochs 0", "--epochs: must be a whole number of at least 1, got 0"),
+        ("--epochs 3", "--warmup-epochs: must be at least 0 and less than --epochs"),
+        ("--seeds -1", "--seeds: must be at least 0"),
+        ("--methods drive", "invalid choice: 'drive'"),
+        ("--output figure.txt", "--output: must end in .png"),
+        ("--results nowhere/runs.jsonl", "there is no folder nowhere for runs.jsonl"),
+    ],
+)
+def test_methods__option_errors(
+    methods: ModuleType, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        methods.main(arguments.split())
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", ["no json", "5", '{"accuracy": 1}', '{"settings": {}, "more": 1}'])
+def test_methods__results_error(methods: ModuleType, tmp_path: Path, text: str) -> None:
+    (tmp_path / "runs.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match="does not hold results of this script"):
+        methods.read_runs(tmp_path / "runs.jsonl")

@@ -542,7 +542,7 @@ class Rates(pl.Callback):
 class Decaying(ConvModule):
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
