@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -50,16 +50,19 @@ def restart_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None
             callback._latest_update_epoch = trainer.current_epoch
 
 
-def hold_off_early_stopping(trainer: pl.Trainer) -> None:
-    """Let EarlyStopping count from here: what comes before a rewind says nothing about what comes after it.
+def hold_off_early_stopping(trainer: pl.Trainer, on: bool) -> None:
+    """Keep EarlyStopping from looking at the monitored value, or let it look again.
 
     Args:
         trainer: The Trainer.
+        on: Whether it is held off.
 
     """
     for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping):
-            callback.wait_count, callback.best_score = 0, _worst(callback)
+            vars(callback).pop("_should_skip_check", None)
+            if on:
+                vars(callback)["_should_skip_check"] = _skip_check
 
 
 def forget_best(trainer: pl.Trainer) -> None:
@@ -73,11 +76,11 @@ def forget_best(trainer: pl.Trainer) -> None:
     for callback in callbacks_of(trainer):
         if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or callback.monitor is None:
             continue
+        worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
         if isinstance(callback, EarlyStopping):
-            callback.wait_count, callback.best_score = 0, _worst(callback)
+            callback.wait_count, callback.best_score = 0, worst
         else:
-            callback.best_k_models, callback.kth_best_model_path = {}, ""
-            callback.kth_value = _worst(callback)
+            callback.best_k_models, callback.kth_best_model_path, callback.kth_value = {}, "", worst
             callback.best_model_path, callback.best_model_score, callback.current_score = "", None, None
         forgotten.append(f"{type(callback).__name__} (monitor={callback.monitor!r})")
     if forgotten:
@@ -97,5 +100,5 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
 
 
-def _worst(callback: EarlyStopping | ModelCheckpoint) -> Tensor:
-    return torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+def _skip_check(trainer: pl.Trainer) -> bool:
+    return True

@@ -163,8 +163,7 @@ class IMPPruningCallback(PruningCallback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune and rewind when a cycle is over."""
         super().on_train_epoch_start(trainer, pl_module)
-        if self.reset_best and not self._finished:
-            companions.hold_off_early_stopping(trainer)
+        companions.hold_off_early_stopping(trainer, self.reset_best and not self._finished)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -176,6 +175,12 @@ class IMPPruningCallback(PruningCallback):
                 f" training run for more than {self.cycles * self.epochs_per_cycle} epochs, or lower `cycles` or"
                 " `epochs_per_cycle`."
             )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the module, its optimizers and the other callbacks."""
+        companions.hold_off_early_stopping(trainer, False)
+        super().teardown(trainer, pl_module, stage)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -356,9 +361,22 @@ class IMPPruningCallback(PruningCallback):
                 ticket = self._schedulers_of_the_ticket(trainer, pl_module)
                 phases.check_lengths(ticket, self._ticket_length, steps_per_epoch, "training the ticket")
         for callback in companions.callbacks_of(trainer):
-            if isinstance(callback, StochasticWeightAveraging) and callback.swa_start < last_cut:
-                rank_zero_warn(
-                    f"StochasticWeightAveraging starts in epoch {callback.swa_start}, before IMP's last cut at epoch"
-                    f" {last_cut}: its learning rate ends with the cycle, and its average begins again with every"
-                    f" cycle. To average the ticket's training, set `swa_epoch_start` to {last_cut + 1} or more."
-                )
+            if isinstance(callback, StochasticWeightAveraging):
+                self._check_swa(trainer, callback)
+
+    def _check_swa(self, trainer: pl.Trainer, swa: StochasticWeightAveraging) -> None:
+        last_cut, callbacks = self.cycles * self.epochs_per_cycle, companions.callbacks_of(trainer)
+        if swa.swa_start <= self.rewind_epoch or (
+            swa.swa_start <= last_cut and callbacks.index(swa) < callbacks.index(self)
+        ):
+            raise MisconfigurationException(
+                f"StochasticWeightAveraging replaces the learning-rate schedule in epoch {swa.swa_start}, before"
+                f" {type(self).__name__} can return to it. Set `swa_epoch_start` to {last_cut + 1} or more, which"
+                f" averages the ticket's training, and put {type(self).__name__} before it in `callbacks`."
+            )
+        if swa.swa_start < last_cut:
+            rank_zero_warn(
+                f"StochasticWeightAveraging starts in epoch {swa.swa_start}, before IMP's last cut at epoch"
+                f" {last_cut}: its learning rate ends with the cycle, and its average begins again with every"
+                f" cycle. To average the ticket's training, set `swa_epoch_start` to {last_cut + 1} or more."
+            )

@@ -234,7 +234,8 @@ class PruningCallback(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the live parameters and hooks of this process out of copies and pickles."""
-        return {**vars(self), "_live": None, "_handles": [], "_module": None}
+        own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # the module's
+        return {**own, "_live": None, "_handles": [], "_module": None}
 
     # What happens when it is time.
 
