@@ -145,13 +145,15 @@ def search(
         start, rounds = 0.0, range(only_round, only_round + 1)
     network = Network(module, parameters, batches, loss_fn, example_input)
     cuts: list[str] = []
+    reads_batches = hasattr(method, "batches_per_round")
     with gradients.undisturbed(module, method.mode):
         current.apply_(module)
         for index in rounds:
             density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
             current, rankings = _prune(method.score(network), current, density, scope)
             current.apply_(module)
-            cuts.extend(_cuts_in_zeros(rankings, index))
+            if reads_batches or index == rounds[-1]:  # what is 0 whatever the batch goes first anyway
+                cuts.extend(_cuts_in_zeros(rankings, index, reads_batches))
             if on_round is not None:
                 on_round(index, current)
     if len(cuts) > 1:
@@ -237,15 +239,19 @@ def _prune(
     return found, rankings
 
 
-def _cuts_in_zeros(rankings: Mapping[str, ranking.Ranking], round_index: int) -> Iterator[str]:
+def _cuts_in_zeros(rankings: Mapping[str, ranking.Ranking], round_index: int, reads_batches: bool) -> Iterator[str]:
+    hint = (
+        "Larger batches, more `batches_per_round` or a longer warm-up give fewer zeros."
+        if reads_batches
+        else "Layers that start at zero, and kernel taps that only ever see padding, have such scores."
+    )
     for name, each in rankings.items():
         kept = measures.num_kept(each.masks)
         if each.threshold == 0 and each.num_above + each.num_tied > kept:
             where = f" in {name!r}" if name else ""
             yield (
                 f"In round {round_index} only {each.num_above:,} weights{where} had a score above zero, fewer than the"
-                f" {kept:,} to keep: the cut fell inside exact zeros, and the rest was kept by position. Larger"
-                " batches, more `batches_per_round` or a longer warm-up give fewer zeros."
+                f" {kept:,} to keep: the cut fell inside exact zeros, and the rest was kept by position. {hint}"
             )
 
 

@@ -1,9 +1,9 @@
 """Iterative magnitude pruning: cycles of training, pruning and rewinding inside one fit."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -241,14 +241,13 @@ class IMPPruningCallback(PruningCallback):
     @override
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._start is not None  # it is kept until training goes on after the last cut
+        start = replace(self._start, schedulers=self._scheduler_states(trainer, pl_module, self._start.schedulers))
         if self._finished and self.control == "reinit":
             self._reinitialise(pl_module)
         else:
-            self._start.snapshot.rewind_(pl_module, self.masks)
-        states = self._scheduler_states(trainer, pl_module, self._start.schedulers)
-        self._start.rewind_optimizers_(trainer.optimizers, learning_rates=True)
-        for config, state in zip(self._schedulers, states, strict=True):
-            config.scheduler.load_state_dict(copy.deepcopy(dict(state)))
+            start.snapshot.rewind_(pl_module, self.masks)
+        start.rewind_optimizers_(trainer.optimizers, learning_rates=True)
+        start.rewind_schedulers_([config.scheduler for config in self._schedulers])
         trainer.lr_scheduler_configs[:] = self._schedulers  # SWA may have put its own there
         companions.restart_averages(trainer, pl_module)
         super()._settle(trainer, pl_module)

@@ -1,5 +1,6 @@
 """IMP keeps what its definition says, returns to its rewind point bit for bit, and leaves no trace of a cycle."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -546,16 +547,21 @@ class Decaying(ConvModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
+def swa_in_order(callback: IMPPruningCallback, pruning_first: bool, **kwargs: Any) -> list[pl.Callback]:
+    averaging = StochasticWeightAveraging(**kwargs)
+    return [callback, averaging] if pruning_first else [averaging, callback]
+
+
 @quiet_swa
-@pytest.mark.parametrize("pruning_first", [True, False])
-@pytest.mark.parametrize("swa_epoch_start", [1, 3, 6, 0.7])
+@pytest.mark.parametrize(
+    ("swa_epoch_start", "pruning_first"), [(3, True), (5, True), (6, True), (6, False), (0.8, True), (0.8, False)]
+)
 def test_averages_restart__swa(tmp_path: Path, swa_epoch_start: Any, pruning_first: bool) -> None:
     """SWA ends with the mean over the starts of the ticket's epochs, wherever it began, and its extra epoch."""
     module, callback, weights = ConvModule(), imp(), Weights()
-    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=swa_epoch_start)
-    callbacks = [callback, averaging] if pruning_first else [averaging, callback]
-    if swa_epoch_start in (1, 3):
-        with pytest.warns(UserWarning, match=r"StochasticWeightAveraging starts in epoch \d, before IMP's last cut"):
+    callbacks = swa_in_order(callback, pruning_first, swa_lrs=0.01, swa_epoch_start=swa_epoch_start)
+    if swa_epoch_start == 3:
+        with pytest.warns(UserWarning, match="StochasticWeightAveraging starts in epoch 2, before IMP's last cut"):
             running = fit(tmp_path, module, *callbacks, weights, max_epochs=8)
     else:
         running = fit(tmp_path, module, *callbacks, weights, max_epochs=8)
@@ -571,31 +577,43 @@ def test_averages_restart__swa(tmp_path: Path, swa_epoch_start: Any, pruning_fir
 
 @quiet_swa
 @pytest.mark.parametrize("module", [ConvModule, Decaying])
-@pytest.mark.parametrize("pruning_first", [True, False])
-def test_swa_of_the_ticket_has_its_learning_rate(tmp_path: Path, pruning_first: bool, module: Any) -> None:
-    """SWA that starts with the ticket anneals to its own rate, whichever callback comes first."""
-    callback, rates = imp(), Rates()
-    averaging = StochasticWeightAveraging(swa_lrs=0.003, swa_epoch_start=5, annealing_epochs=2)
-    callbacks = [callback, averaging] if pruning_first else [averaging, callback]
-    fit(tmp_path, module(), *callbacks, rates, max_epochs=9)
+@pytest.mark.parametrize(("swa_epoch_start", "pruning_first"), [(5, True), (6, True), (6, False)])
+def test_swa_of_the_ticket_has_its_learning_rate(
+    tmp_path: Path, swa_epoch_start: int, pruning_first: bool, module: Any
+) -> None:
+    """SWA that starts with the ticket, or in it, anneals to its own rate."""
+    rates = Rates()
+    settings = {"swa_lrs": 0.003, "swa_epoch_start": swa_epoch_start, "annealing_epochs": 2}
+    fit(tmp_path, module(), *swa_in_order(imp(), pruning_first, **settings), rates, max_epochs=9)
     assert rates.seen[: 2 * STEPS] == rates.seen[2 * STEPS : 4 * STEPS]
     assert rates.seen[8 * STEPS] == pytest.approx(0.003)
 
 
 @quiet_swa
 @pytest.mark.filterwarnings("ignore:StochasticWeightAveraging starts in epoch")
-@pytest.mark.parametrize("pruning_first", [True, False])
-@pytest.mark.parametrize("swa_epoch_start", [1, 2, 3])
-def test_swa_in_the_cycles_ends_with_each(tmp_path: Path, swa_epoch_start: int, pruning_first: bool) -> None:
+@pytest.mark.parametrize("swa_epoch_start", [2, 3, 4])
+def test_swa_in_the_cycles_ends_with_each(tmp_path: Path, swa_epoch_start: int) -> None:
     """The schedule that a cut returns to is the module's own, and the cycles before SWA began know nothing of it."""
-    callback, rates = imp(), Rates()
-    averaging = StochasticWeightAveraging(swa_lrs=0.003, swa_epoch_start=swa_epoch_start, annealing_epochs=1)
-    callbacks = [callback, averaging] if pruning_first else [averaging, callback]
-    fit(tmp_path, Decaying(), *callbacks, rates, max_epochs=7)
+    rates = Rates()
+    settings = {"swa_lrs": 0.003, "swa_epoch_start": swa_epoch_start, "annealing_epochs": 1}
+    fit(tmp_path, Decaying(), *swa_in_order(imp(), True, **settings), rates, max_epochs=7)
     assert rates.seen[4 * STEPS : 7 * STEPS : STEPS] == pytest.approx([0.05, 0.025, 0.0125])
     before = (swa_epoch_start - 1) * STEPS
     plain = [0.05] * STEPS + [0.025] * STEPS
     assert rates.seen[:before] == pytest.approx((2 * plain)[:before])
+
+
+@pytest.mark.parametrize(
+    ("swa_epoch_start", "pruning_first", "rewind_epoch"),
+    [(1, True, 0), (1, False, 0), (0.1, True, 0), (2, True, 1), (3, False, 0), (5, False, 0), (0.5, False, 1)],
+)
+def test_swa__error(tmp_path: Path, swa_epoch_start: Any, pruning_first: bool, rewind_epoch: int) -> None:
+    """Refused where it would have replaced the schedule before it could be remembered, or put back for the ticket."""
+    callbacks = swa_in_order(
+        imp(rewind_epoch=rewind_epoch), pruning_first, swa_lrs=0.01, swa_epoch_start=swa_epoch_start
+    )
+    with pytest.raises(MisconfigurationException, match="Set `swa_epoch_start` to 5 or more"):
+        fit(tmp_path, Decaying(), *callbacks, max_epochs=10)
 
 
 @quiet_swa
@@ -605,8 +623,8 @@ def test_swa_of_the_ticket_can_be_resumed(tmp_path: Path, pruning_first: bool, m
     path, ends = tmp_path / "swa.ckpt", []
     for ckpt_path in (None, path):
         trained = module()
-        averaging = StochasticWeightAveraging(swa_lrs=0.003, swa_epoch_start=6, annealing_epochs=2)
-        callbacks: list[pl.Callback] = [imp(), averaging] if pruning_first else [averaging, imp()]
+        settings = {"swa_lrs": 0.003, "swa_epoch_start": 6, "annealing_epochs": 2}
+        callbacks = swa_in_order(imp(), pruning_first, **settings)
         fit(tmp_path, trained, *callbacks, SaveAt(path, 6), max_epochs=9, ckpt_path=ckpt_path)
         ends.append(fits.state_of(trained))
     assert is_same(*ends)
@@ -666,6 +684,38 @@ def test_early_stopping_waits_for_the_ticket__other_reasons(tmp_path: Path, sett
         warnings.filterwarnings("ignore", "Training ended in epoch")
         fit(tmp_path, Rising(), callback, EarlyStopping("val_loss", **settings), val_check_interval=0.34)
     assert callback.cycle == 2
+
+
+def test_early_stopping_waits_for_the_ticket__resumed(tmp_path: Path) -> None:
+    """Also in an epoch that a resumed run enters after its start."""
+    path = tmp_path / "last_batch.ckpt"
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 2 * STEPS:
+                trainer.save_checkpoint(path)
+
+    callback = imp()
+    fit(tmp_path, Scripted(), imp(), EarlyStopping("val_loss", stopping_threshold=0.4), Save())
+    running = fit(tmp_path, Scripted(), callback, EarlyStopping("val_loss", stopping_threshold=0.4), ckpt_path=path)
+    assert callback.cycle == 2
+    assert running.current_epoch == 6
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_early_stopping_waits_for_the_ticket__and_is_then_as_ever(tmp_path: Path, fails: bool) -> None:
+    """After the run, or after an error in it, the same EarlyStopping stops another run that is not pruned."""
+
+    class Fail(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if fails and trainer.current_epoch == 3:
+                raise RuntimeError("power cut")
+
+    stopping = EarlyStopping("val_loss", patience=1)
+    with pytest.raises(RuntimeError, match="power cut") if fails else contextlib.nullcontext():
+        fit(tmp_path, Scripted(), imp(), stopping, Fail())
+    stopping.best_score, stopping.wait_count = torch.tensor(torch.inf), 0
+    assert fit(tmp_path, Scripted(), stopping).current_epoch == 2
 
 
 @pytest.mark.filterwarnings("ignore:Training ended in epoch")

@@ -687,11 +687,27 @@ def test_find_masks__zeros_need_no_warning(sparsity: float) -> None:
     assert caught(models.InnerProduct(5), Fixed(scores), sparsity=sparsity) == []
 
 
+@dataclass(frozen=True)
+class FixedByBatch(Fixed):
+    """Its zeros are those of a batch, as with DRIVE and SNIP: with the next one, they might have been others."""
+
+    batches_per_round: int = 1
+
+
 def test_find_masks__cuts_inside_zeros_warn_once() -> None:
     scores = {"layer.weight": torch.tensor([[0.0] * 19 + [1.0]])}
-    (text,) = caught(models.InnerProduct(20), Fixed(scores, rounds=5), sparsity=0.8)
+    (text,) = caught(models.InnerProduct(20), FixedByBatch(scores, rounds=5), sparsity=0.8)
     assert text.startswith("In round 1 only 1 weights")
-    assert text.endswith("This happened 5 times.")
+    assert text.endswith("or a longer warm-up give fewer zeros. This happened 5 times.")
+
+
+def test_find_masks__zeros_that_stay_go_first() -> None:
+    """Where no batch is read, a zero is a zero in every round: only the last cut tells whether too few had a score."""
+    scores = {"layer.weight": torch.tensor([[0.0] * 18 + [1.0, 2.0]])}
+    assert caught(models.InnerProduct(20), Fixed(scores, rounds=5), sparsity=0.9) == []
+    (text,) = caught(models.InnerProduct(20), Fixed(scores, rounds=5), sparsity=0.8)
+    assert text.startswith("In round 5 only 2 weights had a score above zero, fewer than the 4 to keep")
+    assert text.endswith("Layers that start at zero, and kernel taps that only ever see padding, have such scores.")
 
 
 def test_find_masks__layer_collapse_warns() -> None:
