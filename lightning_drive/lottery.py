@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_drive.finding import Scope
 from lightning_drive.methods import Magnitude
 from lightning_drive.pruning import PruningCallback, is_quick_check
 from lightning_drive.report import Control
+from lightning_drive.rewinding import RewindPoint
 from lightning_drive.schedules import Schedule
 
 
@@ -134,9 +135,11 @@ class IMPPruningCallback(PruningCallback):
         """Let ``configure_optimizers`` see one cycle."""
         super().setup(trainer, pl_module, stage)
         self._planned = None
-        if stage != "fit" or is_quick_check(trainer) or (self._finished and self.masks.hold_for(pl_module)):
+        if stage != "fit" or is_quick_check(trainer):
             return
         self._max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs  # other callbacks may change it
+        if self._finished and self.masks.hold_for(pl_module):
+            return
         self._check_epochs()
         self._planned = self._cycle_length
         self._undo_plan = phases.plan(trainer, pl_module, self._planned)
@@ -150,14 +153,11 @@ class IMPPruningCallback(PruningCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take up restored masks again, and the schedules of the last phase where it is on."""
-        configs = trainer.lr_scheduler_configs  # empty also where SWA, resumed itself, has taken over
-        if self._restored and self._finished and self._ticket_has_another_length and configs:
-            new = self._schedulers_of_the_ticket(trainer, pl_module)
-            for config, old in zip(new, configs, strict=True):
-                config.scheduler.load_state_dict(old.scheduler.state_dict())
-            trainer.lr_scheduler_configs[:] = self._schedulers = new
+        """Take up restored masks again, and a schedule for the phase that the run is in."""
+        if self._restored and not is_quick_check(trainer):
+            self._resume_schedule(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
+        companions.hold_off_early_stopping(trainer, self.reset_best and not self._finished)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -175,6 +175,12 @@ class IMPPruningCallback(PruningCallback):
                 f" training run for more than {self.cycles * self.epochs_per_cycle} epochs, or lower `cycles` or"
                 " `epochs_per_cycle`."
             )
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of the module, its optimizers and the other callbacks."""
+        companions.hold_off_early_stopping(trainer, False)
+        super().on_exception(trainer, pl_module, exception)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -241,7 +247,7 @@ class IMPPruningCallback(PruningCallback):
     @override
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._start is not None  # it is kept until training goes on after the last cut
-        start = replace(self._start, schedulers=self._scheduler_states(trainer, pl_module, self._start.schedulers))
+        start = self._start_of_phase(trainer, pl_module, self._start)
         if self._finished and self.control == "reinit":
             self._reinitialise(pl_module)
         else:
@@ -252,30 +258,49 @@ class IMPPruningCallback(PruningCallback):
         companions.restart_averages(trainer, pl_module)
         super()._settle(trainer, pl_module)
 
-    def _scheduler_states(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, states: Sequence[Mapping[str, Any]]
-    ) -> Sequence[Mapping[str, Any]]:
-        """Get schedulers for the phase that begins, and the states that they return to."""
-        if self._finished and self._ticket_has_another_length and states:
-            short = states  # of a scheduler that has not begun; those of the rewind point are not always that
-            if self.rewind_epoch:
-                configs = phases.schedulers_for(trainer, pl_module, self._cycle_length)
-                short = [config.scheduler.state_dict() for config in configs]
-            self._schedulers = self._schedulers_of_the_ticket(trainer, pl_module)
-            long = [config.scheduler.state_dict() for config in self._schedulers]
-            return [phases.adapted(*each) for each in zip(states, short, long, strict=True)]
-        if len(self._schedulers) != len(states):  # SWA removes them where it is resumed itself
-            self._schedulers = phases.schedulers_for(trainer, pl_module, self._cycle_length)
-        return states
+    def _start_of_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule, start: RewindPoint) -> RewindPoint:
+        """Get schedulers for the phase that begins, and the rewind point as it is for them."""
+        if self._finished and self._ticket_has_another_length and start.schedulers:
+            long = self._schedules_of_the_ticket(trainer, pl_module)
+            self._schedulers = long.configs
+            if not self.rewind_epoch:  # all schedules are at their beginning
+                groups = zip(start.optimizers, long.param_groups, strict=True)
+                optimizers = [{**state, "param_groups": each} for state, each in groups]
+                return replace(start, optimizers=optimizers, schedulers=long.states)
+            short = phases.schedules_for(trainer, pl_module, self._cycle_length)
+            states = zip(start.schedulers, short.states, long.states, strict=True)
+            return replace(start, schedulers=[phases.adapted(*each) for each in states])
+        if len(self._schedulers) != len(start.schedulers):  # SWA removes them where it is resumed itself
+            self._schedulers = phases.schedules_for(trainer, pl_module, self._cycle_length).configs
+        return start
 
-    def _schedulers_of_the_ticket(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[LRSchedulerConfig]:
+    def _resume_schedule(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Get schedulers for the phase of the checkpoint, where those at hand are of another length."""
+        if not self._finished:
+            self._check_epochs()
+        length = self._ticket_length if self._finished else self._cycle_length
+        configs = trainer.lr_scheduler_configs  # empty also where SWA, resumed itself, has taken over
+        if configs and length != self._planned:
+            if self._finished:
+                new = self._schedules_of_the_ticket(trainer, pl_module)
+            else:
+                new = phases.schedules_for(trainer, pl_module, length)
+            for config, old in zip(new.configs, configs, strict=True):
+                config.scheduler.load_state_dict(old.scheduler.state_dict())
+            trainer.lr_scheduler_configs[:] = self._schedulers = new.configs
+        self._planned = self._cycle_length
+
+    def _schedules_of_the_ticket(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> phases.Schedules:
+        return phases.schedules_for(trainer, pl_module, self._ticket_length, self._steps_before_ticket(trainer))
+
+    def _steps_before_ticket(self, trainer: pl.Trainer) -> int:
+        """Count the steps before the last phase, without those that its learning-rate schedule has behind it."""
         last_cut = self.cycles * self.epochs_per_cycle
         if self._finished and self.report is not None:
             steps = float(self.report.step)
-        else:  # before training, to see whether they will do
+        else:  # before training, to see whether the schedule will do
             steps = last_cut * scoring.steps_per_epoch(trainer)
-        steps_before = round(steps * (1 - self.rewind_epoch / last_cut))
-        return phases.schedulers_for(trainer, pl_module, self._ticket_length, steps_before)
+        return round(steps * (1 - self.rewind_epoch / last_cut))
 
     @property
     def _cycle_length(self) -> int:
@@ -354,11 +379,15 @@ class IMPPruningCallback(PruningCallback):
                 f" after max_steps={trainer.max_steps}. Raise `max_steps`, or lower `cycles` or `epochs_per_cycle`."
             )
         phases.check_frequencies(self._schedulers, self.epochs_per_cycle, self.rewind_epoch)
-        if math.isfinite(steps_per_epoch):
-            phases.check_lengths(self._schedulers, self._cycle_length, steps_per_epoch, "an IMP cycle")
-            if self._ticket_has_another_length and self._schedulers:
-                ticket = self._schedulers_of_the_ticket(trainer, pl_module)
-                phases.check_lengths(ticket, self._ticket_length, steps_per_epoch, "training the ticket")
+        if self._schedulers and math.isfinite(steps_per_epoch):
+            steps = self._cycle_length * steps_per_epoch
+            phases.check_lengths(self._schedulers, steps, steps_per_epoch, "an IMP cycle")
+            if self._ticket_has_another_length:
+                configs = self._schedules_of_the_ticket(trainer, pl_module).configs
+                steps = math.inf if self._ticket_length == -1 else self._ticket_length * steps_per_epoch
+                if trainer.max_steps >= 0:
+                    steps = min(steps, trainer.max_steps - self._steps_before_ticket(trainer))
+                phases.check_lengths(configs, steps, steps_per_epoch, "training the ticket")
         for callback in companions.callbacks_of(trainer):
             if isinstance(callback, StochasticWeightAveraging):
                 self._check_swa(trainer, callback)

@@ -1,9 +1,10 @@
 """Learning-rate schedules of a training run in phases: each phase has a schedule of its own length."""
 
 import functools
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -63,9 +64,21 @@ def plan(trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int) -> Cal
     return undo
 
 
-def schedulers_for(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int, steps_before: int = 0
-) -> list[LRSchedulerConfig]:
+class Schedules(NamedTuple):
+    """Schedulers for a phase, over the running optimizers, and what they were made with."""
+
+    configs: list[LRSchedulerConfig]
+    """The schedulers at their beginning, with the Trainer's settings for them."""
+    param_groups: list[list[dict[str, Any]]]
+    """The settings with which each optimizer begins the phase, such as its first learning rate."""
+
+    @property
+    def states(self) -> list[dict[str, Any]]:
+        """The states of the schedulers."""
+        return [config.scheduler.state_dict() for config in self.configs]
+
+
+def schedules_for(trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int, steps_before: int = 0) -> Schedules:
     """Have ``configure_optimizers`` make schedulers for a phase, and put the running optimizers under them.
 
     Args:
@@ -75,7 +88,7 @@ def schedulers_for(
         steps_before: Steps that were taken before the phase.
 
     Returns:
-        New schedulers at their beginning, with the Trainer's settings for them.
+        New schedulers at their beginning.
 
     Raises:
         MisconfigurationException: If there are other optimizers than before.
@@ -90,8 +103,8 @@ def schedulers_for(
         )
     running = {id(new): old for new, old in zip(optimizers, trainer.optimizers, strict=True)}
     for config in configs:
-        _put_under(config.scheduler, running)
-    return configs
+        _put_under(config.scheduler, running, set())
+    return Schedules(configs, [optimizer.state_dict()["param_groups"] for optimizer in optimizers])
 
 
 def adapted(then: Any, short: Any, long: Any) -> Any:
@@ -139,12 +152,12 @@ def check_frequencies(configs: Sequence[LRSchedulerConfig], period: int, offset:
             )
 
 
-def check_lengths(configs: Sequence[LRSchedulerConfig], epochs: int, steps_per_epoch: float, phase: str) -> None:
+def check_lengths(configs: Sequence[LRSchedulerConfig], steps: float, steps_per_epoch: float, phase: str) -> None:
     """Refuse a schedule that ends before its phase does: OneCycleLR then stops training with an error.
 
     Args:
         configs: The schedulers of the phase.
-        epochs: Length of the phase; -1: without end.
+        steps: Optimizer steps in the phase, infinite where it has no end.
         steps_per_epoch: Optimizer steps in an epoch.
         phase: What to call the phase.
 
@@ -155,22 +168,25 @@ def check_lengths(configs: Sequence[LRSchedulerConfig], epochs: int, steps_per_e
     for config in configs:
         if not isinstance(config.scheduler, OneCycleLR):
             continue
-        needed = epochs * (steps_per_epoch if config.interval == "step" else 1) // config.frequency
-        if not 0 <= needed <= config.scheduler.total_steps:
-            taken = f"{needed:g}" if needed >= 0 else "endless"
+        needed = steps if config.interval == "step" else steps / steps_per_epoch
+        needed = needed // config.frequency if math.isfinite(needed) else needed
+        if needed > config.scheduler.total_steps:
             raise MisconfigurationException(
-                f"OneCycleLR has total_steps={config.scheduler.total_steps}, but {phase} takes {taken} steps. Give it"
+                f"OneCycleLR has total_steps={config.scheduler.total_steps}, but {phase} takes"
+                f" {f'{needed:g}' if math.isfinite(needed) else 'endless'} steps. Give it"
                 " `self.trainer.estimated_stepping_batches` in `configure_optimizers`, which is the length of each"
                 " phase there, and set `max_epochs`."
             )
 
 
-def _put_under(scheduler: Any, running: Mapping[int, Optimizer]) -> None:
+def _put_under(scheduler: Any, running: Mapping[int, Optimizer], seen: set[int]) -> None:
     """Let a scheduler, and those that it is made of, drive the running optimizers."""
+    if id(scheduler) in seen:
+        return
+    seen.add(id(scheduler))
     for name, value in vars(scheduler).items():
         if isinstance(value, Optimizer):
             setattr(scheduler, name, running[id(value)])
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                if hasattr(part, "optimizer"):
-                    _put_under(part, running)
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            if hasattr(part, "optimizer"):
+                _put_under(part, running, seen)
