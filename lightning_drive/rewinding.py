@@ -219,7 +219,14 @@ def _on_cpu(value: Tensor) -> Tensor:
 
 def _copied(state: Any) -> Any:
     """Copy nested dictionaries and lists, tensors to the CPU."""
-    return tree_map(lambda leaf: _on_cpu(leaf) if isinstance(leaf, Tensor) else copy.deepcopy(leaf), state)
+    return tree_map(_copied_leaf, state)
+
+
+def _copied_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return _on_cpu(leaf)
+    optimizer = getattr(leaf, "optimizer", None)  # of a scheduler inside another one's state: it stays the same
+    return copy.deepcopy(leaf, None if optimizer is None else {id(optimizer): optimizer})
 
 
 def _permutation(value: Tensor, generator: torch.Generator) -> Tensor:

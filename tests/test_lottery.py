@@ -686,20 +686,28 @@ def test_early_stopping_waits_for_the_ticket__other_reasons(tmp_path: Path, sett
     assert callback.cycle == 2
 
 
-def test_early_stopping_waits_for_the_ticket__resumed(tmp_path: Path) -> None:
-    """Also in an epoch that a resumed run enters after its start."""
+@pytest.mark.parametrize(
+    ("epoch", "settings", "expected"), [(1, {"stopping_threshold": 0.12}, 8), (3, {"patience": 1}, 6)]
+)
+def test_early_stopping_waits_for_the_ticket__resumed(
+    tmp_path: Path, epoch: int, settings: dict[str, Any], expected: int
+) -> None:
+    """Also where a resumed run enters an epoch after its start: none of a cycle counts, and the ticket's first does."""
     path = tmp_path / "last_batch.ckpt"
+
+    class Worse(Scripted):
+        SCORES = (0.1, 0.2, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8)
 
     class Save(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-            if trainer.global_step == 2 * STEPS:
+            if trainer.global_step == (epoch + 1) * STEPS:
                 trainer.save_checkpoint(path)
 
-    callback = imp()
-    fit(tmp_path, Scripted(), imp(), EarlyStopping("val_loss", stopping_threshold=0.4), Save())
-    running = fit(tmp_path, Scripted(), callback, EarlyStopping("val_loss", stopping_threshold=0.4), ckpt_path=path)
-    assert callback.cycle == 2
-    assert running.current_epoch == 6
+    for ckpt_path in (None, path):
+        callbacks = [imp(), EarlyStopping("val_loss", **settings), Save()]
+        running = fit(tmp_path, Worse(), *callbacks, max_epochs=8, ckpt_path=ckpt_path)
+        assert running.current_epoch == expected
+        assert callbacks[0].cycle == 2
 
 
 @pytest.mark.parametrize("fails", [True, False])
