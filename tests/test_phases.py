@@ -34,6 +34,9 @@ from torch.optim.lr_scheduler import (
 
 from lightning_drive import IMPPruningCallback, phases
 
+# torch 2.5's SequentialLR warns of itself.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
+
 STEPS = 3  # per epoch
 LR = 0.1
 
