@@ -240,7 +240,7 @@ class IMPPruningCallback(PruningCallback):
         method = f"IMP({', '.join(f'{name}={value}' for name, value in self._settings().items())})"
         self._record(trainer, found, method, start, control=self.control if is_last else "none", cycle=cycle)
         self._settle(trainer, pl_module)
-        self._announce(trainer, found, f"\n{self.report}" if is_last else self._line())
+        self._announce(trainer, found, str(self.report) if is_last else self._line())
         if is_last and self.reset_best:
             companions.forget_best(trainer)
 

@@ -339,7 +339,7 @@ class PruningCallback(pl.Callback):
         assert self.report is not None
         for warning in found.warnings:
             rank_zero_warn(warning)
-        rank_zero_info(text)
+        rank_zero_info(f"\n{text}")  # the cursor may be at the end of a progress bar
         metrics = {
             "pruning/sparsity": self.report.sparsity,
             "pruning/density": self.report.density,

@@ -106,7 +106,7 @@ class WarmupPruningCallback(PruningCallback):
         self._record(trainer, found, str(method), start, control=self.control)
         gradients.load_batch_norm_statistics(statistics)
         self._settle(trainer, pl_module)
-        self._announce(trainer, found, f"\n{self.report}")
+        self._announce(trainer, found, str(self.report))
         if self.reset_best:
             companions.forget_best(trainer)
 
