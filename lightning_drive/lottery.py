@@ -157,13 +157,7 @@ class IMPPruningCallback(PruningCallback):
         if self._restored and not is_quick_check(trainer):
             self._resume_schedule(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
-        companions.hold_off_early_stopping(trainer, self.reset_best and not self._finished)
-
-    @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prune and rewind when a cycle is over."""
-        super().on_train_epoch_start(trainer, pl_module)
-        companions.hold_off_early_stopping(trainer, self.reset_best and not self._finished)
+        companions.hold_off_early_stopping(trainer, self.reset_best and not self._finished)  # until the last cut
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -242,6 +236,7 @@ class IMPPruningCallback(PruningCallback):
         self._settle(trainer, pl_module)
         self._announce(trainer, found, str(self.report) if is_last else self._line())
         if is_last and self.reset_best:
+            companions.hold_off_early_stopping(trainer, False)
             companions.forget_best(trainer)
 
     @override
