@@ -512,6 +512,13 @@ def test_the_ticket_has_its_own_length__max_steps_one_cycle(tmp_path: Path, max_
     assert rates.phases(rates.rates, 4, 4, 3) == expected
 
 
+def test_the_ticket_has_its_own_length__max_steps_with_a_rewind_epoch(tmp_path: Path) -> None:
+    """The part of the schedule that a rewind skips counts for the length, too."""
+    rates = rates_of(tmp_path, Scheduled(SCHEDULES["one_cycle"]), imp(rewind_epoch=2), max_epochs=20, max_steps=33)
+    _, _, ticket = rates.phases(rates.rates, 4, 4, 3)
+    assert ticket[1:] == pytest.approx(whole_training("one_cycle", 5).rates[2 * STEPS + 1 :])
+
+
 # What is refused.
 
 
