@@ -244,7 +244,7 @@ class IMPPruningCallback(PruningCallback):
         assert self._start is not None  # it is kept until training goes on after the last cut
         start = self._start_of_phase(trainer, pl_module, self._start)
         if self._finished and self.control == "reinit":
-            self._reinitialise(pl_module)
+            self._reinitialise(trainer, pl_module)
         else:
             start.snapshot.rewind_(pl_module, self.masks)
         start.rewind_optimizers_(trainer.optimizers, learning_rates=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_drive import shards
 from lightning_drive import sparsity as measures
 from lightning_drive.messages import listed
 
@@ -170,7 +171,7 @@ class Masks(Mapping[str, Tensor]):
         return all(
             name in parameters
             and parameters[name].shape == mask.shape
-            and not parameters[name].detach()[~mask.to(parameters[name].device)].any()
+            and not shards.local(parameters[name].detach())[_pruned(mask, parameters[name])].any()
             for name, mask in self.items()
         )
 
@@ -228,6 +229,8 @@ class Masks(Mapping[str, Tensor]):
 class MaskedParameters:
     """The live parameters of one module under its masks: what a training step needs, looked up once.
 
+    Of parameters that are split over ranks, every rank looks after its own part.
+
     Args:
         module: Has every masked parameter under its name, in the mask's shape.
         masks: Parameter name to boolean mask, on any device; ``True`` keeps.
@@ -239,20 +242,20 @@ class MaskedParameters:
 
     def __init__(self, module: nn.Module, masks: Masks) -> None:
         parameters = masks.parameters_of(module)
-        self._pruned = [(parameter, ~masks[name].to(parameter.device)) for name, parameter in parameters.items()]
+        self._pruned = [(parameter, _pruned(masks[name], parameter)) for name, parameter in parameters.items()]
 
     @torch.no_grad()
     def zero_weights_(self) -> None:
         """Set the pruned weights to exactly 0."""
         for parameter, pruned in self._pruned:
-            parameter.masked_fill_(pruned, 0)
+            shards.local(parameter).masked_fill_(pruned, 0)
 
     @torch.no_grad()
     def zero_gradients_(self) -> None:
         """Set the gradients of pruned weights to exactly 0, where there are gradients."""
         for parameter, pruned in self._pruned:
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(pruned, 0)
+                shards.local(parameter.grad).masked_fill_(pruned, 0)
 
     @torch.no_grad()
     def zero_optimizer_state_(self, optimizer: Optimizer) -> None:
@@ -269,7 +272,7 @@ class MaskedParameters:
             for parameter, pruned in self._pruned:
                 for value in inner.state.get(parameter, {}).values():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        value.masked_fill_(pruned, 0)
+                        shards.local(value).masked_fill_(pruned, 0)
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -304,6 +307,11 @@ def unpack(bits: Tensor, shape: list[int]) -> Tensor:
     """
     flat = (bits.view(-1, 1) >> _bit_positions(bits.device) & 1).view(-1)
     return flat[: prod(shape)].view(shape).bool()
+
+
+def _pruned(mask: Tensor, parameter: Tensor) -> Tensor:
+    """Say which entries of a parameter, or of this rank's part of it, a mask prunes."""
+    return ~shards.part(mask, of=parameter).to(parameter.device)
 
 
 def _bit_positions(device: torch.device) -> Tensor:

@@ -113,7 +113,7 @@ class WarmupPruningCallback(PruningCallback):
     @override
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.control == "reinit" and self._start is not None:
-            self._reinitialise(pl_module)
+            self._reinitialise(trainer, pl_module)
             self._start.rewind_optimizers_(trainer.optimizers, learning_rates=False)
             companions.restart_averages(trainer, pl_module)
         super()._settle(trainer, pl_module)
@@ -123,6 +123,11 @@ class WarmupPruningCallback(PruningCallback):
         if self._needs_loss or pl_module.automatic_optimization:
             return self.loss_fn or scoring.training_step_loss(trainer)
         return scoring.forward  # good enough for BatchNorm's statistics
+
+    @property
+    @override
+    def _unshardable(self) -> str:
+        return super()._unshardable or ("" if self._needs_loss else "SynFlow has to put other weights in their place.")
 
     @override
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 FLOORS = (
-    {"schedules", "scores", "ranking", "sparsity", "messages"},
+    {"handover", "messages", "ranks"},
+    {"schedules", "scores", "ranking", "sparsity", "shards"},
     {"prunable", "gradients", "flow", "masking", "rewinding"},
     {"methods", "report"},
     {"finding"},
@@ -17,7 +18,7 @@ FLOORS = (
     {"warmup"},
     {"callbacks", "lottery"},
 )
-FIRST_LIGHTNING_FLOOR = 4
+FIRST_LIGHTNING_FLOOR = 5
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning", "lightning_utilities", "torchmetrics"}
 PACKAGE = Path(__file__).parents[1] / "lightning_drive"
 MODULES = sorted(PACKAGE.glob("[!_]*.py"))
