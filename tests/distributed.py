@@ -61,6 +61,9 @@ class Data(pl.LightningDataModule):
         sampler = DistributedSampler(data, world, self.trainer.global_rank, shuffle=False) if world > 1 else None
         return DataLoader(data, batch_size=self.batch_size, sampler=sampler)
 
+    def val_dataloader(self) -> DataLoader[Any]:
+        return fits.loader(16)
+
 
 class Exact(pl.LightningModule):
     """In float64 and without BatchNorm, so that averaging over ranks gives what a joined batch gives.
