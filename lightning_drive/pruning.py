@@ -369,6 +369,8 @@ class PruningCallback(pl.Callback):
             self._live.zero_optimizer_state_(optimizer)
             for each in masking.with_wrapped(optimizer):
                 self._follow_steps(trainer, pl_module, each)
+                if self._live.may_divide_by_zero:
+                    _warn_of_small_eps(each)
 
     def _follow_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Have every step of an optimizer followed by the masks, and led by them where the gradients may need it."""
@@ -466,3 +468,16 @@ def _scaler(trainer: pl.Trainer) -> Any:
 def _unscales_in_step(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
     """Whether gradients are still scaled before the step, as with ``fused=True``, and overflow is yet to be seen."""
     return _scaler(trainer) is not None and _optimizer_handles_unscaling(optimizer)
+
+
+def _warn_of_small_eps(optimizer: Optimizer) -> None:
+    """Say so if an optimizer's safeguard against 0/0 is none for float16 weights, which pruning makes matter more."""
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        if isinstance(eps, float) and not torch.tensor(eps, dtype=torch.float16):
+            rank_zero_warn(
+                f"{type(optimizer).__name__}'s eps={eps:g} is 0 in float16, so its step is 0/0 = NaN for a weight whose"
+                " gradient is 0. Pruned weights stay 0, but kept ones that are cut off from the input or the output"
+                " would be NaN. Set `eps=1e-4` or more, or train with another `precision`."
+            )
+            return

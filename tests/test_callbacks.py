@@ -23,8 +23,7 @@ NUM_PRUNABLE = 6 * 9 + 8 * 6 * 9 + 8 * 16 * 4
 class Diary(pl.Callback):
     """Writes down how much of the network is zero in every hook."""
 
-    def __init__(self, pruning: DRIVEPruningCallback) -> None:
-        self.pruning = pruning
+    def __init__(self) -> None:
         self.zeros: dict[str, list[float]] = {}
 
     def _write(self, hook: str, module: nn.Module) -> None:
@@ -48,7 +47,7 @@ PRUNABLE = ("features.0.weight", "features.4.weight", "head.weight")
 def test_prunes_at_the_start_of_the_epoch(tmp_path: Path) -> None:
     """Epoch 1 is dense to the end, its validation too; epoch 2 is sparse from its first hook on."""
     callback = fits.drive()
-    diary = Diary(callback)
+    diary = Diary()
     fits.trainer(tmp_path, callback, diary).fit(ConvModule(), fits.loader())
     assert diary.zeros["epoch_start"] == [0.0, 0.0, 0.8, 0.8]
     assert diary.zeros["batch_end"] == [0.0] * 6 + [0.8] * 6
@@ -163,7 +162,7 @@ def test_second_module_starts_afresh(tmp_path: Path) -> None:
     first, report = callback.masks, callback.report
     second = ConvModule()
     nn.init.kaiming_normal_(second.head.weight, generator=torch.Generator().manual_seed(5))
-    diary = Diary(callback)
+    diary = Diary()
     fits.trainer(tmp_path, callback, diary).fit(second, fits.loader())
     assert diary.zeros["epoch_start"] == [0.0, 0.0, 0.8, 0.8]
     assert callback.masks != first
@@ -176,7 +175,7 @@ def test_same_module_goes_on(tmp_path: Path) -> None:
     module, callback = ConvModule(), fits.drive()
     fits.trainer(tmp_path, callback).fit(module, fits.loader())
     masks = callback.masks
-    diary = Diary(callback)
+    diary = Diary()
     fits.trainer(tmp_path, callback, diary).fit(module, fits.loader())
     assert diary.zeros["epoch_start"] == [0.8] * 4
     assert callback.masks is masks

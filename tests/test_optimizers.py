@@ -618,7 +618,7 @@ def test_plain_training_has_no_gradient_hooks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.98])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_exact_and_stays(tmp_path: Path, optimizer: str, sparsity: float) -> None:
-    """With convolutions, BatchNorm and biases beside, at any sparsity: exact, forgotten, and the same names in order."""
+    """With convolutions, BatchNorm and biases beside, at any sparsity: exact, forgotten, and names as they were."""
     module, callback = fits.ConvModule(optimizer), fits.drive(sparsity=sparsity)
     names, keys, parameters = (
         [name for name, _ in module.named_parameters()],
