@@ -8,15 +8,28 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_drive import companions, display, finding, flow, gradients, methods, prunable, scoring, shards
+from lightning_drive import (
+    companions,
+    display,
+    finding,
+    flow,
+    gradients,
+    masking,
+    methods,
+    prunable,
+    scoring,
+    shards,
+)
 from lightning_drive.finding import Found, Scope
 from lightning_drive.handover import Handover
 from lightning_drive.masking import MaskedParameters, Masks
@@ -206,14 +219,14 @@ class PruningCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Mask the gradients: unscaled already, not yet clipped."""
-        if self._live is not None:
+        if self._live is not None and not _unscales_in_step(trainer, optimizer):
             self._live.zero_gradients_()
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Mask the weights, for optimizers that offer no hook after their step."""
+        """Mask the weights, where not every change to them has a hook after it."""
         if self._live is not None and self._hookless:
             self._live.zero_weights_()
 
@@ -403,12 +416,38 @@ class PruningCallback(pl.Callback):
         self._live.zero_gradients_()
         for average in companions.averaged_models(trainer):
             self.masks.apply_(average)
+        if self._gradients_are_read_early(trainer, pl_module):
+            self._handles += self._live.zero_gradients_at_once(keep_overflow=_scaler(trainer) is not None)
+        self._hookless = not pl_module.automatic_optimization
         for optimizer in trainer.optimizers:
             self._live.zero_optimizer_state_(optimizer)
-            if hasattr(optimizer, "register_step_post_hook"):
-                self._handles.append(optimizer.register_step_post_hook(self._after_step))
-            else:  # Lightning also takes wrappers that only look like an optimizer
-                self._hookless = True
+            for each in masking.with_wrapped(optimizer):
+                self._follow_steps(trainer, pl_module, each)
+                if self._live.may_divide_by_zero:
+                    _warn_of_small_eps(each)
+
+    def _follow_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Have every step of an optimizer followed by the masks, and led by them where the gradients may need it."""
+        # Lightning also takes wrappers that only look like an optimizer, or were never initialised as one.
+        step = getattr(type(optimizer), "step", None)
+        hooked = getattr(step, "hooked", False) and "_optimizer_step_post_hooks" in vars(optimizer)
+        if not hooked:
+            self._hookless = True
+            return
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        if not pl_module.automatic_optimization or _unscales_in_step(trainer, optimizer):
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+
+    def _gradients_are_read_early(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether gradients may be used, or clipped, before :meth:`on_before_optimizer_step` masks them."""
+        in_module = ("backward", "on_after_backward", "optimizer_step")
+        in_callbacks = ("on_after_backward", "on_before_optimizer_step")
+        others = [callback for callback in companions.callbacks_of(trainer) if callback is not self]
+        return (
+            not pl_module.automatic_optimization
+            or any(is_overridden(hook, pl_module, pl.LightningModule) for hook in in_module)
+            or any(is_overridden(hook, callback, pl.Callback) for callback in others for hook in in_callbacks)
+        )
 
     def _reinitialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Return to the remembered weights, with new initial values for the survivors."""
@@ -420,9 +459,15 @@ class PruningCallback(pl.Callback):
         """Give random numbers that depend on the first rank's seed, and neither repeat nor use up those of training."""
         return torch.Generator().manual_seed(ranks.broadcast(torch.initial_seed()) ^ 0x5EED)
 
-    def _after_step(self, *_: Any) -> None:
+    def _before_step(self, *_: Any) -> None:
+        if self._live is not None:
+            self._live.zero_gradients_()
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._live is not None:
             self._live.zero_weights_()
+            if self._live.may_divide_by_zero:
+                self._live.zero_optimizer_state_(optimizer)
 
     def _release(self) -> None:
         for handle in self._handles:
@@ -496,3 +541,26 @@ def is_quick_check(trainer: pl.Trainer) -> bool:
 
     """
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _scaler(trainer: pl.Trainer) -> Any:
+    """Give the ``GradScaler`` of mixed precision, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _unscales_in_step(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
+    """Whether gradients are still scaled before the step, as with ``fused=True``, and overflow is yet to be seen."""
+    return _scaler(trainer) is not None and _optimizer_handles_unscaling(optimizer)
+
+
+def _warn_of_small_eps(optimizer: Optimizer) -> None:
+    """Say so if an optimizer's safeguard against 0/0 is none for float16 weights, which pruning makes matter more."""
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        if isinstance(eps, float) and not torch.tensor(eps, dtype=torch.float16):
+            rank_zero_warn(
+                f"{type(optimizer).__name__}'s eps={eps:g} is 0 in float16, so its step is 0/0 = NaN for a weight whose"
+                " gradient is 0. Pruned weights stay 0, but kept ones that are cut off from the input or the output"
+                " would be NaN. Set `eps=1e-4` or more, or train with another `precision`."
+            )
+            return
