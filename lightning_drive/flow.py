@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -232,18 +231,19 @@ class _Watch(TorchFunctionMode):
 @contextmanager
 def _module_names(module: nn.Module, path: list[str]) -> Generator[None]:
     """Keep the name of the submodule that is running at the end of ``path``."""
-    names = {submodule: name for name, submodule in module.named_modules()}
-    enter = register_module_forward_pre_hook(lambda submodule, _: path.append(names.get(submodule, "")))
 
     def forget(*_: Any) -> None:
         path.pop()
 
-    leave = register_module_forward_hook(forget, always_call=True)
+    handles = []
     try:
+        for name, submodule in module.named_modules():
+            handles.append(submodule.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
+            handles.append(submodule.register_forward_hook(forget, always_call=True))
         yield
     finally:
-        enter.remove()
-        leave.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class _Paths(TorchFunctionMode):
