@@ -92,7 +92,13 @@ def synaptic_flow(
     Returns:
         Parameter name to :math:`\partial R / \partial |\theta|` in float64, and :math:`R`.
 
+    Raises:
+        ValueError: If a parameter, prunable or not, is complex.
+
     """
+    for name, parameter in module.named_parameters():
+        if parameter.is_complex():
+            raise ValueError(f"SynFlow is not defined for complex parameters ({name!r}). Use another method.")
     tensors = {
         name: _flow_value(name, value).requires_grad_(name in parameters)
         for name, value in (*module.named_parameters(), *module.named_buffers())

@@ -79,8 +79,9 @@ def undisturbed(module: nn.Module, mode: Mode = "train") -> Generator[None]:
 
     Inside: ``.grad`` fields are ``None``, gradients are enabled, autocast and Dropout are off, parameters and buffers
     below float32 are held in float32, what ``torch.compile`` compiled runs as plain Python (or it would be compiled
-    again for scoring), and the module is in ``mode``. Put back afterwards: parameters, gradients and their hooks, buffers, the ``training`` flag of every submodule, and the random state of torch (CPU and CUDA), numpy
-    and Python. The copy of frozen parameters, which only few modules write to, is kept on the CPU.
+    again for scoring), and the module is in ``mode``. Put back afterwards: parameters, gradients and their hooks,
+    buffers, the ``training`` flag of every submodule, and the random state of torch (CPU and CUDA), numpy and Python.
+    The copy of frozen parameters, which only few modules write to, is kept on the CPU.
 
     Args:
         module: The module to score.

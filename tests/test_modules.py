@@ -1,4 +1,4 @@
-"""Modules of every shape: what is prunable is pruned exactly and stays so, the rest is refused or left alone by name."""
+"""Modules of every shape: what is prunable is pruned exactly and stays so; the rest is refused or left dense."""
 
 import itertools
 from collections.abc import Callable

@@ -115,9 +115,7 @@ def test_prunable_parameters__tied_to_an_embedding(embedding: type[nn.Module]) -
     assert list(prunable.prunable_parameters(module[::-1])) == ["1.weight"]
     assert list(prunable.prunable_parameters(module, include=["*"])) == ["1.weight"]
     assert list(prunable.prunable_parameters(module, include=["0.weight", "1.*"])) == ["0.weight", "1.weight"]
-    with pytest.raises(
-        ValueError, match=r"'2\.weight' matches no parameter.*\(a tied one by its first name\): 0.weight"
-    ):
+    with pytest.raises(ValueError, match=r"'2\.weight' matches no parameter.*\(a tied one by its first"):
         prunable.prunable_parameters(module, include=["2.weight"])
 
 
