@@ -218,7 +218,7 @@ def _starting_masks(
         different = listed(sorted(masks.keys() ^ parameters.keys()))
         raise ValueError(
             f"`masks` must cover exactly the prunable parameters, but {different} is in only one of the two:"
-            " check `include` and `exclude`."
+            " check `include`, `exclude` and what is frozen."
         )
     start = Masks(masks)
     if start.num_kept < schedules.num_kept(start.num_prunable, 1 - sparsity):

@@ -98,10 +98,10 @@ def undisturbed(module: nn.Module, mode: Mode = "train") -> Generator[None]:
     """Score inside this context, and the module is afterwards bit for bit what it was.
 
     Inside: ``.grad`` fields are ``None``, gradients are enabled, autocast and Dropout are off, parameters and buffers
-    below float32 are held in float32 (unless they are split over ranks), and the module is in ``mode``. Put back
-    afterwards: parameters, gradients and their hooks, buffers, the ``training`` flag of every submodule, and the random
-    state of torch (CPU and CUDA), numpy and Python. The copy of frozen parameters, which only few modules write to, is
-    kept on the CPU.
+    below float32 are held in float32 (unless they are split over ranks), what ``torch.compile`` compiled runs as plain
+    Python (or it would be compiled again for scoring), and the module is in ``mode``. Put back afterwards: parameters,
+    gradients and their hooks, buffers, the ``training`` flag of every submodule, and the random state of torch (CPU
+    and CUDA), numpy and Python. The copy of frozen parameters, which only few modules write to, is kept on the CPU.
 
     Args:
         module: The module to score.
@@ -112,6 +112,7 @@ def undisturbed(module: nn.Module, mode: Mode = "train") -> Generator[None]:
     shards.reshard_(module)  # a forward pass without a backward pass leaves whole parameters
     with ExitStack() as stack:
         stack.callback(shards.reshard_, module)
+        stack.enter_context(_uncompiled(module))
         stack.enter_context(preserved_rng())
         stack.enter_context(_preserved_gradients(module))
         stack.enter_context(_preserved_parameters(module))
@@ -254,6 +255,29 @@ def _check_loss(loss: object) -> None:
         raise ValueError("The loss has no gradient (`requires_grad` is False): it must depend on trainable parameters.")
     if not loss.isfinite():
         raise ValueError(f"The loss must be finite, got {loss.item()}: check the batch and the weights.")
+
+
+@contextmanager
+def _uncompiled(module: nn.Module) -> Generator[None]:
+    """Run the originals of compiled modules, methods and functions; what is compiled already stays for later."""
+    if hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        return
+    # torch 2.5: `torch.compile` and `module.compile()` both leave a wrapper in the attributes of a module
+    wrappers = [
+        (vars(submodule), name, value)
+        for submodule in module.modules()
+        for name, value in vars(submodule).items()
+        if "_torchdynamo_orig_callable" in getattr(value, "__dict__", ())
+    ]
+    try:
+        for attributes, name, wrapper in wrappers:
+            attributes[name] = wrapper._torchdynamo_orig_callable
+        yield
+    finally:
+        for attributes, name, wrapper in wrappers:
+            attributes[name] = wrapper
 
 
 @contextmanager

@@ -245,6 +245,21 @@ class MaskedParameters:
     def __init__(self, module: nn.Module, masks: Masks) -> None:
         parameters = masks.parameters_of(module)
         self._pruned = [(parameter, _pruned(masks[name], parameter)) for name, parameter in parameters.items()]
+        self._parameters = parameters
+
+    def replaced_in(self, module: nn.Module) -> list[str]:
+        """Name the parameters that the module no longer has, or has another one in place of.
+
+        Args:
+            module: The module that these were the parameters of.
+
+        """
+        now = dict(module.named_parameters(remove_duplicate=False))
+        return [
+            name
+            for name, parameter in self._parameters.items()
+            if now.get(name) is not parameter and type(parameter) is nn.Parameter  # shards come and go
+        ]
 
     @torch.no_grad()
     def zero_weights_(self) -> None:

@@ -33,6 +33,7 @@ from lightning_drive import (
 from lightning_drive.finding import Found, Scope
 from lightning_drive.handover import Handover
 from lightning_drive.masking import MaskedParameters, Masks
+from lightning_drive.messages import listed
 from lightning_drive.methods import Method
 from lightning_drive.ranks import ALONE, Ranks
 from lightning_drive.report import Control, PruningReport
@@ -213,6 +214,13 @@ class PruningCallback(pl.Callback):
         self._remember_when_due(trainer, pl_module, batch_idx)
         if self._prune_when_due(trainer, pl_module):
             self._log_metrics(trainer, pl_module)
+        if batch_idx == 0:
+            self._check_live(pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to go on where pruned layers were replaced by others."""
+        self._check_live(pl_module)
 
     @override
     def on_before_optimizer_step(
@@ -477,6 +485,15 @@ class PruningCallback(pl.Callback):
     def _log_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.barebones:
             pl_module.log_dict(self._metrics(), on_step=False, on_epoch=True, sync_dist=True)
+
+    def _check_live(self, pl_module: pl.LightningModule) -> None:
+        replaced = [] if self._live is None else self._live.replaced_in(pl_module)
+        if replaced:
+            raise MisconfigurationException(
+                f"The masks are on the parameters that {type(pl_module).__name__} had when it was pruned, but"
+                f" {listed(replaced)} was replaced or removed since, and what is there now would train without a mask."
+                " Write new values into a layer in place, replace it before pruning, or leave it out with `exclude`."
+            )
 
     # What is refused before training starts.
 
