@@ -219,6 +219,7 @@ class PruningCallback(pl.Callback):
         if self._fit_started and self.pruned:
             with suppress(ValueError):  # masks that do not fit, which were the exception then
                 self.masks.apply_(pl_module)
+        scoring.begin_epoch_again(trainer)
         self._release()
 
     @override

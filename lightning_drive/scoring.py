@@ -98,6 +98,21 @@ def steps_per_epoch(trainer: pl.Trainer, epoch: int = 0) -> float:
     return math.ceil(batches / accumulated) if math.isfinite(batches) else math.inf
 
 
+def begin_epoch_again(trainer: pl.Trainer) -> None:
+    """Let a checkpoint that is saved at the start of an epoch begin with its first batch when it is resumed.
+
+    Scoring takes its time there, so there is where an interrupt falls. The Trainer counts batches from the last epoch
+    on until the new one gets its first, so it would find nothing left to do in it.
+
+    Args:
+        trainer: A Trainer that was stopped by an exception.
+
+    """
+    epochs = trainer.fit_loop.epoch_progress.total
+    if epochs.started < epochs.ready:
+        trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
+
+
 def training_step_loss(trainer: pl.Trainer) -> gradients.LossFunction:
     """Make a loss function out of the module's own ``training_step``.
 
