@@ -1,6 +1,7 @@
 """Which parameters may be pruned: by name, each once, in the order of ``named_parameters()``."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -82,6 +83,24 @@ def prunable_parameters(
             " check `include`, `exclude` and which parameters require a gradient."
         )
     return selected
+
+
+@contextmanager
+def unfrozen(module: nn.Module) -> Generator[None]:
+    """Let every parameter require a gradient inside, to see which could be pruned were they not frozen.
+
+    Args:
+        module: The module.
+
+    """
+    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad = parameter.is_floating_point()
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad = False
 
 
 def check_patterns(argument: str, patterns: Sequence[str] | None) -> None:

@@ -3,6 +3,7 @@
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -10,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -99,6 +101,9 @@ class PruningCallback(pl.Callback):
         self._handover = Handover()
         self._remember_epoch = remember_epoch
         self._start: RewindPoint | None = None
+        self._max_epochs = -1
+        self._fit_started = False
+        self._searching = False
         self._restored = False
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._live: MaskedParameters | None = None
@@ -156,6 +161,13 @@ class PruningCallback(pl.Callback):
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse, before anything runs, what cannot work."""
         self.prunable_parameters(pl_module)
+        for other in companions.callbacks_of(trainer):
+            if isinstance(other, BaseFinetuning) and self._remember_epoch is not None:
+                raise MisconfigurationException(
+                    f"{type(self).__name__} returns to an earlier state of the training (as IMP and control='reinit'"
+                    f" do), but cannot return to one before {type(other).__name__} unfroze layers and gave them to the"
+                    " optimizer. Train with one of the two."
+                )
 
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse, once the data is loaded and a checkpoint restored, what cannot work."""
@@ -172,10 +184,12 @@ class PruningCallback(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a strategy that cannot work; a state is restored, if there is one, after this."""
-        self._restored = False
+        """Refuse a strategy or a callback that cannot work, note the length; a state is restored, if any, after this."""
+        self._restored = self._searching = self._fit_started = False
+        self._max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs  # other callbacks may change it
         if stage == "fit":
             self._check_strategy(trainer)
+            self._check_companions(trainer)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -185,7 +199,7 @@ class PruningCallback(pl.Callback):
         goes_on = self.masks.hold_for(pl_module) and (self._finished or (known and trainer.current_epoch > 0))
         if not (self._restored or goes_on):
             self._start_afresh()
-        self._module = weakref.ref(pl_module)
+        self._module, self._fit_started = weakref.ref(pl_module), True
         if not self._finished:
             self._check_module(trainer, pl_module)
 
@@ -246,13 +260,24 @@ class PruningCallback(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the module and its optimizers."""
+        """Finish what was cut short, a commit or a step, for a checkpoint of the exception; let go of the module."""
+        if self._fit_started and self.pruned:
+            with suppress(ValueError):  # masks that do not fit, which were the exception then
+                self.masks.apply_(pl_module)
+        scoring.begin_epoch_again(trainer)
         self._release()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the module and its optimizers."""
         self._release()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note a search for a learning rate or batch size: it saves before training starts, and returns to that."""
+        self._searching = not self._fit_started
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -275,7 +300,7 @@ class PruningCallback(pl.Callback):
         start = state_dict.get("start")
         self._take(state_dict)
         self._start = None if start is None else RewindPoint.from_state_dict(start)
-        self._restored = True
+        self._restored = self._restored or not self._searching
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the live parameters and hooks of this process out of copies and pickles."""
@@ -496,6 +521,14 @@ class PruningCallback(pl.Callback):
             )
 
     # What is refused before training starts.
+
+    def _check_companions(self, trainer: pl.Trainer) -> None:
+        for other in companions.callbacks_of(trainer):
+            if other is not self and isinstance(other, (PruningCallback, ModelPruning)):
+                raise MisconfigurationException(
+                    f"Only one callback of a Trainer can prune, got {type(self).__name__} and {type(other).__name__}:"
+                    " each would cut what the other keeps, and neither would reach its `sparsity`. Remove one of them."
+                )
 
     def _check_strategy(self, trainer: pl.Trainer) -> None:
         strategy = trainer.strategy
