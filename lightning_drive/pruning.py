@@ -184,7 +184,7 @@ class PruningCallback(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a strategy or a callback that cannot work, note the length; a state is restored, if any, after this."""
+        """Refuse strategies and callbacks that cannot work, and note the length; a state is restored after this."""
         self._restored = self._searching = self._fit_started = False
         self._max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs  # other callbacks may change it
         if stage == "fit":

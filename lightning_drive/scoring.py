@@ -109,7 +109,7 @@ def begin_epoch_again(trainer: pl.Trainer) -> None:
 
     """
     epochs = trainer.fit_loop.epoch_progress.total
-    if epochs.started < epochs.ready:
+    if epochs.started < epochs.ready:  # type: ignore[attr-defined]  # all of the fit loop's trackers know both
         trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
 
 
