@@ -507,7 +507,7 @@ def test_load_state_dict__error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="state has version 99, but this lightning_drive reads version 1"):
         callback.load_state_dict({"version": 99})
 
-    callback.masks = Masks({"encoder.weight": torch.ones(2, 2, dtype=torch.bool)})
+    callback._masks = Masks({"encoder.weight": torch.ones(2, 2, dtype=torch.bool)})
     running = fits.trainer(tmp_path, callback)
     running.strategy.connect(ConvModule())
     running.save_checkpoint(tmp_path / "foreign.ckpt")
