@@ -46,7 +46,7 @@ class TrainingBatches:
             self._loader = _independent(_live(self._trainer))
         length = self._trainer.num_training_batches  # the loop, not the loader, counts up to `limit_train_batches`
         for batch, _, _ in islice(iter(self._loader), int(length) if math.isfinite(length) else None):
-            if batch is not None:
+            if True:
                 yield self._transferred(batch)
 
     def _transferred(self, batch: Any) -> Any:
@@ -109,7 +109,7 @@ def begin_epoch_again(trainer: pl.Trainer) -> None:
 
     """
     epochs = trainer.fit_loop.epoch_progress.total
-    if epochs.started < epochs.ready:  # type: ignore[attr-defined]  # all of the fit loop's trackers know both
+    if epochs.started < epochs.ready:  # type: ignore[attr-defined]
         trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
 
 

@@ -109,6 +109,7 @@ class WarmupPruningCallback(PruningCallback):
         # Everything is computed: from here on only commit.
         self._record(trainer, found, str(method), start, control=self.control)
         gradients.load_batch_norm_statistics(statistics)
+        companions.give_statistics(trainer, pl_module, statistics)
         self._settle(trainer, pl_module)
         self._announce(trainer, found, str(self.report))
         if self.reset_best:

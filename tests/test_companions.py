@@ -213,12 +213,12 @@ def resume_from_each(
     tmp_path: Path, method: str, average: Callable[[], Callback], max_epochs: int
 ) -> tuple[PruningCallback, ConvModule, list[tuple[PruningCallback, ConvModule]]]:
     """Train with an average, and again from the checkpoint of each epoch but the last."""
-    callback, module = CALLBACKS[method](bn_batches=0), ConvModule()
+    callback, module = CALLBACKS[method](), ConvModule()
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     fits.trainer(tmp_path, callback, average(), saving, max_epochs=max_epochs).fit(module, fits.loader())
     resumed = []
     for epoch in range(max_epochs - 1):
-        other = CALLBACKS[method](bn_batches=0), ConvModule()
+        other = CALLBACKS[method](), ConvModule()
         for parameter in other[1].parameters():
             nn.init.zeros_(parameter)
         running = fits.trainer(tmp_path, other[0], average(), max_epochs=max_epochs)
@@ -248,6 +248,24 @@ def test_averaged_weights_are_sparse__resumed(tmp_path: Path, method: str) -> No
     for epoch, kept in enumerate(NUM_KEPT_IN[method]):
         saved = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
         assert num_zeros(saved["state_dict"]) == num_zeros(saved["current_model_state"]) == NUM_PRUNABLE - kept
+
+
+@since_lightning_2_6
+@pytest.mark.parametrize("pruning_first", [True, False])
+def test_averaged_statistics_are_re_estimated(tmp_path: Path, pruning_first: bool) -> None:
+    """BatchNorm's statistics in an average are those of the pruned network, not an average with the dense one's."""
+
+    class Compare(Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            theirs = dict(average._average_model.module.named_buffers())
+            own = dict(pl_module.named_buffers())
+            equal.append(all(torch.equal(theirs[name], own[name]) for name in own if name.endswith("running_var")))
+
+    equal: list[bool] = []
+    average = pl.callbacks.EMAWeightAveraging(decay=0.99)
+    callbacks = [fits.drive(), average]
+    fits.trainer(tmp_path, *callbacks[:: 1 if pruning_first else -1], Compare()).fit(ConvModule(), fits.loader())
+    assert equal == [True, False, True, False]  # the start, an average with it, pruning, an average with that
 
 
 SWA_WARNINGS = ("ignore:.*swa:UserWarning", "ignore:Swapping scheduler:UserWarning")
