@@ -111,7 +111,9 @@ def main(arguments: list[str]) -> None:
     phase, event = options.kill or (None, 0)
     phases = Phases(phase, int(event), options.kill_rank)
     phases.watch()
-    module, pruning = resumable.Scheduled("sgd", "onecycle"), resumable.pruning_for(options.method, rewind_epoch=0)
+    # Resumed twice within an epoch, Lightning itself may take steps of it again: more than OneCycleLR has.
+    module = resumable.Scheduled("sgd", "onecycle" if options.every == "epoch" else "step")
+    pruning = resumable.pruning_for(options.method, rewind_epoch=0)
     if any(folder.glob("last*.ckpt")):
         resumable.forget(module)
     checkpoints = ModelCheckpoint(
