@@ -145,8 +145,8 @@ def search(
     check_method(method)
     check_settings(sparsity, schedule, scope)
     holders = shards.holders(parameters)
-    Masks(masks).parameters_of(module)  # or an error that names the shape that differs
     current = _starting_masks(parameters, masks, sparsity)
+    Masks(masks).parameters_of(module)  # or an error that names the shape that differs
     start = min(Masks(masks).sparsity, sparsity)  # rounding may have taken one weight more
     rounds = range(1, method.rounds + 1)
     if only_round is not None:
