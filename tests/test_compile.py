@@ -30,18 +30,17 @@ EPOCHS, STEPS_PER_EPOCH = 3, 3
 
 
 class Backend:
-    """Compiles as `torch.compile(backend="aot_eager")` does, and counts graphs and their runs."""
+    """Takes graphs as they are, as `torch.compile(backend="eager")` does, and counts them and their runs."""
 
     def __init__(self) -> None:
         self.graphs = self.runs = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         self.graphs += 1
-        compiled = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
         def run(*arguments: Any) -> Any:
             self.runs += 1
-            return compiled(*arguments)
+            return graph(*arguments)
 
         return run
 
@@ -188,6 +187,7 @@ class LogsOneValue(pl.Callback):
             pl_module.log_dict({"value": 1.0}, on_step=False, on_epoch=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of tracing `self.log`
 def test_compiled__log(tmp_path: Path) -> None:
     """Lightning's `self.log` breaks a compiled `training_step`; pruning adds no more to that than one value logged."""
@@ -294,6 +294,16 @@ def test_find_masks__compiled(monkeypatch: pytest.MonkeyPatch, method: Any, stan
     assert (backend.graphs, backend.runs) == (1, 1)
     compiled(batches[0][0])
     assert (backend.graphs, backend.runs) == (1, 2)
+
+
+def test_compiled__aot_eager(tmp_path: Path, uncompiled: Any) -> None:
+    """Bitwise the same also where the backward pass is compiled."""
+    masks, state = uncompiled("drive")
+    module, callback = Module(), CALLBACKS["drive"]()
+    fit(tmp_path, torch.compile(module, backend="aot_eager"), callback)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert callback.masks == masks
+    assert fits.equal_states(fits.state_of(module), state)
 
 
 @pytest.mark.slow

@@ -312,13 +312,13 @@ class Shard(torch.Tensor):
 def test_masked_parameters__replaced_in() -> None:
     """Named are parameters in whose place there is another one or none; a tie or a shard that comes and goes is not."""
     names = ("tied", "shard", "other", "gone")
-    module = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
+    module = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("early", *names)})
     module["shard"].weight = nn.Parameter(torch.ones(2, 2).as_subclass(Shard))
     live = MaskedParameters(module, Masks({f"{name}.weight": torch.eye(2, dtype=torch.bool) for name in names}))
     assert live.replaced_in(module) == []
     module["shard"].weight = nn.Parameter(torch.ones(2, 2))
-    module["other"].weight = module["tied"].weight
-    module["tied"] = module["other"]
+    module["early"].weight = module["tied"].weight
+    module["other"] = nn.Linear(2, 2)
     del module["gone"]
     assert live.replaced_in(module) == ["other.weight", "gone.weight"]
 
