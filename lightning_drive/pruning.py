@@ -184,12 +184,20 @@ class PruningCallback(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse strategies and callbacks that cannot work, and note the length; a state is restored after this."""
+        """Refuse what cannot work together, and note the length; a state to resume from is restored after this."""
+        _check_namespace(self, trainer)
         self._restored = self._searching = self._fit_started = False
         self._max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs  # other callbacks may change it
         if stage == "fit":
             self._check_strategy(trainer)
             self._check_companions(trainer)
+
+    def on_after_setup(self, **_: Any) -> None:
+        """Refuse Fabric, which calls this: it has no training loop whose epochs and steps could be followed."""
+        raise MisconfigurationException(
+            f"{type(self).__name__} works in a `lightning.pytorch.Trainer`, got a `Fabric`, whose loops are your own."
+            " Call `lightning_drive.find_masks` there, and `masks.apply_(module)` after every optimizer step."
+        )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -581,6 +589,23 @@ def ranks_of(trainer: pl.Trainer) -> Ranks:
 
     """
     return Ranks.of(None, trainer.strategy.root_device) if trainer.world_size > 1 else ALONE
+
+
+def _check_namespace(pruning: PruningCallback, trainer: pl.Trainer) -> None:
+    """Refuse classes of `pytorch_lightning`: their twins in `lightning.pytorch` are what is looked for everywhere."""
+    found = [thing for thing in (trainer, *companions.callbacks_of(trainer)) if _is_of_pytorch_lightning(thing)]
+    if found:
+        raise MisconfigurationException(
+            f"{type(pruning).__name__} needs the classes of `lightning.pytorch`, got the {type(found[0]).__name__} of"
+            " `pytorch_lightning`, which is another class of the same name. Write `import lightning.pytorch as pl` in"
+            " place of `import pytorch_lightning as pl`, for the Trainer, the LightningModule and all callbacks."
+        )
+
+
+def _is_of_pytorch_lightning(thing: object) -> bool:
+    # Third-party callbacks may well have its bare `Callback` as their base: it does nothing, and nothing looks for it.
+    bases = {kind.__module__.split(".")[0] for kind in type(thing).__mro__ if kind.__name__ != "Callback"}
+    return "pytorch_lightning" in bases
 
 
 def is_quick_check(trainer: pl.Trainer) -> bool:

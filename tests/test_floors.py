@@ -25,7 +25,7 @@ MODULES = sorted(PACKAGE.glob("[!_]*.py"))
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
 # Optional, and not imported by `lightning.pytorch` itself (torchmetrics alone brings matplotlib, torchvision, rich).
-HEAVY = {"sklearn", "jsonargparse", "pandas", "tensorboard", "safetensors"}
+HEAVY = {"pytorch_lightning", "sklearn", "jsonargparse", "pandas", "tensorboard", "safetensors"}
 
 
 def imported_modules(source: str) -> set[str]:
