@@ -25,9 +25,13 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_drive import (
     DRIVEPruningCallback,
     IMPPruningCallback,
+    Magnitude,
+    Random,
     SNIPPruningCallback,
     SynFlowPruningCallback,
+    find_masks,
 )
+from lightning_drive.shards import local
 
 EPOCHS = 4
 BATCH = 8
@@ -85,6 +89,9 @@ class Exact(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return F.cross_entropy(self(batch[0]), batch[1])
 
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self(batch[0])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
 
@@ -128,12 +135,40 @@ class LeavesAlone(pl.Callback):
                     parameter.add_(torch.randn_like(parameter))
 
 
+class FindsTies(pl.Callback):
+    """Finds masks among weights with many equal values, when training starts."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.found = masks_among_ties(pl_module)
+
+
+def masks_among_ties(module: nn.Module) -> dict[str, Any]:
+    """Round all weights to one decimal, and find masks by methods that need no data."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            local(parameter).copy_(local(parameter).mul(10).round().div(10))
+    methods = {"magnitude": Magnitude(rounds=2), "random": Random(seed=3)}
+    return {
+        f"{name}-{scope}": find_masks(module, method, sparsity=0.37, scope=scope).state_dict()
+        for name, method in methods.items()
+        for scope in ("global", "layerwise")
+    }
+
+
 class Watch(pl.Callback):
     """Saves at every epoch boundary if asked to, counts how often the masks change, and compares the weights."""
 
     def __init__(self, pruning: Any, folder: Path | None = None) -> None:
         self.pruning, self.folder, self.changes, self.last = pruning, folder, 0, None
         self.start: str | None = None
+        self.statistics: str | None = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self.pruning.pruned and self.statistics is None:
+            self.statistics = digest_of({name: each for name, each in pl_module.named_buffers() if "running" in name})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         digest = self.pruning.masks.digest() if self.pruning.pruned else None
@@ -189,6 +224,7 @@ def train(
         "report": pruning.report.to_dict(),
         "changes": watch.changes,
         "start": watch.start,
+        "statistics": watch.statistics,
         "logged": {name: float(value) for name, value in trainer.callback_metrics.items() if "pruning" in name},
     }
 
@@ -283,6 +319,9 @@ def sharded(folder: Path) -> dict[str, Any]:
             )
     results["layerwise"] = train(folder, Sharded(), METHODS["snip"](scope="layerwise", rounds=2), strategy())
     results["shuffle"] = train(folder, Sharded(), METHODS["snip"](control="shuffle"), strategy())
+    ties = FindsTies()
+    train(folder, Sharded(), METHODS["snip"](), strategy(), others=(ties,))
+    results["ties"] = ties.found
     results["refused"] = {}
     for name, callback in {
         "synflow": METHODS["synflow"](),

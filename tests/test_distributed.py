@@ -96,6 +96,7 @@ def test_methods(ranks: Any, method: str, control: str) -> None:
     first, second = (result[f"{method}-{control}"] for result in ranks("methods"))
     check_same(first, second)
     assert first["start"] == second["start"]
+    assert first["statistics"] == second["statistics"]  # BatchNorm's, right after pruning
     assert (first["start"] is None) == (method != "imp" and control != "reinit")
     assert first["changes"] == second["changes"] == (2 if method == "imp" else 1)
     assert first["report"]["layers"] == second["report"]["layers"]
@@ -171,6 +172,14 @@ def test_sharded__layerwise(ranks: Any) -> None:
 
 def test_sharded__shuffle(ranks: Any) -> None:
     check_same(*(result["shuffle"] for result in ranks("sharded")))
+
+
+def test_sharded__ties(ranks: Any) -> None:
+    """Ties go to the earlier parameter and the lower index, wherever the parts of a parameter are."""
+    expected = distributed.masks_among_ties(distributed.Exact())
+    for result in ranks("sharded"):
+        for name, found in result["ties"].items():
+            assert Masks.from_state_dict(found) == Masks.from_state_dict(expected[name])
 
 
 @pytest.mark.parametrize("name", ["synflow", "imp", "reinit"])
