@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from lightning_drive import shards
 from lightning_drive import sparsity as measures
 from lightning_drive.messages import listed
 
@@ -172,7 +173,7 @@ class Masks(Mapping[str, Tensor]):
         return all(
             name in parameters
             and parameters[name].shape == mask.shape
-            and not parameters[name].detach()[~mask.to(parameters[name].device)].any()
+            and not shards.local(parameters[name].detach())[_pruned(mask, parameters[name])].any()
             for name, mask in self.items()
         )
 
@@ -230,6 +231,8 @@ class Masks(Mapping[str, Tensor]):
 class MaskedParameters:
     """The live parameters of one module under its masks: what a training step needs, looked up once.
 
+    Of parameters that are split over ranks, every rank looks after its own part.
+
     Args:
         module: Has every masked parameter under its name, in the mask's shape.
         masks: Parameter name to boolean mask, on any device; ``True`` keeps.
@@ -241,13 +244,28 @@ class MaskedParameters:
 
     def __init__(self, module: nn.Module, masks: Masks) -> None:
         parameters = masks.parameters_of(module)
-        self._pruned = [(parameter, ~masks[name].to(parameter.device)) for name, parameter in parameters.items()]
+        self._pruned = [(parameter, _pruned(masks[name], parameter)) for name, parameter in parameters.items()]
+        self._parameters = parameters
+
+    def replaced_in(self, module: nn.Module) -> list[str]:
+        """Name the parameters that the module no longer has, or has another one in place of.
+
+        Args:
+            module: The module that these were the parameters of.
+
+        """
+        now = dict(module.named_parameters(remove_duplicate=False))
+        return [
+            name
+            for name, parameter in self._parameters.items()
+            if now.get(name) is not parameter and type(parameter) is nn.Parameter  # shards come and go
+        ]
 
     @torch.no_grad()
     def zero_weights_(self) -> None:
         """Set the pruned weights to exactly 0."""
         for parameter, pruned in self._pruned:
-            parameter.masked_fill_(pruned, 0)
+            shards.local(parameter).masked_fill_(pruned, 0)
 
     @torch.no_grad()
     def zero_gradients_(self) -> None:
@@ -359,6 +377,11 @@ def unpack(bits: Tensor, shape: list[int]) -> Tensor:
     return flat[: prod(shape)].view(shape).bool()
 
 
+def _pruned(mask: Tensor, parameter: Tensor) -> Tensor:
+    """Say which entries of a parameter, or of this rank's part of it, a mask prunes."""
+    return ~shards.part(mask, of=parameter).to(parameter.device)
+
+
 def _bit_positions(device: torch.device) -> Tensor:
     return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
 
@@ -384,6 +407,7 @@ def with_wrapped(optimizer: Optimizer) -> list[Optimizer]:
 
 def _zero_(tensor: Tensor, pruned: Tensor, keep_overflow: bool = False) -> None:
     """Fill in zeros, also into a sparse tensor, such as the gradient of an ``nn.Embedding(sparse=True)``."""
+    tensor = shards.local(tensor)
     if tensor.is_sparse:
         tensor, pruned = tensor._values(), pruned[tuple(tensor._indices())]
     tensor.masked_fill_(pruned & tensor.isfinite() if keep_overflow else pruned, 0)

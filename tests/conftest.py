@@ -1,9 +1,16 @@
 """What every test can rely on: one thread, so that sums are the same everywhere, and no leftovers."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Share the whole suite among a few processes; what is asked for by file or name starts sooner in this one."""
+    whole = config.args_source is config.ArgsSource.TESTPATHS
+    return min(os.cpu_count() or 1, 4) if whole else 0
 
 
 @pytest.fixture(autouse=True)

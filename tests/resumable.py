@@ -6,6 +6,7 @@ Saves a checkpoint at every moment of every epoch at which one can be saved, and
 import argparse
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,8 @@ def run(
     }
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
+    """Run as the command line says."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--optimizer", default="sgd")
@@ -147,9 +149,13 @@ if __name__ == "__main__":
     parser.add_argument("--rewind-epoch", type=int, default=0)
     parser.add_argument("--resume", type=Path, nargs="*")
     parser.add_argument("--kill", type=int)
-    settings = vars(parser.parse_args())
+    settings = vars(parser.parse_args(arguments))
     folder, resume, kill = settings["folder"], settings.pop("resume"), settings.pop("kill")
     if resume is None:
         torch.save(run(**settings, save=True, kill=kill), folder / "final.pt")
     else:
         torch.save({path.stem: run(**settings, ckpt_path=path) for path in resume}, folder / "resumed.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -306,6 +306,24 @@ def test_masked_parameters__zero_weights_() -> None:
     assert module[0].weight.isnan().equal(masks["0.weight"])
 
 
+class Shard(torch.Tensor):
+    """Stands for a sharded parameter, in whose place its wrapper puts the whole one while a layer runs."""
+
+
+def test_masked_parameters__replaced_in() -> None:
+    """Named are parameters in whose place there is another one or none; a tie or a shard that comes and goes is not."""
+    names = ("tied", "shard", "other", "gone")
+    module = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("early", *names)})
+    module["shard"].weight = nn.Parameter(torch.ones(2, 2).as_subclass(Shard))
+    live = MaskedParameters(module, Masks({f"{name}.weight": torch.eye(2, dtype=torch.bool) for name in names}))
+    assert live.replaced_in(module) == []
+    module["shard"].weight = nn.Parameter(torch.ones(2, 2))
+    module["early"].weight = module["tied"].weight
+    module["other"] = nn.Linear(2, 2)
+    del module["gone"]
+    assert live.replaced_in(module) == ["other.weight", "gone.weight"]
+
+
 def test_zero_optimizer_state__optimizers_that_know_each_other() -> None:
     """A wrapper and what it wraps may refer to each other; each is visited once."""
     module = models.MLP(4, 5, 3)

@@ -48,7 +48,7 @@ def variants() -> dict[str, Make]:
         known = inspect.signature(kind).parameters
         settings = {key: value for key, value in WANTED.items() if key in known}
         made[name] = lambda parameters, kind=kind, settings=settings: kind(parameters, **settings)
-        for switch in {"foreach", "fused"} & known.keys():
+        for switch in sorted({"foreach", "fused"} & known.keys()):
             chosen = {**settings, switch: True}
             made[f"{name}-{switch}"] = lambda parameters, kind=kind, chosen=chosen: kind(parameters, **chosen)
     made["Drifting"] = lambda parameters: Drifting(parameters, lr=0.05, momentum=0.9)

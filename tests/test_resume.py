@@ -1,11 +1,10 @@
 """A run that is interrupted and resumed in a new process ends as if nothing had happened."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import resumable
 import torch
@@ -17,9 +16,14 @@ pytestmark = pytest.mark.slow
 MOMENTS = ("middle", "last_batch", "validation_end", "epoch_end")
 
 
-def start(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, resumable.__file__, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+def run(folder: Path, *arguments: object) -> None:
+    processes.run(resumable.main, folder, *arguments, log=folder / "log.txt")
+
+
+def run_and_kill(folder: Path, *arguments: object) -> None:
+    """Let a run kill itself in the middle of an epoch."""
+    process = processes.start(resumable.main, folder, *arguments, log=folder / "log.txt")
+    assert processes.exit_code(process) == -signal.SIGKILL
 
 
 def pruning_state(checkpoint: Path) -> Any:
@@ -41,16 +45,19 @@ def is_equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
     )
 
 
-@pytest.fixture(scope="module", params=["sgd", "adamw"])
+def together(name: str) -> Any:
+    """Let one worker do all tests of a fixture's parameter: the fixture is what takes long."""
+    return pytest.param(name, marks=pytest.mark.xdist_group(f"resume {name}"))
+
+
+@pytest.fixture(scope="module", params=[together("sgd"), together("adamw")])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One uninterrupted run, and all runs resumed from its checkpoints by a second process."""
     folder = tmp_path_factory.mktemp(request.param)
-    whole = start(folder, "--optimizer", request.param)
-    assert whole.returncode == 0, whole.stderr
+    run(folder, "--optimizer", request.param)
     checkpoints = sorted(folder.glob("*.ckpt"))
     assert len(checkpoints) == resumable.EPOCHS * len(MOMENTS)
-    resumed = start(folder, "--optimizer", request.param, "--resume", *checkpoints)
-    assert resumed.returncode == 0, resumed.stderr
+    run(folder, "--optimizer", request.param, "--resume", *checkpoints)
     return torch.load(folder / "final.pt", weights_only=True), torch.load(folder / "resumed.pt", weights_only=True)
 
 
@@ -76,24 +83,21 @@ def test_resume__prunes_once(runs: Any, epoch: int, moment: str) -> None:
         assert result["digest"] == whole["digest"]
 
 
-def test_killed_in_the_sparse_phase(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runs", [together("sgd")], indirect=True)
+def test_killed_in_the_sparse_phase(runs: Any, tmp_path: Path) -> None:
     """After a SIGKILL in the first sparse epoch, the last checkpoint resumes with the same masks to the same end."""
-    killed = start(tmp_path, "--kill", resumable.WARMUP + 1)
-    assert killed.returncode == -signal.SIGKILL
+    whole, _ = runs
+    run_and_kill(tmp_path, "--kill", resumable.WARMUP + 1)
     last = tmp_path / f"{resumable.WARMUP}-epoch_end.ckpt"
     before = masks_in(last)
     assert before.num_kept == round(before.num_prunable * 0.2)
 
-    resumed = start(tmp_path, "--resume", last)
-    assert resumed.returncode == 0, resumed.stderr
+    run(tmp_path, "--resume", last)
     result = torch.load(tmp_path / "resumed.pt", weights_only=True)[last.stem]
     assert result["digest"] == before.digest()
     for name, mask in before.items():
         assert torch.equal(result["state"][name] != 0, mask)
-
-    (tmp_path / "whole").mkdir()
-    assert start(tmp_path / "whole").returncode == 0
-    assert is_equal(torch.load(tmp_path / "whole" / "final.pt", weights_only=True), result)
+    assert is_equal(whole, result)
 
 
 IMP_RUNS = {
@@ -102,17 +106,15 @@ IMP_RUNS = {
 }
 
 
-@pytest.fixture(scope="module", params=IMP_RUNS)
+@pytest.fixture(scope="module", params=map(together, IMP_RUNS))
 def imp_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One uninterrupted IMP run, and all runs resumed from its epoch boundaries by a second process."""
     folder = tmp_path_factory.mktemp(request.param)
     settings = ("--method", "imp", *IMP_RUNS[request.param])
-    whole = start(folder, *settings)
-    assert whole.returncode == 0, whole.stderr
+    run(folder, *settings)
     checkpoints = sorted(path for path in folder.glob("*.ckpt") if not path.stem.endswith("middle"))
     assert len(checkpoints) == resumable.IMP_EPOCHS * len(MOMENTS[1:])
-    resumed = start(folder, *settings, "--resume", *checkpoints)
-    assert resumed.returncode == 0, resumed.stderr
+    run(folder, *settings, "--resume", *checkpoints)
     return (
         folder,
         torch.load(folder / "final.pt", weights_only=True),
@@ -150,20 +152,18 @@ def test_resume__imp_rewind_point(imp_runs: Any, request: pytest.FixtureRequest)
     assert size[last_cut] < size[last_cut - 1] - 4 * masks_in(folder / "2-epoch_end.ckpt").num_prunable
 
 
-@pytest.mark.parametrize("imp_runs", ["later_weights"], indirect=True)
+@pytest.mark.parametrize("imp_runs", [together("later_weights")], indirect=True)
 def test_killed_in_a_cycle(imp_runs: Any, tmp_path: Path) -> None:
     """After a SIGKILL in the middle of the second cycle, the last checkpoint resumes to the same ticket."""
     _, whole, _ = imp_runs
     settings = ("--method", "imp", *IMP_RUNS["later_weights"])
-    killed = start(tmp_path, *settings, "--kill", 3)
-    assert killed.returncode == -signal.SIGKILL
+    run_and_kill(tmp_path, *settings, "--kill", 3)
     last = max(tmp_path.glob("*epoch_end.ckpt"))
     assert last.stem == "2-epoch_end"
     before = masks_in(last)
     assert before.num_kept == round(before.num_prunable * 0.2**0.5)
 
-    resumed = start(tmp_path, *settings, "--resume", last)
-    assert resumed.returncode == 0, resumed.stderr
+    run(tmp_path, *settings, "--resume", last)
     result = torch.load(tmp_path / "resumed.pt", weights_only=True)[last.stem]
     assert is_equal(whole, result)
     assert result["digest"] == whole["digest"]
