@@ -29,6 +29,18 @@ CONSTANTS = {("Rprop", "step_size"), ("Adamax", "exp_inf")}
 """States that such an optimizer keeps above 0 whatever the gradient: a step size, and a bound that includes eps."""
 
 
+class Drifting(SGD):
+    """Moves every weight in every step, whatever its gradient, as Muon does, which came with torch 2.9."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for each in group["params"]:
+                each.add_(1e-3)
+        return loss
+
+
 def variants() -> dict[str, Make]:
     """Every optimizer with momentum, weight decay and the like, by loop, foreach and fused, where it has them."""
     made: dict[str, Make] = {}
@@ -39,6 +51,7 @@ def variants() -> dict[str, Make]:
         for switch in sorted({"foreach", "fused"} & known.keys()):
             chosen = {**settings, switch: True}
             made[f"{name}-{switch}"] = lambda parameters, kind=kind, chosen=chosen: kind(parameters, **chosen)
+    made["Drifting"] = lambda parameters: Drifting(parameters, lr=0.05, momentum=0.9)
     for search in (None, "strong_wolfe"):
         made[f"LBFGS-{search}"] = lambda parameters, search=search: torch.optim.LBFGS(
             parameters, lr=0.5, max_iter=4, history_size=5, line_search_fn=search
@@ -221,7 +234,7 @@ class SAM(Optimizer):
 
     def __init__(self, parameters: Iterable[nn.Parameter], rho: float = 0.5) -> None:
         super().__init__(parameters, {"rho": rho})
-        self.base = SGD(self.param_groups, lr=0.05, momentum=0.9, weight_decay=0.05)
+        self.base = Drifting(self.param_groups, lr=0.05, momentum=0.9, weight_decay=0.05)
         self.away: list[float] = []
 
     @torch.no_grad()
@@ -252,9 +265,9 @@ class SAM(Optimizer):
 class ManualSAM(Trained):
     """Takes SAM's two steps itself, by a closure, by its two halves, or by halves without Lightning in between."""
 
-    def __init__(self, style: str, watch: Callable[[Trained], None]) -> None:
+    def __init__(self, style: str, watch: Callable[[Trained], None], after: Callable[[], None]) -> None:
         super().__init__(SAM, watch)
-        self.style, self.automatic_optimization = style, False
+        self.style, self.after, self.automatic_optimization = style, after, False
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # type: ignore[override]
         optimizer: Any = self.optimizers(use_pl_optimizer=self.style != "raw")
@@ -272,19 +285,23 @@ class ManualSAM(Trained):
         optimizer.climb()
         closure()
         optimizer.descend()
+        self.after()
 
 
 @pytest.mark.parametrize("style", ["automatic", "closure", "halves", "raw"])
 def test_sam(tmp_path: Path, style: str) -> None:
-    """Pruned weights are 0 at the point nearby, too, when the second forward pass runs there."""
+    """Pruned weights are 0 at the point nearby, too, when the second forward pass runs there, and after the step."""
     callback, survivors, forwards = drive(loss_fn=loss_fn), Survivors(), []
 
-    def watch(module: Trained) -> None:
-        forwards.append(module)
+    def check() -> None:
         if callback.pruned:
             assert all(module.get_parameter(name).detach()[~mask].eq(0).all() for name, mask in callback.masks.items())
 
-    module = Trained(SAM, watch) if style == "automatic" else ManualSAM(style, watch)
+    def watch(module: Trained) -> None:
+        forwards.append(module)
+        check()
+
+    module = Trained(SAM, watch) if style == "automatic" else ManualSAM(style, watch, check)
     fit(tmp_path, module, callback, survivors)
     assert_pruned(module, callback, survivors)
     optimizer = module.trainer.optimizers[0]
