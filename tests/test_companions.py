@@ -156,7 +156,7 @@ def test_every_checkpoint_is_consistent(tmp_path: Path, method: str) -> None:
     callback, module = CALLBACKS[method](), ConvModule()
     savings = {
         "step": ModelCheckpoint(tmp_path / "step", filename="{step}", every_n_train_steps=2, save_top_k=-1),
-        "time": ModelCheckpoint(tmp_path / "time", train_time_interval=timedelta(0), save_top_k=-1),
+        "time": ModelCheckpoint(tmp_path / "time", train_time_interval=timedelta(microseconds=1), save_top_k=-1),
         "light": ModelCheckpoint(tmp_path / "light", save_weights_only=True, every_n_epochs=1, save_top_k=-1),
     }
     fits.trainer(tmp_path, callback, *savings.values()).fit(module, fits.loader())

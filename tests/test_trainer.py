@@ -247,7 +247,7 @@ def test_max_time(tmp_path: Path, method: str) -> None:
     """Training that only the clock stops prunes once, however long it lasts."""
     callback = CALLBACKS[method]()
     running, module, watch = fit(
-        tmp_path, callback, module=Wordless(), max_time=timedelta(seconds=0.7), max_epochs=-1, limit_val_batches=0
+        tmp_path, callback, module=Wordless(), max_time=timedelta(seconds=0.5), max_epochs=-1, limit_val_batches=0
     )
     check(callback, module)
     assert watch.counter.changes == NUM_CUTS[method]
