@@ -1,5 +1,7 @@
 """What pruning means to the other callbacks of a Trainer: those that keep averages, and those that track the best."""
 
+from collections.abc import Container
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
@@ -48,6 +50,22 @@ def restart_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None
             count.zero_()
         if isinstance(callback, StochasticWeightAveraging):  # it takes what it finds at the start of an epoch
             callback._latest_update_epoch = trainer.current_epoch
+
+
+def give_statistics(trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Container[nn.Module]) -> None:
+    """Give running averages the statistics of some layers: their own are those of the weights before pruning.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+        layers: BatchNorm layers of the module whose statistics have just been estimated.
+
+    """
+    names = [name for name, layer in pl_module.named_modules() if layer in layers]
+    for average in averaged_models(trainer):
+        for name in names:
+            for key, buffer in pl_module.get_submodule(name).named_buffers():
+                average.get_submodule(name).get_buffer(key).copy_(buffer)
 
 
 def hold_off_early_stopping(trainer: pl.Trainer, on: bool) -> None:

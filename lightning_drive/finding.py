@@ -8,12 +8,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import flow, gradients, prunable, ranking, schedules
+from lightning_drive import flow, gradients, prunable, ranking, schedules, shards
 from lightning_drive import sparsity as measures
 from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
 from lightning_drive.methods import Method, Network, check_choice
+from lightning_drive.ranks import ALONE, Ranks
 from lightning_drive.schedules import Schedule
 
 Scope: TypeAlias = Literal["global", "layerwise"]
@@ -27,7 +28,7 @@ class Found:
     active: Masks | None
     """The kept weights on an input-output path; ``None`` if paths could not be followed."""
     path_error: str | None
-    """Why paths could not be followed; ``None`` if they could."""
+    """Why paths could not be followed; ``None`` if they could, or if the weights are sharded over ranks."""
     warnings: list[str]
 
 
@@ -129,39 +130,49 @@ def search(
     on_round: Callable[[int, Masks], None] | None = None,
     only_round: int | None = None,
     shuffle: torch.Generator | None = None,
+    ranks: Ranks = ALONE,
 ) -> Found:
     """Find masks and tell what happened: :func:`find_masks` for a caller that warns and reports in its own way.
 
     The arguments are those of :func:`find_masks`, with the live prunable ``parameters`` by name in place of
-    ``include`` and ``exclude``, and two more: ``only_round`` does a single one of the method's rounds, from the masks
-    that those before it left, and ``shuffle`` gives the outcome in a random order within each parameter.
+    ``include`` and ``exclude``, and three more: ``only_round`` does a single one of the method's rounds, from the masks
+    that those before it left, ``shuffle`` gives the outcome in a random order within each parameter, and ``ranks`` are
+    processes that each score their own batches: gradients are averaged over them, and all get the masks of the first.
+
+    Parameters may be split over ranks (FSDP2). Every rank then scores and masks its own part, and only histograms of
+    scores are exchanged; masks are put together at the end. ``on_round`` is given this rank's part.
     """
     check_method(method)
     check_settings(sparsity, schedule, scope)
+    holders = shards.holders(parameters)
     current = _starting_masks(parameters, masks, sparsity)
-    start = min(current.sparsity, sparsity)  # rounding may have taken one weight more
+    Masks(masks).parameters_of(module)  # or an error that names the shape that differs
+    start = min(Masks(masks).sparsity, sparsity)  # rounding may have taken one weight more
     rounds = range(1, method.rounds + 1)
     if only_round is not None:
         start, rounds = 0.0, range(only_round, only_round + 1)
-    network = Network(module, parameters, batches, loss_fn, example_input)
+    network = Network(module, parameters, batches, loss_fn, example_input, ranks)
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     cuts: list[str] = []
     reads_batches = hasattr(method, "batches_per_round")
     with gradients.undisturbed(module, method.mode):
-        current.apply_(module)
+        _mask_(network.weights, current)
         for index in rounds:
             density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
-            current, rankings = _prune(method.score(network), current, density, scope)
-            current.apply_(module)
+            current, rankings = _prune(method.score(network), current, sizes, density, scope, holders)
+            _mask_(network.weights, current)
             if reads_batches or index == rounds[-1]:  # what is 0 whatever the batch goes first anyway
                 cuts.extend(_cuts_in_zeros(rankings, index, reads_batches))
             if on_round is not None:
                 on_round(index, current)
     if len(cuts) > 1:
         cuts[:] = [f"{cuts[0]} This happened {len(cuts)} times."]
+    found = Masks({name: shards.joined(mask, of=parameters[name]) for name, mask in current.items()})
     if shuffle is not None:
-        current = current.shuffled(shuffle)
-    active, path_error = _active(network, current)
-    return Found(current, active, path_error, [*network.warnings, *cuts, *_collapses(current, active)])
+        found = found.shuffled(shuffle)
+    found, disagreements = _agreed(found, ranks)
+    active, path_error = (None, None) if network.is_sharded else _active(network, found)
+    return Found(found, active, path_error, [*network.warnings, *cuts, *disagreements, *_collapses(found, active)])
 
 
 def check_method(method: Method) -> None:
@@ -199,44 +210,66 @@ def check_settings(sparsity: float, schedule: str, scope: str) -> None:
 def _starting_masks(
     parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor] | None, sparsity: float
 ) -> Masks:
+    """Give the masks to start from: this rank's part of each."""
     if not masks:
-        return Masks({name: torch.ones_like(value, dtype=torch.bool) for name, value in parameters.items()})
+        return Masks(
+            {name: torch.ones_like(shards.local(value), dtype=torch.bool) for name, value in parameters.items()}
+        )
     if masks.keys() != parameters.keys():
         different = listed(sorted(masks.keys() ^ parameters.keys()))
         raise ValueError(
             f"`masks` must cover exactly the prunable parameters, but {different} is in only one of the two:"
-            " check `include` and `exclude`."
+            " check `include`, `exclude` and what is frozen."
         )
-    start = Masks({name: masks[name].to(value.device) for name, value in parameters.items()})
+    start = Masks(masks)
     if start.num_kept < schedules.num_kept(start.num_prunable, 1 - sparsity):
         raise ValueError(
             f"`masks` already have sparsity {start.sparsity:g}, more than the `sparsity` of {sparsity:g} asked for, and"
             " a pruned weight never returns."
         )
-    return start
+    return Masks({name: shards.part(masks[name], of=value).to(value.device) for name, value in parameters.items()})
+
+
+@torch.no_grad()
+def _mask_(weights: Mapping[str, Tensor], masks: Masks) -> None:
+    for name, mask in masks.items():
+        weights[name].masked_fill_(~mask, 0)
 
 
 def _prune(
-    scores: dict[str, Tensor], masks: Masks, density: float, scope: Scope
+    scores: dict[str, Tensor], masks: Masks, sizes: Mapping[str, int], density: float, scope: str, holders: Ranks
 ) -> tuple[Masks, dict[str, ranking.Ranking]]:
     """Do one cut: keep the highest of the survivors, counted from all prunable weights."""
+    alive = dict(zip(masks, holders.sum(ranking.count_each(masks.values())).tolist(), strict=True))
     if scope == "global":
-        num_kept = min(schedules.num_kept(masks.num_prunable, density), masks.num_kept)
-        rankings = {"": ranking.keep_highest(scores, num_kept, masks)}
+        num_kept = min(schedules.num_kept(sum(sizes.values()), density), sum(alive.values()))
+        rankings = {"": ranking.keep_highest(scores, num_kept, masks, holders)}
     else:
-        alive = {name: mask for name, mask in masks.items() if mask.any()}
-        counts = {
-            name: min(schedules.num_kept(mask.numel(), density), int(mask.count_nonzero()))
-            for name, mask in alive.items()
-        }
-        rankings = ranking.keep_highest_each({name: scores[name] for name in alive}, counts, alive)
+        counts = {name: min(schedules.num_kept(sizes[name], density), left) for name, left in alive.items() if left}
+        rankings = ranking.keep_highest_each({name: scores[name] for name in counts}, counts, masks, holders)
     found = Masks({**masks, **{name: mask for each in rankings.values() for name, mask in each.masks.items()}})
-    if all(each.num_above == 0 and each.threshold == 0 for each in rankings.values()) and found != masks:
+    prunes = sum(each.num_kept for each in rankings.values()) < sum(alive.values())
+    if prunes and all(each.num_above == 0 and each.threshold == 0 for each in rankings.values()):
         raise ValueError(
             "Every score is zero, so there is nothing to rank: the weights or all their gradients are zero. Check that"
             " the loss depends on the weights and that no layer is initialised with zeros."
         )
     return found, rankings
+
+
+def _agreed(masks: Masks, ranks: Ranks) -> tuple[Masks, list[str]]:
+    """Give all ranks the masks of the first, and say so if they were not the same anyway."""
+    if ranks.size == 1:
+        return masks, []
+    first = Masks.from_state_dict(ranks.broadcast(masks.state_dict() if ranks.index == 0 else {}))
+    agreed = Masks({name: mask.to(masks[name].device) for name, mask in first.items()})
+    differ = ranks.gather(torch.tensor(agreed.digest() != masks.digest())).nonzero().flatten().tolist()
+    if not differ:
+        return agreed, []
+    return agreed, [
+        f"Rank {listed(differ)} found other masks than rank 0, whose masks all of them have now: the weights differ"
+        " between ranks. Something changes them on one rank alone, such as a random initialisation after `setup`."
+    ]
 
 
 def _cuts_in_zeros(rankings: Mapping[str, ranking.Ranking], round_index: int, reads_batches: bool) -> Iterator[str]:
@@ -246,12 +279,12 @@ def _cuts_in_zeros(rankings: Mapping[str, ranking.Ranking], round_index: int, re
         else "Layers that start at zero, and kernel taps that only ever see padding, have such scores."
     )
     for name, each in rankings.items():
-        kept = measures.num_kept(each.masks)
-        if each.threshold == 0 and each.num_above + each.num_tied > kept:
+        if each.threshold == 0 and each.num_above + each.num_tied > each.num_kept:
             where = f" in {name!r}" if name else ""
             yield (
                 f"In round {round_index} only {each.num_above:,} weights{where} had a score above zero, fewer than the"
-                f" {kept:,} to keep: the cut fell inside exact zeros, and the rest was kept by position. {hint}"
+                f" {each.num_kept:,} to keep: the cut fell inside exact zeros, and the rest was kept by position."
+                f" {hint}"
             )
 
 

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -93,7 +92,13 @@ def synaptic_flow(
     Returns:
         Parameter name to :math:`\partial R / \partial |\theta|` in float64, and :math:`R`.
 
+    Raises:
+        ValueError: If a parameter, prunable or not, is complex.
+
     """
+    for name, parameter in module.named_parameters():
+        if parameter.is_complex():
+            raise ValueError(f"SynFlow is not defined for complex parameters ({name!r}). Use another method.")
     tensors = {
         name: _flow_value(name, value).requires_grad_(name in parameters)
         for name, value in (*module.named_parameters(), *module.named_buffers())
@@ -232,18 +237,19 @@ class _Watch(TorchFunctionMode):
 @contextmanager
 def _module_names(module: nn.Module, path: list[str]) -> Generator[None]:
     """Keep the name of the submodule that is running at the end of ``path``."""
-    names = {submodule: name for name, submodule in module.named_modules()}
-    enter = register_module_forward_pre_hook(lambda submodule, _: path.append(names.get(submodule, "")))
 
     def forget(*_: Any) -> None:
         path.pop()
 
-    leave = register_module_forward_hook(forget, always_call=True)
+    handles = []
     try:
+        for name, submodule in module.named_modules():
+            handles.append(submodule.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
+            handles.append(submodule.register_forward_hook(forget, always_call=True))
         yield
     finally:
-        enter.remove()
-        leave.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class _Paths(TorchFunctionMode):

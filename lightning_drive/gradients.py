@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from lightning_drive import shards
 from lightning_drive.messages import listed
 
 Mode: TypeAlias = Literal["train", "eval"]
@@ -32,7 +33,12 @@ _DROPOUT_ARGUMENTS = {
 
 
 def loss_gradients(
-    module: nn.Module, parameters: Mapping[str, nn.Parameter], loss_fn: LossFunction, batches: Iterable[Any]
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    loss_fn: LossFunction,
+    batches: Iterable[Any],
+    *,
+    hookless: bool = False,
 ) -> dict[str, Tensor]:
     """Sum the loss gradients over batches, with the weights as they are now.
 
@@ -44,10 +50,12 @@ def loss_gradients(
         parameters: Parameter name to the live parameters to differentiate by.
         loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor.
         batches: The batches to sum over, at least one.
+        hookless: Whether to leave hooks that wait for gradients alone. DDP has some, which take a backward pass for one
+            of training's. Activation checkpointing then has to be of the kind ``use_reentrant=False``.
 
     Returns:
         Parameter name to its gradient, dense, in the parameter's precision and on its device; zeros where the loss
-        does not depend on it. The caller owns these tensors.
+        does not depend on it; of a parameter that is split over ranks, this rank's part. The caller owns these tensors.
 
     Raises:
         ValueError: If there is no batch, or the loss is not a scalar tensor, not finite or without a gradient.
@@ -57,7 +65,10 @@ def loss_gradients(
     for count, batch in enumerate(batches, 1):  # noqa: B007
         loss = loss_fn(module, _batch_in_float32(batch))
         _check_loss(loss)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if hookless:
+            _accumulate(loss, parameters)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
     if not count:
         raise ValueError("There is nothing to score on: `batches` is empty.")
     if all(parameter.grad is None for parameter in parameters.values()):
@@ -65,7 +76,7 @@ def loss_gradients(
             f"The loss does not depend on any prunable parameter ({listed(parameters)}): all gradients are None."
         )
     gradients = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        name: torch.zeros_like(shards.local(parameter)) if parameter.grad is None else shards.local(parameter.grad)
         for name, parameter in parameters.items()
     }
     for parameter in module.parameters():
@@ -73,14 +84,24 @@ def loss_gradients(
     return {name: gradient.to_dense() if gradient.is_sparse else gradient for name, gradient in gradients.items()}
 
 
+def _accumulate(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Add to ``.grad`` what a backward pass would, without a backward pass."""
+    for parameter, gradient in zip(
+        parameters.values(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True
+    ):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
 @contextmanager
 def undisturbed(module: nn.Module, mode: Mode = "train") -> Generator[None]:
     """Score inside this context, and the module is afterwards bit for bit what it was.
 
     Inside: ``.grad`` fields are ``None``, gradients are enabled, autocast and Dropout are off, parameters and buffers
-    below float32 are held in float32, and the module is in ``mode``. Put back afterwards: parameters, gradients and
-    their hooks, buffers, the ``training`` flag of every submodule, and the random state of torch (CPU and CUDA), numpy
-    and Python. The copy of frozen parameters, which only few modules write to, is kept on the CPU.
+    below float32 are held in float32 (unless they are split over ranks), what ``torch.compile`` compiled runs as plain
+    Python (or it would be compiled again for scoring), and the module is in ``mode``. Put back afterwards: parameters,
+    gradients and their hooks, buffers, the ``training`` flag of every submodule, and the random state of torch (CPU
+    and CUDA), numpy and Python. The copy of frozen parameters, which only few modules write to, is kept on the CPU.
 
     Args:
         module: The module to score.
@@ -88,7 +109,10 @@ def undisturbed(module: nn.Module, mode: Mode = "train") -> Generator[None]:
             submodules, so what was frozen with ``.eval()`` stays frozen. ``"eval"``: running statistics.
 
     """
+    shards.reshard_(module)  # a forward pass without a backward pass leaves whole parameters
     with ExitStack() as stack:
+        stack.callback(shards.reshard_, module)
+        stack.enter_context(_uncompiled(module))
         stack.enter_context(preserved_rng())
         stack.enter_context(_preserved_gradients(module))
         stack.enter_context(_preserved_parameters(module))
@@ -234,6 +258,29 @@ def _check_loss(loss: object) -> None:
 
 
 @contextmanager
+def _uncompiled(module: nn.Module) -> Generator[None]:
+    """Run the originals of compiled modules, methods and functions; what is compiled already stays for later."""
+    if hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        return
+    # torch 2.5: `torch.compile` and `module.compile()` both leave a wrapper in the attributes of a module
+    wrappers = [
+        (vars(submodule), name, value)
+        for submodule in module.modules()
+        for name, value in vars(submodule).items()
+        if "_torchdynamo_orig_callable" in getattr(value, "__dict__", ())
+    ]
+    try:
+        for attributes, name, wrapper in wrappers:
+            attributes[name] = wrapper._torchdynamo_orig_callable
+        yield
+    finally:
+        for attributes, name, wrapper in wrappers:
+            attributes[name] = wrapper
+
+
+@contextmanager
 def _switched_to(module: nn.Module, mode: Mode) -> Generator[None]:
     """Set train or eval mode, without Dropout, and put every flag back."""
     training = {submodule: submodule.training for submodule in module.modules()}
@@ -277,11 +324,7 @@ def _preserved_gradients(module: nn.Module) -> Generator[None]:
 def _preserved_parameters(module: nn.Module) -> Generator[None]:
     """Put back the values of all parameters, also of those that a forward pass itself moves (momentum encoders)."""
     saved = [
-        (
-            parameter,
-            parameter.data,
-            parameter.data.to(parameter.device if parameter.requires_grad else "cpu", copy=True),
-        )
+        (parameter, parameter.data, _copied(shards.local(parameter.data), parameter.requires_grad))
         for parameter in module.parameters()
     ]
     try:
@@ -289,7 +332,11 @@ def _preserved_parameters(module: nn.Module) -> Generator[None]:
     finally:
         for parameter, storage, value in saved:
             parameter.data = storage
-            parameter.data.copy_(value)
+            shards.local(parameter.data).copy_(value)
+
+
+def _copied(value: Tensor, is_trained: bool) -> Tensor:
+    return value.to(value.device if is_trained else "cpu", copy=True)
 
 
 @contextmanager
@@ -324,7 +371,9 @@ def _at_least_float32(module: nn.Module) -> Generator[None]:
     originals = [
         (tensor, tensor.data)
         for tensor in (*module.parameters(), *module.buffers())
-        if tensor.is_floating_point() and tensor.dtype != torch.promote_types(tensor.dtype, torch.float32)
+        if tensor.is_floating_point()
+        and tensor.dtype != torch.promote_types(tensor.dtype, torch.float32)
+        and not shards.is_sharded(tensor)  # FSDP2 has the precision in its own hands
     ]
     try:
         for tensor, original in originals:

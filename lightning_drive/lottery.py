@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from typing_extensions import override
@@ -118,7 +118,6 @@ class IMPPruningCallback(PruningCallback):
         self.epochs_per_cycle = epochs_per_cycle
         self.rewind_epoch = rewind_epoch
         self.bn_batches = bn_batches
-        self._max_epochs = -1
         self._planned: int | None = None
         self._undo_plan: Callable[[], None] | None = None
         self._schedulers: list[LRSchedulerConfig] = []
@@ -137,7 +136,6 @@ class IMPPruningCallback(PruningCallback):
         self._planned = None
         if stage != "fit" or is_quick_check(trainer):
             return
-        self._max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs  # other callbacks may change it
         if self._finished and self.masks.hold_for(pl_module):
             return
         self._check_epochs()
@@ -244,7 +242,7 @@ class IMPPruningCallback(PruningCallback):
         assert self._start is not None  # it is kept until training goes on after the last cut
         start = self._start_of_phase(trainer, pl_module, self._start)
         if self._finished and self.control == "reinit":
-            self._reinitialise(pl_module)
+            self._reinitialise(trainer, pl_module)
         else:
             start.snapshot.rewind_(pl_module, self.masks)
         start.rewind_optimizers_(trainer.optimizers, learning_rates=True)
@@ -351,16 +349,6 @@ class IMPPruningCallback(PruningCallback):
             )
 
     @override
-    def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super()._check_module(trainer, pl_module)
-        for callback in companions.callbacks_of(trainer):
-            if isinstance(callback, BaseFinetuning):
-                raise MisconfigurationException(
-                    f"{type(self).__name__} cannot return to a state before {type(callback).__name__} unfroze layers:"
-                    " it would add their parameters to the optimizer in every cycle. Train with one of the two."
-                )
-
-    @override
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_training(trainer, pl_module)
         if is_quick_check(trainer) or self._planned is None:
@@ -373,6 +361,14 @@ class IMPPruningCallback(PruningCallback):
                 f" last time after {last_cut * steps_per_epoch:g} steps and then trains the ticket, but training ends"
                 f" after max_steps={trainer.max_steps}. Raise `max_steps`, or lower `cycles` or `epochs_per_cycle`."
             )
+        for callback in companions.callbacks_of(trainer):
+            if isinstance(callback, GradientAccumulationScheduler) and len(callback.scheduling) > 1:
+                raise MisconfigurationException(
+                    f"{type(self).__name__} repeats the same training in every cycle, but"
+                    f" GradientAccumulationScheduler(scheduling={callback.scheduling}) changes it at epochs counted"
+                    " over the whole run. Accumulate the same number of batches throughout, with"
+                    " `Trainer(accumulate_grad_batches=...)`."
+                )
         phases.check_frequencies(self._schedulers, self.epochs_per_cycle, self.rewind_epoch)
         if self._schedulers and math.isfinite(steps_per_epoch):
             steps = self._cycle_length * steps_per_epoch

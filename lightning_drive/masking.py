@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
+from lightning_drive import shards
 from lightning_drive import sparsity as measures
 from lightning_drive.messages import listed
 
@@ -170,7 +173,7 @@ class Masks(Mapping[str, Tensor]):
         return all(
             name in parameters
             and parameters[name].shape == mask.shape
-            and not parameters[name].detach()[~mask.to(parameters[name].device)].any()
+            and not shards.local(parameters[name].detach())[_pruned(mask, parameters[name])].any()
             for name, mask in self.items()
         )
 
@@ -228,6 +231,8 @@ class Masks(Mapping[str, Tensor]):
 class MaskedParameters:
     """The live parameters of one module under its masks: what a training step needs, looked up once.
 
+    Of parameters that are split over ranks, every rank looks after its own part.
+
     Args:
         module: Has every masked parameter under its name, in the mask's shape.
         masks: Parameter name to boolean mask, on any device; ``True`` keeps.
@@ -239,37 +244,103 @@ class MaskedParameters:
 
     def __init__(self, module: nn.Module, masks: Masks) -> None:
         parameters = masks.parameters_of(module)
-        self._pruned = [(parameter, ~masks[name].to(parameter.device)) for name, parameter in parameters.items()]
+        self._pruned = [(parameter, _pruned(masks[name], parameter)) for name, parameter in parameters.items()]
+        self._parameters = parameters
+
+    def replaced_in(self, module: nn.Module) -> list[str]:
+        """Name the parameters that the module no longer has, or has another one in place of.
+
+        Args:
+            module: The module that these were the parameters of.
+
+        """
+        now = dict(module.named_parameters(remove_duplicate=False))
+        return [
+            name
+            for name, parameter in self._parameters.items()
+            if now.get(name) is not parameter and type(parameter) is nn.Parameter  # shards come and go
+        ]
 
     @torch.no_grad()
     def zero_weights_(self) -> None:
         """Set the pruned weights to exactly 0."""
         for parameter, pruned in self._pruned:
-            parameter.masked_fill_(pruned, 0)
+            shards.local(parameter).masked_fill_(pruned, 0)
 
     @torch.no_grad()
     def zero_gradients_(self) -> None:
         """Set the gradients of pruned weights to exactly 0, where there are gradients."""
         for parameter, pruned in self._pruned:
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(pruned, 0)
+                _zero_(parameter.grad, pruned)
+
+    def zero_gradients_at_once(self, *, keep_overflow: bool) -> list[RemovableHandle]:
+        """Have every backward pass set the gradients of pruned weights to exactly 0 as soon as they are there.
+
+        Args:
+            keep_overflow: Whether infinite and NaN gradients stay, by which a ``GradScaler`` sees that it must skip
+                the step, as it would in dense training.
+
+        Returns:
+            Handles whose ``remove`` ends it.
+
+        """
+        return [
+            parameter.register_post_accumulate_grad_hook(_GradientHook(pruned, keep_overflow))  # type: ignore[no-untyped-call]
+            for parameter, pruned in self._pruned
+            if parameter.requires_grad
+        ]
+
+    @property
+    def may_divide_by_zero(self) -> bool:
+        """Whether an optimizer's ``eps`` may be 0 in the precision of a parameter, so that it makes 0/0 of zeros."""
+        return any(parameter.dtype == torch.float16 for parameter, _ in self._pruned)
 
     @torch.no_grad()
     def zero_optimizer_state_(self, optimizer: Optimizer) -> None:
         """Make an optimizer forget pruned weights: its momentum would bring them back.
 
         Every state tensor in its parameter's shape is masked, also in optimizers that this one wraps (SAM,
-        Lookahead).
+        Lookahead). The history of ``LBFGS``, which is of all parameters together, is of no use to a network with fewer
+        of them, and begins anew, unless it is one of a pruned network already. Doing it twice does no harm.
 
         Args:
             optimizer: The optimizer.
 
         """
-        for inner in _with_wrapped(optimizer):
+        for inner in with_wrapped(optimizer):
+            if isinstance(inner, LBFGS) and self._is_in_history_of(inner):
+                inner.state.clear()
             for parameter, pruned in self._pruned:
-                for value in inner.state.get(parameter, {}).values():
+                for value in tree_leaves(inner.state.get(parameter)):
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        value.masked_fill_(pruned, 0)
+                        _zero_(value, pruned)
+
+    def _is_in_history_of(self, optimizer: LBFGS) -> bool:
+        """Whether a pruned weight has moved, or had a gradient, in the steps that the optimizer remembers."""
+        everywhere = dict(self._pruned)
+        flat = [
+            everywhere.get(each, torch.zeros_like(each, dtype=torch.bool))
+            .reshape(-1)
+            .repeat_interleave(1 + each.is_complex())
+            for each in optimizer.param_groups[0]["params"]
+        ]
+        length = sum(map(len, flat))
+        history = tree_leaves([dict(state) for state in optimizer.state.values()])
+        vectors = [value for value in history if isinstance(value, Tensor) and value.shape == (length,)]
+        return any(bool(vector[torch.cat(flat)].any()) for vector in vectors)
+
+
+class _GradientHook:
+    """Masks the gradient of a parameter after it was accumulated."""
+
+    def __init__(self, pruned: Tensor, keep_overflow: bool) -> None:
+        self._pruned, self._keep_overflow = pruned, keep_overflow
+
+    @torch.no_grad()
+    def __call__(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            _zero_(parameter.grad, self._pruned, self._keep_overflow)
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -306,13 +377,37 @@ def unpack(bits: Tensor, shape: list[int]) -> Tensor:
     return flat[: prod(shape)].view(shape).bool()
 
 
+def _pruned(mask: Tensor, parameter: Tensor) -> Tensor:
+    """Say which entries of a parameter, or of this rank's part of it, a mask prunes."""
+    return ~shards.part(mask, of=parameter).to(parameter.device)
+
+
 def _bit_positions(device: torch.device) -> Tensor:
     return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
 
 
-def _with_wrapped(optimizer: Optimizer) -> list[Optimizer]:
-    """Find the optimizer and those that it wraps, each once."""
+def with_wrapped(optimizer: Optimizer) -> list[Optimizer]:
+    """Find the optimizer and those that it wraps, in attributes or in lists and dictionaries there, each once.
+
+    What has parameter groups is taken for an optimizer: wrappers need not be of that class.
+
+    Args:
+        optimizer: An optimizer, such as SAM or Lookahead.
+
+    """
     found = [optimizer]
     for outer in found:  # grows as wrapped optimizers turn up
-        found += [value for value in vars(outer).values() if isinstance(value, Optimizer) and value not in found]
+        found += [
+            value
+            for value in tree_leaves(list(vars(outer).values()))
+            if isinstance(getattr(value, "param_groups", None), list) and value not in found
+        ]
     return found
+
+
+def _zero_(tensor: Tensor, pruned: Tensor, keep_overflow: bool = False) -> None:
+    """Fill in zeros, also into a sparse tensor, such as the gradient of an ``nn.Embedding(sparse=True)``."""
+    tensor = shards.local(tensor)
+    if tensor.is_sparse:
+        tensor, pruned = tensor._values(), pruned[tuple(tensor._indices())]
+    tensor.masked_fill_(pruned & tensor.isfinite() if keep_overflow else pruned, 0)

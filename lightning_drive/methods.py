@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import flow, gradients, scores
+from lightning_drive import flow, gradients, scores, shards
 from lightning_drive.gradients import LossFunction, Mode
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
+from lightning_drive.ranks import ALONE, Ranks
 
 
 class Network:
@@ -19,31 +20,61 @@ class Network:
 
     Args:
         module: The network.
-        weights: Parameter name to live prunable parameter, pruned entries already 0.
+        parameters: Parameter name to live prunable parameter, pruned entries already 0.
         batches: An endless iterator, or ``None`` where there is no data.
         loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor, or ``None`` where there is no data.
         example_input: An input of the right shape; by default the first tensor of the first batch.
+        ranks: Processes that hold the same network, each with batches of its own.
 
     """
 
     def __init__(
         self,
         module: nn.Module,
-        weights: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         batches: Iterable[Any] | None,
         loss_fn: LossFunction | None,
         example_input: Tensor | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.module = module
-        self.weights = weights
+        self._parameters = parameters
+        self._ranks = ranks
+        self.is_sharded = any(map(shards.is_sharded, parameters.values()))
         self._batches = None if batches is None else self._watched(gradients.endless(batches))
         self._loss_fn = loss_fn
         self._example_input = example_input
         self.warnings: list[str] = []
         self._flow_checked = False
 
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Parameter name to live weights: the parameter, or this rank's part of it."""
+        return {name: shards.local(parameter) for name, parameter in self._parameters.items()}
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """Cut this rank's part out of a tensor in a parameter's full shape.
+
+        Args:
+            name: The parameter's name.
+            whole: The tensor.
+
+        """
+        return shards.part(whole, of=self._parameters[name])
+
+    def shape(self, name: str) -> torch.Size:
+        """Give a parameter's full shape.
+
+        Args:
+            name: The parameter's name.
+
+        """
+        return self._parameters[name].shape
+
     def loss_gradients(self, num_batches: int) -> dict[str, Tensor]:
-        """Sum the loss gradients over the next batches.
+        """Sum the loss gradients over the next batches, and average them over the ranks.
+
+        The result is that of one large batch which joins those of all ranks.
 
         Args:
             num_batches: How many batches to take, at least 1.
@@ -55,8 +86,18 @@ class Network:
         if self._batches is None or self._loss_fn is None:
             missing = "batches" if self._batches is None else "loss_fn"
             raise ValueError(f"This method scores by the gradient of a loss, so it needs `{missing}`, got None.")
-        batches = islice(self._batches, num_batches)
-        return gradients.loss_gradients(self.module, self.weights, self._loss_fn, batches)
+        with self._ranks.together():
+            batches = islice(self._batches, num_batches)
+            found = gradients.loss_gradients(
+                self.module,
+                self._parameters,
+                self._loss_fn,
+                batches,
+                hookless=self._ranks.size > 1 and not self.is_sharded,
+            )
+        if not self.is_sharded:  # else FSDP2 has averaged them
+            self._ranks.mean_(found.values())
+        return found
 
     def synaptic_flow(self) -> tuple[dict[str, Tensor], float]:
         """Compute the gradients of the synaptic flow, and the flow; see :func:`lightning_drive.flow.synaptic_flow`.
@@ -65,10 +106,15 @@ class Network:
             ValueError: If the flow is not defined for much of the network. For a few layers it is a warning.
 
         """
+        if self.is_sharded:
+            raise ValueError(
+                "SynFlow runs the network with absolute weights, which cannot be put in while they are sharded over"
+                " ranks. Use DRIVE or SNIP, or find the masks before `fully_shard`."
+            )
         if not self._flow_checked:
             self._check_flow()
             self._flow_checked = True
-        return flow.synaptic_flow(self.module, self.weights, self.example_input())
+        return flow.synaptic_flow(self.module, self._parameters, self.example_input())
 
     def _check_flow(self) -> None:
         layers = flow.layers_without_flow(self.module, self.example_input())
@@ -251,7 +297,7 @@ class Random:
         """Score by uniform random numbers drawn on the CPU."""
         generator = torch.Generator().manual_seed(self.seed)
         found = {
-            name: torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
+            name: network.part(name, torch.rand(network.shape(name), generator=generator)).to(weight.device)
             for name, weight in network.weights.items()
         }
         if self.like is None:
@@ -263,7 +309,7 @@ class Random:
             )
         self.like.parameters_of(network.module)  # or an error that names the shape that differs
         preferred = self.like.shuffled(generator)
-        return {name: score + preferred[name].to(score.device) for name, score in found.items()}
+        return {name: score + network.part(name, preferred[name]).to(score.device) for name, score in found.items()}
 
 
 def with_fewer_rounds(method: Method, most: int) -> Method:

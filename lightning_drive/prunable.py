@@ -1,6 +1,7 @@
 """Which parameters may be pruned: by name, each once, in the order of ``named_parameters()``."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -19,7 +20,9 @@ def prunable_parameters(
 
     By default: the ``weight`` of every linear and convolutional layer (the last layer and 1x1 shortcuts included) and
     the input projections of ``nn.MultiheadAttention``. Not biases, norms or embeddings. A tied weight comes once,
-    under its first name. Parameters that do not require a gradient are left out: they are frozen, not trained.
+    under its first name; one that is an embedding's table and a linear layer's weight at once is an embedding, and
+    pruned only if ``include`` names it. Parameters that do not require a gradient are left out: they are frozen, not
+    trained.
 
     Args:
         module: The module to look through.
@@ -33,8 +36,8 @@ def prunable_parameters(
 
     Raises:
         TypeError: If ``include`` or ``exclude`` is a string and not a list of strings.
-        ValueError: If a pattern matches nothing, nothing is left to prune, or a selected weight is not yet
-            initialised or is computed (by weight norm, say) rather than stored.
+        ValueError: If a pattern matches nothing, nothing is left to prune, or a selected weight is complex, not yet
+            initialised or computed (by weight norm, say) rather than stored.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
@@ -50,8 +53,8 @@ def prunable_parameters(
         for pattern in patterns or ():
             if not _matching(pattern, known):
                 raise ValueError(
-                    f"`{argument}` pattern {pattern!r} matches no parameter. The parameters are:"
-                    f" {listed(known, most=20)}."
+                    f"`{argument}` pattern {pattern!r} matches no parameter. The parameters are (a tied one by its"
+                    f" first name): {listed(known, most=20)}."
                 )
     names = {*default, *computed}
     if include is not None:
@@ -68,6 +71,11 @@ def prunable_parameters(
     for name, parameter in selected.items():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(f"{name!r} is not initialised yet: run one batch through the lazy module before pruning.")
+        if parameter.is_complex():
+            raise ValueError(
+                f"{name!r} is complex ({parameter.dtype}), and scores are defined for real weights. Leave it out with"
+                f" `exclude=[{name!r}]`."
+            )
     if not selected:
         reason = f" ({listed(frozen)} matched, but `requires_grad` is False)" if frozen else ""
         raise ValueError(
@@ -75,6 +83,24 @@ def prunable_parameters(
             " check `include`, `exclude` and which parameters require a gradient."
         )
     return selected
+
+
+@contextmanager
+def unfrozen(module: nn.Module) -> Generator[None]:
+    """Let every parameter require a gradient inside, to see which could be pruned were they not frozen.
+
+    Args:
+        module: The module.
+
+    """
+    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad = parameter.is_floating_point()
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad = False
 
 
 def check_patterns(argument: str, patterns: Sequence[str] | None) -> None:
@@ -95,22 +121,30 @@ def check_patterns(argument: str, patterns: Sequence[str] | None) -> None:
 
 
 def _default_names(module: nn.Module) -> list[str]:
-    weights = set()
+    weights = {layer._parameters.get(name) for _, layer, name in _prunable_places(module)}
     for layer in module.modules():
-        if isinstance(layer, (nn.Linear, _ConvNd)):
-            weights.add(layer._parameters.get("weight"))
-        elif isinstance(layer, nn.MultiheadAttention):
-            weights.update(layer._parameters.get(name) for name in _ATTENTION_WEIGHTS)
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            weights.discard(layer._parameters.get("weight"))
     return [name for name, parameter in module.named_parameters() if parameter in weights]
 
 
 def _computed_names(module: nn.Module) -> list[str]:
     """Name the weights that would be prunable, were they parameters and not computed from others."""
     return [
-        f"{name}.weight".lstrip(".")
-        for name, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, _ConvNd)) and "weight" not in layer._parameters
+        f"{path}.{name}".lstrip(".")
+        for path, layer, name in _prunable_places(module)
+        if name not in layer._parameters  # what a layer does not use is there as `None`
     ]
+
+
+def _prunable_places(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Give the path of every prunable layer, the layer, and the names of its weights."""
+    for path, layer in module.named_modules():
+        if isinstance(layer, (nn.Linear, _ConvNd)):
+            yield path, layer, "weight"
+        elif isinstance(layer, nn.MultiheadAttention):
+            for name in _ATTENTION_WEIGHTS:
+                yield path, layer, name
 
 
 def _matching(pattern: str, names: Iterable[str]) -> set[str]:

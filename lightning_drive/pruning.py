@@ -3,23 +3,41 @@
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_drive import companions, display, finding, flow, gradients, methods, prunable, scoring
+from lightning_drive import (
+    companions,
+    display,
+    finding,
+    flow,
+    gradients,
+    masking,
+    methods,
+    prunable,
+    scoring,
+    shards,
+)
 from lightning_drive.finding import Found, Scope
+from lightning_drive.handover import Handover
 from lightning_drive.masking import MaskedParameters, Masks
+from lightning_drive.messages import listed
 from lightning_drive.methods import Method
+from lightning_drive.ranks import ALONE, Ranks
 from lightning_drive.report import Control, PruningReport
 from lightning_drive.rewinding import RewindPoint
 from lightning_drive.schedules import Schedule
@@ -34,6 +52,8 @@ class PruningCallback(pl.Callback):
     there on pruned weights are exactly 0: their gradients are masked before clipping, the weights again after every
     optimizer step. Parameter names, their order and ``state_dict`` keys are never touched, so checkpoints load into
     the plain module, already sparse.
+
+    In several processes, every rank scores its own batches, gradients are averaged, and all ranks get the same masks.
 
     A subclass says when it is time (:meth:`_is_due`) and what to do then (:meth:`_prune`). To change which parameters
     are prunable, override :meth:`prunable_parameters`.
@@ -76,15 +96,31 @@ class PruningCallback(pl.Callback):
         self.exclude = exclude
         self.reset_best = reset_best
         self.control: Control = control
-        self.masks = Masks()
-        self.report: PruningReport | None = None
+        self._masks = Masks()
+        self._report: PruningReport | None = None
+        self._handover = Handover()
         self._remember_epoch = remember_epoch
         self._start: RewindPoint | None = None
+        self._max_epochs = -1
+        self._fit_started = False
+        self._searching = False
         self._restored = False
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._live: MaskedParameters | None = None
         self._handles: list[RemovableHandle] = []
         self._hookless = False
+
+    @property
+    def masks(self) -> Masks:
+        """The masks, on the CPU; empty before pruning."""
+        self._collect()
+        return self._masks
+
+    @property
+    def report(self) -> PruningReport | None:
+        """What was pruned; ``None`` before pruning."""
+        self._collect()
+        return self._report
 
     @property
     def pruned(self) -> bool:
@@ -125,6 +161,13 @@ class PruningCallback(pl.Callback):
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse, before anything runs, what cannot work."""
         self.prunable_parameters(pl_module)
+        for other in companions.callbacks_of(trainer):
+            if isinstance(other, BaseFinetuning) and self._remember_epoch is not None:
+                raise MisconfigurationException(
+                    f"{type(self).__name__} returns to an earlier state of the training (as IMP and control='reinit'"
+                    f" do), but cannot return to one before {type(other).__name__} unfroze layers and gave them to the"
+                    " optimizer. Train with one of the two."
+                )
 
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse, once the data is loaded and a checkpoint restored, what cannot work."""
@@ -135,24 +178,36 @@ class PruningCallback(pl.Callback):
 
     def _start_afresh(self) -> None:
         """Forget a module that the callback was used with before."""
-        self.masks, self.report, self._start = Masks(), None, None
+        self._masks, self._report, self._start = Masks(), None, None
 
     # When: each hook says what it does here.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget that a state was restored; a checkpoint to resume from is loaded after this."""
-        self._restored = False
+        """Refuse what cannot work together, and note the length; a state to resume from is restored after this."""
+        _check_namespace(self, trainer)
+        self._restored = self._searching = self._fit_started = False
+        self._max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs  # other callbacks may change it
+        if stage == "fit":
+            self._check_strategy(trainer)
+            self._check_companions(trainer)
+
+    def on_after_setup(self, **_: Any) -> None:
+        """Refuse Fabric, which calls this: it has no training loop whose epochs and steps could be followed."""
+        raise MisconfigurationException(
+            f"{type(self).__name__} works in a `lightning.pytorch.Trainer`, got a `Fabric`, whose loops are your own."
+            " Call `lightning_drive.find_masks` there, and `masks.apply_(module)` after every optimizer step."
+        )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, and start afresh on a module that the masks were not made for."""
+        shards.reshard_(pl_module)
         known = self._module is not None and self._module() is pl_module
         goes_on = self.masks.hold_for(pl_module) and (self._finished or (known and trainer.current_epoch > 0))
         if not (self._restored or goes_on):
             self._start_afresh()
-        self._module = weakref.ref(pl_module)
-        self._check_strategy(trainer)
+        self._module, self._fit_started = weakref.ref(pl_module), True
         if not self._finished:
             self._check_module(trainer, pl_module)
 
@@ -181,32 +236,56 @@ class PruningCallback(pl.Callback):
         self._remember_when_due(trainer, pl_module, batch_idx)
         if self._prune_when_due(trainer, pl_module):
             self._log_metrics(trainer, pl_module)
+        if batch_idx == 0:
+            self._check_live(pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to go on where pruned layers were replaced by others."""
+        self._check_live(pl_module)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Mask the gradients: unscaled already, not yet clipped."""
-        if self._live is not None:
+        if self._live is not None and not _unscales_in_step(trainer, optimizer):
             self._live.zero_gradients_()
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Mask the weights, for optimizers that offer no hook after their step."""
+        """Mask the weights, where not every change to them has a hook after it."""
         if self._live is not None and self._hookless:
             self._live.zero_weights_()
 
     @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bring masks and report back to the process that spawned this one."""
+        if self._handover.is_elsewhere and trainer.is_global_zero:
+            self._handover.leave({**self.state_dict(), "start": None})
+
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the module and its optimizers."""
+        """Finish what was cut short, a commit or a step, for a checkpoint of the exception; let go of the module."""
+        if self._fit_started and self.pruned:
+            with suppress(ValueError):  # masks that do not fit, which were the exception then
+                self.masks.apply_(pl_module)
+        scoring.begin_epoch_again(trainer)
         self._release()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the module and its optimizers."""
         self._release()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note a search for a learning rate or batch size: it saves before training starts, and returns to that."""
+        self._searching = not self._fit_started
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -226,16 +305,26 @@ class PruningCallback(pl.Callback):
                 f"The checkpoint's {type(self).__name__} state has version {state_dict.get('version')}, but this"
                 f" lightning_drive reads version {_VERSION}."
             )
-        report, start = state_dict["report"], state_dict.get("start")
-        self.masks = Masks.from_state_dict(state_dict["masks"])
-        self.report = None if report is None else PruningReport.from_dict(report)
+        start = state_dict.get("start")
+        self._take(state_dict)
         self._start = None if start is None else RewindPoint.from_state_dict(start)
-        self._restored = True
+        self._restored = self._restored or not self._searching
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the live parameters and hooks of this process out of copies and pickles."""
+        self._collect()
         own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # the module's
         return {**own, "_live": None, "_handles": [], "_module": None}
+
+    def _collect(self) -> None:
+        """Take what a copy of this callback has found out in a process that was spawned from this one."""
+        if self._module is None and (state := self._handover.take()) is not None:  # this process has not trained itself
+            self._take(state)
+
+    def _take(self, state_dict: dict[str, Any]) -> None:
+        report = state_dict["report"]
+        self._masks = Masks.from_state_dict(state_dict["masks"])
+        self._report = None if report is None else PruningReport.from_dict(report)
 
     # What happens when it is time.
 
@@ -277,6 +366,7 @@ class PruningCallback(pl.Callback):
     ) -> tuple[Found, dict[nn.Module, dict[str, Tensor]]]:
         """Find the masks and the BatchNorm statistics that go with them; the module stays as it is."""
         num_rounds = method.rounds if only_round is None else 1
+        ranks = ranks_of(trainer)
         with (
             display.progress(trainer, f"Pruning by {type(method).__name__}", num_rounds) as advance,
             scoring.sandbox(trainer, pl_module),
@@ -295,13 +385,17 @@ class PruningCallback(pl.Callback):
                 example_input=flow.first_tensor(pl_module.example_input_array),
                 on_round=lambda *_: advance(),
                 only_round=only_round,
-                shuffle=self._generator() if shuffle else None,
+                shuffle=self._generator(ranks) if shuffle else None,
+                ranks=ranks,
             )
             statistics = {}
             if loss_fn is not None:
-                with gradients.undisturbed(pl_module):
+                with gradients.undisturbed(pl_module), ranks.together():
                     found.masks.apply_(pl_module)
                     statistics = gradients.batch_norm_statistics(pl_module, loss_fn, islice(batches, bn_batches))
+                ranks.mean_(
+                    value for layer in statistics.values() for value in layer.values() if value.is_floating_point()
+                )
         return found, statistics
 
     def _record(
@@ -316,6 +410,8 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Put masks and report down; what follows from them is repeated when an interrupted run is resumed."""
         notes = list(found.warnings)
+        if found.active is None and not found.path_error:
+            notes.append("Effective sparsity was not measured: paths are not followed through sharded parameters.")
         if found.path_error:
             notes.append(
                 f"Effective sparsity was not measured, since `forward` failed on the first tensor of a batch"
@@ -332,7 +428,7 @@ class PruningCallback(pl.Callback):
             control=control,
             cycle=cycle,
         )
-        self.masks, self.report = found.masks.to("cpu"), report
+        self._masks, self._report = found.masks.to("cpu"), report
 
     def _announce(self, trainer: pl.Trainer, found: Found, text: str) -> None:
         """Tell the user and the loggers what was pruned."""
@@ -355,30 +451,64 @@ class PruningCallback(pl.Callback):
     def _enforce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the masks on everything that is alive, and have every optimizer step followed by them."""
         self._release()
+        shards.reshard_(pl_module)
         self._live = MaskedParameters(pl_module, self.masks)
         self._live.zero_weights_()
         self._live.zero_gradients_()
         for average in companions.averaged_models(trainer):
             self.masks.apply_(average)
+        if self._gradients_are_read_early(trainer, pl_module):
+            self._handles += self._live.zero_gradients_at_once(keep_overflow=_scaler(trainer) is not None)
+        self._hookless = not pl_module.automatic_optimization
         for optimizer in trainer.optimizers:
             self._live.zero_optimizer_state_(optimizer)
-            if hasattr(optimizer, "register_step_post_hook"):
-                self._handles.append(optimizer.register_step_post_hook(self._after_step))
-            else:  # Lightning also takes wrappers that only look like an optimizer
-                self._hookless = True
+            for each in masking.with_wrapped(optimizer):
+                self._follow_steps(trainer, pl_module, each)
+                if self._live.may_divide_by_zero:
+                    _warn_of_small_eps(each)
 
-    def _reinitialise(self, pl_module: pl.LightningModule) -> None:
+    def _follow_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Have every step of an optimizer followed by the masks, and led by them where the gradients may need it."""
+        # Lightning also takes wrappers that only look like an optimizer, or were never initialised as one.
+        step = getattr(type(optimizer), "step", None)
+        hooked = getattr(step, "hooked", False) and "_optimizer_step_post_hooks" in vars(optimizer)
+        if not hooked:
+            self._hookless = True
+            return
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        if not pl_module.automatic_optimization or _unscales_in_step(trainer, optimizer):
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+
+    def _gradients_are_read_early(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether gradients may be used, or clipped, before :meth:`on_before_optimizer_step` masks them."""
+        in_module = ("backward", "on_after_backward", "optimizer_step")
+        in_callbacks = ("on_after_backward", "on_before_optimizer_step")
+        others = [callback for callback in companions.callbacks_of(trainer) if callback is not self]
+        return (
+            not pl_module.automatic_optimization
+            or any(is_overridden(hook, pl_module, pl.LightningModule) for hook in in_module)
+            or any(is_overridden(hook, callback, pl.Callback) for callback in others for hook in in_callbacks)
+        )
+
+    def _reinitialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Return to the remembered weights, with new initial values for the survivors."""
         assert self._start is not None
-        self._start.snapshot.redrawn(self.masks, self._generator()).rewind_(pl_module, self.masks)
+        generator = self._generator(ranks_of(trainer))
+        self._start.snapshot.redrawn(self.masks, generator).rewind_(pl_module, self.masks)
 
-    def _generator(self) -> torch.Generator:
-        """Give random numbers that depend on the global seed, and neither repeat nor use up those of training."""
-        return torch.Generator().manual_seed(torch.initial_seed() ^ 0x5EED)
+    def _generator(self, ranks: Ranks) -> torch.Generator:
+        """Give random numbers that depend on the first rank's seed, and neither repeat nor use up those of training."""
+        return torch.Generator().manual_seed(ranks.broadcast(torch.initial_seed()) ^ 0x5EED)
 
-    def _after_step(self, *_: Any) -> None:
+    def _before_step(self, *_: Any) -> None:
+        if self._live is not None:
+            self._live.zero_gradients_()
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._live is not None:
             self._live.zero_weights_()
+            if self._live.may_divide_by_zero:
+                self._live.zero_optimizer_state_(optimizer)
 
     def _release(self) -> None:
         for handle in self._handles:
@@ -387,18 +517,53 @@ class PruningCallback(pl.Callback):
 
     def _log_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.barebones:
-            pl_module.log_dict(self._metrics(), on_step=False, on_epoch=True)
+            pl_module.log_dict(self._metrics(), on_step=False, on_epoch=True, sync_dist=True)
+
+    def _check_live(self, pl_module: pl.LightningModule) -> None:
+        replaced = [] if self._live is None else self._live.replaced_in(pl_module)
+        if replaced:
+            raise MisconfigurationException(
+                f"The masks are on the parameters that {type(pl_module).__name__} had when it was pruned, but"
+                f" {listed(replaced)} was replaced or removed since, and what is there now would train without a mask."
+                " Write new values into a layer in place, replace it before pruning, or leave it out with `exclude`."
+            )
 
     # What is refused before training starts.
 
+    def _check_companions(self, trainer: pl.Trainer) -> None:
+        for other in companions.callbacks_of(trainer):
+            if other is not self and isinstance(other, (PruningCallback, ModelPruning)):
+                raise MisconfigurationException(
+                    f"Only one callback of a Trainer can prune, got {type(self).__name__} and {type(other).__name__}:"
+                    " each would cut what the other keeps, and neither would reach its `sparsity`. Remove one of them."
+                )
+
     def _check_strategy(self, trainer: pl.Trainer) -> None:
-        if trainer.world_size > 1 or isinstance(
-            trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
-        ):
+        strategy = trainer.strategy
+        name = f"{type(self).__name__} with {type(strategy).__name__}"
+        if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy)):
             raise MisconfigurationException(
-                f"{type(self).__name__} works on one device for now, got {type(trainer.strategy).__name__} with"
-                f" {trainer.world_size} processes: ranks would end with different masks. Set `Trainer(devices=1)`."
+                f"{name}: this strategy keeps parameters as pieces without a shape of their own, which cannot be"
+                " masked. Shard with `ModelParallelStrategy` and `fully_shard` (FSDP2), or use `strategy='ddp'`."
             )
+        if isinstance(strategy, ModelParallelStrategy):
+            reason = self._unshardable
+            if reason:
+                raise MisconfigurationException(
+                    f"{name} cannot work on sharded weights: {reason} Use `strategy='ddp'`."
+                )
+        elif trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
+            raise MisconfigurationException(
+                f"{name} on {trainer.world_size} processes is not known to give all of them the same masks. Use"
+                " `strategy='ddp'`, or `ModelParallelStrategy` with `fully_shard`."
+            )
+
+    @property
+    def _unshardable(self) -> str:
+        """Say why this cannot be done with weights that are sharded over ranks; empty if it can."""
+        if self._remember_epoch is not None:
+            return f"it returns to the weights of epoch {self._remember_epoch}, and a checkpoint has no room for them."
+        return ""
 
     def _check_restored(self) -> None:
         if not self._finished or self.report is None:
@@ -416,6 +581,33 @@ class PruningCallback(pl.Callback):
             )
 
 
+def ranks_of(trainer: pl.Trainer) -> Ranks:
+    """Find the processes of a run.
+
+    Args:
+        trainer: The Trainer, with its processes connected.
+
+    """
+    return Ranks.of(None, trainer.strategy.root_device) if trainer.world_size > 1 else ALONE
+
+
+def _check_namespace(pruning: PruningCallback, trainer: pl.Trainer) -> None:
+    """Refuse classes of `pytorch_lightning`: their twins in `lightning.pytorch` are what is looked for everywhere."""
+    found = [thing for thing in (trainer, *companions.callbacks_of(trainer)) if _is_of_pytorch_lightning(thing)]
+    if found:
+        raise MisconfigurationException(
+            f"{type(pruning).__name__} needs the classes of `lightning.pytorch`, got the {type(found[0]).__name__} of"
+            " `pytorch_lightning`, which is another class of the same name. Write `import lightning.pytorch as pl` in"
+            " place of `import pytorch_lightning as pl`, for the Trainer, the LightningModule and all callbacks."
+        )
+
+
+def _is_of_pytorch_lightning(thing: object) -> bool:
+    # Third-party callbacks may well have its bare `Callback` as their base: it does nothing, and nothing looks for it.
+    bases = {kind.__module__.split(".")[0] for kind in type(thing).__mro__ if kind.__name__ != "Callback"}
+    return "pytorch_lightning" in bases
+
+
 def is_quick_check(trainer: pl.Trainer) -> bool:
     """Whether this is a ``fast_dev_run``: one short epoch, in which pruning should be seen to work.
 
@@ -424,3 +616,26 @@ def is_quick_check(trainer: pl.Trainer) -> bool:
 
     """
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _scaler(trainer: pl.Trainer) -> Any:
+    """Give the ``GradScaler`` of mixed precision, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _unscales_in_step(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
+    """Whether gradients are still scaled before the step, as with ``fused=True``, and overflow is yet to be seen."""
+    return _scaler(trainer) is not None and _optimizer_handles_unscaling(optimizer)
+
+
+def _warn_of_small_eps(optimizer: Optimizer) -> None:
+    """Say so if an optimizer's safeguard against 0/0 is none for float16 weights, which pruning makes matter more."""
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        if isinstance(eps, float) and not torch.tensor(eps, dtype=torch.float16):
+            rank_zero_warn(
+                f"{type(optimizer).__name__}'s eps={eps:g} is 0 in float16, so its step is 0/0 = NaN for a weight whose"
+                " gradient is 0. Pruned weights stay 0, but kept ones that are cut off from the input or the output"
+                " would be NaN. Set `eps=1e-4` or more, or train with another `precision`."
+            )
+            return

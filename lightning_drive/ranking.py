@@ -5,11 +5,13 @@ tensors is found digit by digit from histograms (a radix select): three passes f
 of them over a small remainder, and the scores of different tensors are never joined into one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_drive.ranks import ALONE, Ranks
 
 CHUNK = 1 << 20
 """Entries looked at together: temporaries stay this small however large a tensor is."""
@@ -32,9 +34,13 @@ class Ranking(NamedTuple):
     """How many scores are higher than the threshold, all kept."""
     num_tied: int
     """How many scores equal the threshold; of these, the first ones by position are kept."""
+    num_kept: int
+    """How many are kept in all; where ranks hold parts of the tensors, these numbers are for all of them together."""
 
 
-def keep_highest(scores: Mapping[str, Tensor], num_kept: int, alive: Mapping[str, Tensor] | None = None) -> Ranking:
+def keep_highest(
+    scores: Mapping[str, Tensor], num_kept: int, alive: Mapping[str, Tensor] | None = None, ranks: Ranks = ALONE
+) -> Ranking:
     """Rank the entries of all tensors together and keep exactly the ``num_kept`` highest.
 
     Ties go to the earlier tensor in ``scores``, then to the lower flat index, so equal scores give equal masks on
@@ -45,6 +51,8 @@ def keep_highest(scores: Mapping[str, Tensor], num_kept: int, alive: Mapping[str
             compared in float64, all others exactly in float32.
         num_kept: How many entries to keep, in ``1..number of (alive) entries``.
         alive: Parameter name to a boolean mask; entries that are ``False`` are pruned already and cannot return.
+        ranks: Processes that each hold a part of every tensor, split along the first dimension in the order of ranks.
+            Scores are then ranked over all of them, and only histograms are exchanged.
 
     Returns:
         The masks and where the line was drawn.
@@ -64,18 +72,22 @@ def keep_highest(scores: Mapping[str, Tensor], num_kept: int, alive: Mapping[str
 
     """
     alive = alive or {}
-    total = sum(int(alive[name].count_nonzero()) if name in alive else score.numel() for name, score in scores.items())
+    own = sum(int(alive[name].count_nonzero()) if name in alive else score.numel() for name, score in scores.items())
+    total = int(ranks.sum(torch.tensor(own)))
     if not 1 <= num_kept <= total:
         raise ValueError(f"`num_kept` must be in 1..{total}, the number of scores to choose from, got {num_kept}.")
     dtype = torch.float64 if any(score.dtype == torch.float64 for score in scores.values()) else torch.float32
     scores = {name: score.detach().to(dtype).contiguous() for name, score in scores.items()}
-    threshold, ties_kept, num_tied = _cut(scores, num_kept, alive, dtype)
-    masks = _masks(scores, alive, threshold, ties_kept if ties_kept < num_tied else None)
-    return Ranking(masks, threshold, num_kept - ties_kept, num_tied)
+    threshold, ties_kept, num_tied = _cut(scores, num_kept, alive, dtype, ranks)
+    masks = _masks(scores, alive, threshold, ties_kept if ties_kept < num_tied else None, ranks)
+    return Ranking(masks, threshold, num_kept - ties_kept, num_tied, num_kept)
 
 
 def keep_highest_each(
-    scores: Mapping[str, Tensor], num_kept: Mapping[str, int], alive: Mapping[str, Tensor] | None = None
+    scores: Mapping[str, Tensor],
+    num_kept: Mapping[str, int],
+    alive: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Ranking]:
     """Rank the entries of each tensor by itself and keep exactly its own ``num_kept`` highest.
 
@@ -83,6 +95,7 @@ def keep_highest_each(
         scores: Parameter name to finite scores >= 0 of any shape.
         num_kept: Parameter name to how many of its entries to keep.
         alive: Parameter name to a boolean mask; entries that are ``False`` are pruned already and cannot return.
+        ranks: Processes that each hold a part of every tensor, as in :func:`keep_highest`.
 
     Returns:
         Parameter name to its ranking, each as by :func:`keep_highest` on that tensor alone.
@@ -97,18 +110,18 @@ def keep_highest_each(
 
     """
     return {
-        name: keep_highest({name: score}, num_kept[name], {name: alive[name]} if alive else None)
+        name: keep_highest({name: score}, num_kept[name], {name: alive[name]} if alive else None, ranks)
         for name, score in scores.items()
     }
 
 
 def _cut(
-    scores: Mapping[str, Tensor], num_kept: int, alive: Mapping[str, Tensor], dtype: torch.dtype
+    scores: Mapping[str, Tensor], num_kept: int, alive: Mapping[str, Tensor], dtype: torch.dtype, ranks: Ranks
 ) -> tuple[float, int, int]:
     """Find the threshold, how many scores equal to it are kept, and how many there are."""
     key_dtype = torch.int64 if dtype == torch.float64 else torch.int32
     first, *others = _SHIFTS[key_dtype]
-    histogram = _histogram((key >> first & 0xFFF for key in _keys(scores, alive, dtype)), 0x1000)
+    histogram = _histogram((key >> first & 0xFFF for key in _keys(scores, alive, dtype)), 0x1000, ranks)
     if histogram[_FIRST_NON_FINITE[key_dtype] :].any():
         raise ValueError(_unrankable(scores, alive))
     digit, remaining = _digit(histogram, num_kept)
@@ -117,7 +130,7 @@ def _cut(
     shift = first
     for next_shift in others:
         bins = 1 << (shift - next_shift)
-        histogram = _histogram((key >> next_shift & bins - 1 for key in candidates), bins)
+        histogram = _histogram((key >> next_shift & bins - 1 for key in candidates), bins, ranks)
         digit, remaining = _digit(histogram, remaining)
         prefix, shift = prefix * bins + digit, next_shift
         if next_shift:
@@ -137,12 +150,12 @@ def _keys(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], dtype: torc
             yield (live + 0.0).view(key_dtype)  # adding 0.0 makes -0.0, whose sign bit is set, a zero
 
 
-def _histogram(digits: Iterator[Tensor], bins: int) -> Tensor:
+def _histogram(digits: Iterator[Tensor], bins: int, ranks: Ranks) -> Tensor:
     """Count the digits of all chunks where they are, and bring only the sum to the CPU."""
     total = torch.zeros(bins, dtype=torch.int64)
     for digit in digits:
         total = total.to(digit.device) + torch.bincount(digit, minlength=bins)
-    return total.cpu()
+    return ranks.sum(total).cpu()
 
 
 def _digit(histogram: Tensor, num_kept: int) -> tuple[int, int]:
@@ -153,24 +166,43 @@ def _digit(histogram: Tensor, num_kept: int) -> tuple[int, int]:
     return len(histogram) - 1 - position, num_kept - above
 
 
+def count_each(masks: Iterable[Tensor]) -> Tensor:
+    """Count what every mask keeps, with a single result on a single device.
+
+    Args:
+        masks: Boolean masks, at least one.
+
+    """
+    counts = [mask.count_nonzero() for mask in masks]
+    return torch.stack([count.to(counts[0].device) for count in counts])
+
+
 def _masks(
-    scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], threshold: float, ties_kept: int | None
+    scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], threshold: float, ties_kept: int | None, ranks: Ranks
 ) -> dict[str, Tensor]:
     """Keep what is above the threshold, and the first ``ties_kept`` on it (``None``: all)."""
-    masks = {}
-    for name, score in scores.items():
-        mask = score >= threshold if ties_kept is None else score > threshold
-        if name in alive:
-            mask &= alive[name]
-        if ties_kept:
-            tied = score == threshold
-            if name in alive:
-                tied &= alive[name]
-            first = tied.view(-1).nonzero().view(-1)[:ties_kept]
-            mask.view(-1)[first] = True
-            ties_kept -= len(first)
-        masks[name] = mask
+    if ties_kept is None:
+        return {name: _alive(score >= threshold, alive.get(name)) for name, score in scores.items()}
+    masks = {name: _alive(score > threshold, alive.get(name)) for name, score in scores.items()}
+    num_tied = count_each(_alive(score == threshold, alive.get(name)) for name, score in scores.items())
+    for (name, score), share in zip(scores.items(), _shares(num_tied, ties_kept, ranks), strict=True):
+        if share:  # the ties are looked for again: to keep them would take as much memory as the masks
+            tied = _alive(score == threshold, alive.get(name))
+            masks[name].view(-1)[tied.view(-1).nonzero().view(-1)[:share]] = True
     return masks
+
+
+def _alive(mask: Tensor, alive: Tensor | None) -> Tensor:
+    return mask if alive is None else mask.logical_and_(alive)
+
+
+def _shares(num_tied: Tensor, ties_kept: int, ranks: Ranks) -> list[int]:
+    """Say how many of this rank's ties are kept in each tensor: by tensor first, then by rank, which is by position."""
+    everywhere = ranks.gather(num_tied)
+    in_order = everywhere.T.flatten()
+    before = (in_order.cumsum(0) - in_order).view_as(everywhere.T)[:, ranks.index]
+    shares: list[int] = (ties_kept - before).clamp(min=0).minimum(num_tied).tolist()
+    return shares
 
 
 def _unrankable(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> str:
@@ -182,4 +214,4 @@ def _unrankable(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> st
             return f"The scores of {name!r} contain nan or inf ({bad} of {live.numel()}), so they cannot be ranked."
         if (live < 0).any():
             return f"The scores of {name!r} must not be negative, but the lowest is {live.min().item():g}."
-    raise AssertionError("a score was out of range, and then was not")
+    return "The scores that another rank holds contain nan, inf or negative numbers, so they cannot be ranked."

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -45,7 +46,7 @@ class TrainingBatches:
             self._loader = _independent(_live(self._trainer))
         length = self._trainer.num_training_batches  # the loop, not the loader, counts up to `limit_train_batches`
         for batch, _, _ in islice(iter(self._loader), int(length) if math.isfinite(length) else None):
-            if batch is not None:
+            if True:
                 yield self._transferred(batch)
 
     def _transferred(self, batch: Any) -> Any:
@@ -81,15 +82,35 @@ def check_data(trainer: pl.Trainer) -> None:
     _independent(_live(trainer))
 
 
-def steps_per_epoch(trainer: pl.Trainer) -> float:
+def steps_per_epoch(trainer: pl.Trainer, epoch: int = 0) -> float:
     """Count the optimizer steps of an epoch; infinite where the length of the data is not known.
 
     Args:
         trainer: A Trainer in the middle of ``fit``, after ``on_train_start``.
+        epoch: Which one, where GradientAccumulationScheduler makes them different.
 
     """
+    accumulated = trainer.accumulate_grad_batches
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            accumulated = callback.get_accumulate_grad_batches(epoch)
     batches = trainer.num_training_batches
-    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
+    return math.ceil(batches / accumulated) if math.isfinite(batches) else math.inf
+
+
+def begin_epoch_again(trainer: pl.Trainer) -> None:
+    """Let a checkpoint that is saved at the start of an epoch begin with its first batch when it is resumed.
+
+    Scoring takes its time there, so there is where an interrupt falls. The Trainer counts batches from the last epoch
+    on until the new one gets its first, so it would find nothing left to do in it.
+
+    Args:
+        trainer: A Trainer that was stopped by an exception.
+
+    """
+    epochs = trainer.fit_loop.epoch_progress.total
+    if epochs.started < epochs.ready:  # type: ignore[attr-defined]
+        trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
 
 
 def training_step_loss(trainer: pl.Trainer) -> gradients.LossFunction:

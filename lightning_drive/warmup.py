@@ -2,16 +2,19 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_drive import companions, finding, gradients, methods, scoring
+from lightning_drive import companions, finding, gradients, methods, prunable, scoring
 from lightning_drive.finding import Scope
+from lightning_drive.masking import Masks
+from lightning_drive.messages import listed
 from lightning_drive.methods import Method
 from lightning_drive.pruning import PruningCallback, is_quick_check
 from lightning_drive.report import Control
@@ -102,9 +105,11 @@ class WarmupPruningCallback(PruningCallback):
             shuffle=self.control == "shuffle",
             bn_batches=self.bn_batches,
         )
+        found.warnings.extend(self._frozen_layers(trainer, pl_module, found.masks))
         # Everything is computed: from here on only commit.
         self._record(trainer, found, str(method), start, control=self.control)
         gradients.load_batch_norm_statistics(statistics)
+        companions.give_statistics(trainer, pl_module, statistics)
         self._settle(trainer, pl_module)
         self._announce(trainer, found, str(self.report))
         if self.reset_best:
@@ -113,10 +118,23 @@ class WarmupPruningCallback(PruningCallback):
     @override
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.control == "reinit" and self._start is not None:
-            self._reinitialise(pl_module)
+            self._reinitialise(trainer, pl_module)
             self._start.rewind_optimizers_(trainer.optimizers, learning_rates=False)
             companions.restart_averages(trainer, pl_module)
         super()._settle(trainer, pl_module)
+
+    def _frozen_layers(self, trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Masks) -> Iterator[str]:
+        """Say which layers were left out since a finetuning callback has not unfrozen them yet."""
+        for other in companions.callbacks_of(trainer):
+            if isinstance(other, BaseFinetuning):
+                with prunable.unfrozen(pl_module):
+                    frozen = [name for name in self.prunable_parameters(pl_module) if name not in masks]
+                if frozen:
+                    yield (
+                        f"{listed(map(repr, frozen))} were not pruned, since {type(other).__name__} froze them, and"
+                        " are dense when they are unfrozen. Set `warmup_epochs` to more than the epoch in which that"
+                        f" happens, got {self.warmup_epochs}, or say with `exclude` that they are to stay dense."
+                    )
 
     def _loss_fn(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> gradients.LossFunction:
         """Give what runs a batch through the module, and returns the loss to score by."""
@@ -124,17 +142,20 @@ class WarmupPruningCallback(PruningCallback):
             return self.loss_fn or scoring.training_step_loss(trainer)
         return scoring.forward  # good enough for BatchNorm's statistics
 
+    @property
+    @override
+    def _unshardable(self) -> str:
+        return super()._unshardable or ("" if self._needs_loss else "SynFlow has to put other weights in their place.")
+
     @override
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_module(trainer, pl_module)
         if self._needs_loss and self.loss_fn is None:
             scoring.check_training_step(pl_module)
-        if is_quick_check(trainer) or trainer.max_epochs is None:
-            return
-        if 0 <= trainer.max_epochs <= self.warmup_epochs:
+        if not is_quick_check(trainer) and 0 <= self._max_epochs <= self.warmup_epochs:
             raise MisconfigurationException(
                 f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes at the start of epoch"
-                f" {self.warmup_epochs} (counted from 0), but training ends after max_epochs={trainer.max_epochs}"
+                f" {self.warmup_epochs} (counted from 0), but training ends after max_epochs={self._max_epochs}"
                 " epochs, so it would never prune. Raise `max_epochs` or lower `warmup_epochs`."
             )
 
@@ -144,7 +165,7 @@ class WarmupPruningCallback(PruningCallback):
         reads_statistics = self.bn_batches > 0 and self.warmup_epochs > 0
         if self._needs_loss or reads_statistics or pl_module.example_input_array is None:
             scoring.check_data(trainer)
-        steps = self.warmup_epochs * scoring.steps_per_epoch(trainer)
+        steps = sum(scoring.steps_per_epoch(trainer, epoch) for epoch in range(self.warmup_epochs))
         if not is_quick_check(trainer) and math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
             raise MisconfigurationException(
                 f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes after {steps:g} steps, but training"

@@ -18,7 +18,7 @@ _CONTEXT.set_forkserver_preload(["lightning.pytorch", "torchmetrics.classificati
 
 
 def start(main: Callable[[list[str]], None], *arguments: object, log: Path) -> BaseProcess:
-    """Call `main` with arguments as from the command line, in a process that leads a group; output is added to `log`."""
+    """Call `main` with arguments as from the command line, in a process that leads a group; output goes to `log`."""
     process = _CONTEXT.Process(target=_lead, args=(main, [str(argument) for argument in arguments], log))
     process.start()
     return process

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 FLOORS = (
-    {"schedules", "scores", "ranking", "sparsity", "messages"},
+    {"handover", "messages", "ranks"},
+    {"schedules", "scores", "ranking", "sparsity", "shards"},
     {"prunable", "gradients", "flow", "masking", "rewinding"},
     {"methods", "report"},
     {"finding"},
@@ -17,14 +18,14 @@ FLOORS = (
     {"warmup"},
     {"callbacks", "lottery"},
 )
-FIRST_LIGHTNING_FLOOR = 4
+FIRST_LIGHTNING_FLOOR = 5
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning", "lightning_utilities", "torchmetrics"}
 PACKAGE = Path(__file__).parents[1] / "lightning_drive"
 MODULES = sorted(PACKAGE.glob("[!_]*.py"))
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
 # Optional, and not imported by `lightning.pytorch` itself (torchmetrics alone brings matplotlib, torchvision, rich).
-HEAVY = {"sklearn", "jsonargparse", "pandas", "tensorboard", "safetensors"}
+HEAVY = {"pytorch_lightning", "sklearn", "jsonargparse", "pandas", "tensorboard", "safetensors"}
 
 
 def imported_modules(source: str) -> set[str]:

@@ -131,6 +131,13 @@ def test_synaptic_flow__beyond_float32() -> None:
     assert [score.sum().item() for score in found.values()] == pytest.approx([total] * 59, rel=1e-9)
 
 
+def test_synaptic_flow__complex_error() -> None:
+    """Also where the complex layer itself is not to be pruned: the flow runs through it."""
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"not defined for complex parameters \('1\.weight'\)"):
+        flow.synaptic_flow(module, {"0.weight": module[0].weight}, torch.ones(1, 3))
+
+
 @EACH_NETWORK
 def test_synaptic_flow__leaves_the_module_alone(network: str) -> None:
     module, shape = build(network)

@@ -25,7 +25,7 @@ CUTS = {"drive": 1, "imp": resumable.CYCLES}
 DENSITY = 0.2
 PRUNABLE = ("features.0.weight", "features.4.weight", "head.weight")
 NUM_PRUNABLE = 6 * 9 + 8 * 6 * 9 + 8 * 16 * 4
-DEVICES = (1,)  # and 2, as soon as several processes are no longer refused
+DEVICES = (1, 2)
 
 
 class Run:
@@ -76,7 +76,7 @@ class Run:
         assert {cuts: len(found) for cuts, found in digests.items()} == dict.fromkeys(range(CUTS[self.method] + 1), 1)
 
     def check_end(self, whole: "Run") -> None:
-        """All epochs, pruned to the exact count, on every rank alike, and if it can be: what no kill would have left."""
+        """All epochs, pruned to the exact count on every rank alike, and if it can be: what no kill would have left."""
         end, expected = self.end(), whole.end()
         assert end["epoch"] == EPOCHS[self.method]
         for rank in range(self.devices):

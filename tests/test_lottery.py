@@ -983,7 +983,7 @@ def backbone_module() -> ConvModule:
             [BackboneFinetuning(unfreeze_backbone_at_epoch=1)],
             {},
             MisconfigurationException,
-            "cannot return to a state before BackboneFinetuning unfroze layers",
+            "cannot return to one before BackboneFinetuning unfroze layers",
         ),
     ],
     ids=["max_epochs", "far_too_few", "max_steps", "max_steps_and_epochs", "finetuning"],

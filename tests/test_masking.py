@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -305,6 +306,24 @@ def test_masked_parameters__zero_weights_() -> None:
     assert module[0].weight.isnan().equal(masks["0.weight"])
 
 
+class Shard(torch.Tensor):
+    """Stands for a sharded parameter, in whose place its wrapper puts the whole one while a layer runs."""
+
+
+def test_masked_parameters__replaced_in() -> None:
+    """Named are parameters in whose place there is another one or none; a tie or a shard that comes and goes is not."""
+    names = ("tied", "shard", "other", "gone")
+    module = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("early", *names)})
+    module["shard"].weight = nn.Parameter(torch.ones(2, 2).as_subclass(Shard))
+    live = MaskedParameters(module, Masks({f"{name}.weight": torch.eye(2, dtype=torch.bool) for name in names}))
+    assert live.replaced_in(module) == []
+    module["shard"].weight = nn.Parameter(torch.ones(2, 2))
+    module["early"].weight = module["tied"].weight
+    module["other"] = nn.Linear(2, 2)
+    del module["gone"]
+    assert live.replaced_in(module) == ["other.weight", "gone.weight"]
+
+
 def test_zero_optimizer_state__optimizers_that_know_each_other() -> None:
     """A wrapper and what it wraps may refer to each other; each is visited once."""
     module = models.MLP(4, 5, 3)
@@ -315,6 +334,60 @@ def test_zero_optimizer_state__optimizers_that_know_each_other() -> None:
     masks = Masks({"0.weight": torch.zeros_like(weight, dtype=torch.bool)})
     masking.MaskedParameters(module, masks).zero_optimizer_state_(outer)
     assert not inner.state[weight]["momentum_buffer"].any()
+
+
+def test_with_wrapped__lookalikes() -> None:
+    """What wraps need not be an optimizer itself, at any depth, and schedulers that know one are none."""
+    inner = torch.optim.SGD(models.MLP(4, 5, 3).parameters(), lr=0.1)
+    lookalike = SimpleNamespace(param_groups=inner.param_groups, layers={"fast": [inner]}, state={})
+    outer = Wrapper(torch.optim.SGD(models.MLP(2, 2).parameters(), lr=0.1))
+    outer.others = (lookalike, torch.optim.lr_scheduler.StepLR(inner, 1))  # type: ignore[attr-defined]
+    found = masking.with_wrapped(outer)
+    assert [id(each) for each in found] == [id(each) for each in (outer, outer.base_optimizer, lookalike, inner)]
+
+
+def test_zero_optimizer_state___lbfgs() -> None:
+    """A history in which a pruned weight moved is dropped; one without stays, bit for bit the same objects."""
+    module, masks = models.randomised(models.MLP(4, 5, 3)), mlp_masks()
+    live, batch = MaskedParameters(module, masks), models.make_batches(4)[0]
+    optimizer = torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = models.loss_fn(module, batch)
+        loss.backward()
+        live.zero_gradients_()
+        return loss
+
+    optimizer.step(closure)  # every weight is in use, but those that are masked do not move
+    state = optimizer.state[module[0].weight]
+    before = {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+    live.zero_optimizer_state_(optimizer)
+    assert optimizer.state[module[0].weight] is state
+    assert state.keys() == before.keys()
+    assert all(value is before[key] or torch.equal(value, before[key]) for key, value in state.items())
+
+    position = 20 + 5 + int((~masks["2.weight"]).flatten().nonzero()[0])  # behind the first weight and bias
+    state["old_dirs"][0][position] = 1e-20
+    live.zero_optimizer_state_(optimizer)
+    assert not optimizer.state
+
+
+def test_zero_gradients_at_once() -> None:
+    """Masked within every backward pass, accumulated ones too, until the handles are removed."""
+    module, masks = models.randomised(models.MLP(4, 5, 3)), mlp_masks()
+    module[2].weight.requires_grad_(False)
+    handles = MaskedParameters(module, masks).zero_gradients_at_once(keep_overflow=False)
+    assert len(handles) == 1
+    mask = masks["0.weight"]
+    for _ in range(2):
+        models.loss_fn(module, models.make_batches(4)[0]).backward()
+        assert not module[0].weight.grad[~mask].any()
+        assert module[0].weight.grad[mask].any()
+    for handle in handles:
+        handle.remove()
+    models.loss_fn(module, models.make_batches(4)[0]).backward()
+    assert module[0].weight.grad[~mask].any()
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,17 @@ def test_prunable_parameters__patterns(
         assert list(prunable.prunable_parameters(Zoo(), include, exclude)) == expected
 
 
-def test_prunable_parameters__tied_to_an_embedding() -> None:
-    """The head's weight is prunable; it comes under its first name."""
-    module = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
+@pytest.mark.parametrize("embedding", [nn.Embedding, nn.EmbeddingBag])
+def test_prunable_parameters__tied_to_an_embedding(embedding: type[nn.Module]) -> None:
+    """An embedding's table stays dense although a head uses it too, whichever comes first, unless asked for by name."""
+    module = nn.Sequential(embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
     module[2].weight = module[0].weight
-    assert list(prunable.prunable_parameters(module)) == ["0.weight", "1.weight"]
+    assert list(prunable.prunable_parameters(module)) == ["1.weight"]
+    assert list(prunable.prunable_parameters(module[::-1])) == ["1.weight"]
+    assert list(prunable.prunable_parameters(module, include=["*"])) == ["1.weight"]
+    assert list(prunable.prunable_parameters(module, include=["0.weight", "1.*"])) == ["0.weight", "1.weight"]
+    with pytest.raises(ValueError, match=r"'2\.weight' matches no parameter.*\(a tied one by its first"):
+        prunable.prunable_parameters(module, include=["2.weight"])
 
 
 def test_prunable_parameters__frozen_is_left_out() -> None:
@@ -154,6 +160,23 @@ def test_prunable_parameters__all_frozen_error() -> None:
 def test_prunable_parameters__lazy_error() -> None:
     with pytest.raises(ValueError, match=r"'0\.weight' is not initialised yet"):
         prunable.prunable_parameters(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_prunable_parameters__complex_error() -> None:
+    module = nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"'0\.weight' is complex \(torch\.complex64\).*`exclude=\['0\.weight'\]`"):
+        prunable.prunable_parameters(module)
+    assert list(prunable.prunable_parameters(module, exclude=["0.weight"])) == ["1.weight"]
+
+
+def test_prunable_parameters__parametrized_attention_error() -> None:
+    """The input projection is no layer of its own, and yet it is found."""
+    module = models.Attention()
+    nn.utils.parametrizations.weight_norm(module.attention, "in_proj_weight")
+    with pytest.raises(ValueError, match=r"'attention\.in_proj_weight' is computed"):
+        prunable.prunable_parameters(module)
+    names = list(prunable.prunable_parameters(module, exclude=["attention.in_proj_weight"]))
+    assert names == ["attention.out_proj.weight", "fc.weight"]
 
 
 @pytest.mark.parametrize(
