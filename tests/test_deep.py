@@ -39,7 +39,7 @@ class VGG(pl.LightningModule):
 def prune(tmp_path: Path, callback: PruningCallback, epochs: int = 1) -> VGG:
     module = VGG()
     running = fits.trainer(tmp_path, callback, max_epochs=epochs, limit_train_batches=3)
-    running.fit(module, DataLoader(deep.images(count=3, size=32), batch_size=None))
+    running.fit(module, DataLoader(deep.images(count=3, size=8), batch_size=None))
     assert running.global_step == 3 * epochs
     assert callback.masks.num_kept == round(14_715_584 * 0.007)
     assert callback.masks.hold_for(module)
