@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fits
-import lightning as L  # noqa: N812
+import lightning as L
 import lightning.pytorch as pl
 import pytest
 import pytorch_lightning as old
@@ -106,7 +106,7 @@ def test_callback__error(tmp_path: Path, kind: Any, is_first: bool) -> None:
 def test_module__error(tmp_path: Path) -> None:
     """Lightning itself refuses such a module, before any callback could say which import to change."""
     module = OldModule()
-    with pytest.raises(TypeError, match="must be a `LightningModule`.* got `OldModule`"):
+    with pytest.raises(TypeError, match=r"must be a `LightningModule`.* got `OldModule`"):
         fits.trainer(tmp_path, fits.drive()).fit(module, fits.loader())
     assert module.steps == 0
 
