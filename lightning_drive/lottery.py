@@ -51,7 +51,8 @@ class IMPPruningCallback(PruningCallback):
         include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all linear
             and convolutional layers.
         exclude: Glob patterns over parameter names that stay dense.
-        bn_batches: Taken like by its siblings, but without effect: BatchNorm's statistics return with the weights.
+        bn_batches: At least 0, as in the other callbacks, but without effect here: BatchNorm's statistics return with
+            the weights.
         reset_best: Whether ModelCheckpoint and EarlyStopping forget what was before the last cut.
         control: For comparison: ``shuffle`` shuffles the final masks within each parameter; ``reinit`` keeps the
             masks, and trains from new initial values of the survivors. Default: neither.
