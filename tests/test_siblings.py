@@ -8,6 +8,7 @@ from typing import Any
 import fits
 import lightning.pytorch as pl
 import pytest
+import resumable
 import torch
 import torch.nn.functional as F
 from fits import ConvModule
@@ -94,6 +95,22 @@ def test_each__checkpoint(tmp_path: Path, make: Any) -> None:
     assert resumed.masks == callback.masks
     assert resumed.report == callback.report
     assert resumed.masks.hold_for(module)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")  # ModelCheckpoint is not needed
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@EACH
+def test_each__resume(tmp_path: Path, make: Any, optimizer: str) -> None:
+    """From every epoch boundary, with other weights to begin with, the run ends bit for bit as it would have."""
+
+    saving = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    whole = fit(tmp_path, make(sparsity=0.8), saving, module=ConvModule(optimizer))
+    for epoch in range(3):
+        module = ConvModule(optimizer)
+        resumable.forget(module)
+        running = fits.trainer(tmp_path, make(sparsity=0.8))
+        running.fit(module, fits.loader(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert fits.equal_states(fits.state_of(module), fits.state_of(whole))
 
 
 @EACH
