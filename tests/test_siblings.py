@@ -102,7 +102,6 @@ def test_each__checkpoint(tmp_path: Path, make: Any) -> None:
 @EACH
 def test_each__resume(tmp_path: Path, make: Any, optimizer: str) -> None:
     """From every epoch boundary, with other weights to begin with, the run ends bit for bit as it would have."""
-
     saving = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     whole = fit(tmp_path, make(sparsity=0.8), saving, module=ConvModule(optimizer))
     for epoch in range(3):
