@@ -15,7 +15,7 @@ class OneLineErrors(LightningArgumentParser):
     Without it a wrong value ends in the usage of all arguments, or in a traceback through jsonargparse, with the reason
     somewhere inside. Whatever is refused while arguments are parsed is said in one line, and so is what a constructor
     of this package refuses, such as ``sparsity=90``. Errors of other constructors keep their traceback, and with the
-    environment variable ``JSONARGPARSE_DEBUG`` all do.
+    environment variable ``JSONARGPARSE_DEBUG=true`` all do.
 
     Example:
         >>> from lightning.pytorch.cli import LightningCLI

@@ -1,18 +1,22 @@
 """A few lines of YAML are enough, through the real LightningCLI, and a wrong value is refused in one clear line."""
 
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fits
+import lightning.pytorch as pl
 import pytest
+import torch
 import yaml
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 import lightning_drive
+from lightning_drive.cli import OneLineErrors
 
 CONFIG = """
 seed_everything: 1
@@ -24,6 +28,7 @@ trainer:
   enable_progress_bar: false
   enable_model_summary: false
   num_sanity_val_steps: 0
+  log_every_n_steps: 1
   callbacks:
     - class_path: lightning_drive.DRIVEPruningCallback
       init_args:
@@ -46,6 +51,13 @@ class Data(LightningDataModule):
         return fits.loader(16)
 
 
+class Broken(pl.Callback):
+    """A callback of somebody else, with a mistake of theirs in its constructor."""
+
+    def __init__(self) -> None:
+        raise ValueError("a mistake of their own")
+
+
 def squared_outputs(module: Any, batch: Any) -> Any:
     return module(batch[0]).square().mean()
 
@@ -56,9 +68,9 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG)
 
-    def run(*arguments: str) -> LightningCLI:
-        monkeypatch.setattr(sys, "argv", ["main.py", "fit", "--config", str(config), *arguments])
-        return LightningCLI(fits.ConvModule, Data, save_config_callback=None)
+    def run(*arguments: str, subcommand: str = "fit", **kwargs: Any) -> LightningCLI:
+        monkeypatch.setattr(sys, "argv", ["main.py", subcommand, "--config", str(config), *arguments])
+        return LightningCLI(fits.ConvModule, Data, **{"save_config_callback": None, **kwargs})
 
     return run
 
@@ -76,32 +88,66 @@ def test_command_line(command_line: Any) -> None:
     assert [int(mask.sum()) for mask in callback.masks.values()] == [27, 216]
 
 
-def test_print_config__round_trip(command_line: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """What ``--print_config`` prints, with all defaults, is a config that says the same."""
-    with pytest.raises(SystemExit):
-        command_line("--print_config")
-    printed = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"][0]["init_args"]
-    given = yaml.safe_load(CONFIG)["trainer"]["callbacks"][0]["init_args"]
-    assert {name: printed[name] for name in given} == given
-    assert printed["bn_batches"] == 20
+WRONG = {
+    "sparsity=90": r"`sparsity` is the fraction removed and must be in \[0, 1\), got 90.0. For 90 % pass 0.9.",
+    "rounds=0": "`rounds` must be a whole number of at least 1, got 0.",
+    "warmup_epochs=-1": "`warmup_epochs` must be a whole number of at least 0, got -1.",
+    "rounds=1.5": ".*DRIVEPruningCallback: rounds: Expected a <class 'int'>. Got value: 1.5",
+    "sparsity=half": ".*DRIVEPruningCallback: sparsity: Expected a <class 'float'>. Got value: half",
+    "include=features": ".*DRIVEPruningCallback: include: Expected a <class 'list'>. Got value: features",
+    "schedule=cubic": r".*schedule: Expected a typing.Literal\['exponential', 'linear'\]. Got value: cubic",
+    "sparsty=0.5": ".*DRIVEPruningCallback: Option 'sparsty' is not accepted",
+}
 
 
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("sparsity=90", r"`sparsity` is the fraction removed and must be in \[0, 1\), got 90"),
-        ("rounds=0", "`rounds` must be a whole number of at least 1, got 0"),
-    ],
-)
-def test_wrong_value(command_line: Any, argument: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("argument", WRONG)
+def test_wrong_value__one_line(command_line: Any, capsys: pytest.CaptureFixture[str], argument: str) -> None:
+    """With `OneLineErrors` the line is all that a person sees."""
+    with pytest.raises(SystemExit, match="2"):
+        command_line(f"--trainer.callbacks.{argument}", parser_class=OneLineErrors)
+    seen = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set to")]
+    assert len(seen) == 1
+    assert re.fullmatch(f"error: {WRONG[argument]}", seen[0])
+
+
+@pytest.mark.parametrize("argument", WRONG)
+def test_wrong_value(command_line: Any, capsys: pytest.CaptureFixture[str], argument: str) -> None:
+    """Without it, the line is among those of jsonargparse."""
+    with pytest.raises((SystemExit, ValueError)) as refused:
         command_line(f"--trainer.callbacks.{argument}")
+    seen = capsys.readouterr().err if refused.type is SystemExit else str(refused.value)
+    assert re.search(WRONG[argument].split(": ")[-1].removesuffix(f" Got value: {argument.split('=')[1]}"), seen)
 
 
-def test_wrong_value__choice(command_line: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_value__missing(command_line: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG.replace("sparsity: 0.8", ""))
     with pytest.raises(SystemExit):
-        command_line("--trainer.callbacks.schedule=cubic")
-    assert "Literal['exponential', 'linear']. Got value: cubic" in capsys.readouterr().err
+        command_line(parser_class=OneLineErrors)
+    [seen] = capsys.readouterr().err.splitlines()
+    assert seen.startswith("error: trainer.callbacks: lightning_drive.DRIVEPruningCallback: ")
+    assert seen.endswith("required: sparsity")
+
+
+def test_one_line_errors__others(command_line: Any) -> None:
+    """What goes wrong in code of others keeps its traceback."""
+    with pytest.raises(ValueError, match="a mistake of their own"):
+        command_line("--trainer.callbacks+=test_cli.Broken", parser_class=OneLineErrors)
+
+
+@pytest.mark.parametrize("argument", ["sparsity=90", "rounds=1.5"])
+def test_one_line_errors__debug(command_line: Any, monkeypatch: pytest.MonkeyPatch, argument: str) -> None:
+    """For who looks for the cause, all is as without it."""
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
+    with pytest.raises(Exception, match="Does not validate against any of the Union subtypes"):
+        command_line(f"--trainer.callbacks.{argument}", parser_class=OneLineErrors)
+
+
+def test_one_line_errors__unclear(command_line: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cause that says nothing, as jsonargparse before 4.52 gives, is not taken for the reason."""
+    parser = OneLineErrors()
+    with pytest.raises(SystemExit, match="2"):
+        parser.error("the whole text", ValueError("Expected a <class 'NoneType'>. Got value: 1.5"))
+    assert capsys.readouterr().err.endswith("error: the whole text\n")
 
 
 SIBLINGS = {
@@ -127,16 +173,108 @@ def test_siblings(command_line: Any, tmp_path: Path, name: str) -> None:
     assert callback.report.control == "shuffle"
 
 
+@pytest.mark.parametrize("path", ["lightning_drive.{}", "{}"])
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_command_line__append(command_line: Any, tmp_path: Path, name: str, path: str) -> None:
+    """A callback can be added on the command line alone; once imported, by its class name."""
+    config = yaml.safe_load(CONFIG)
+    config["trainer"]["callbacks"] = [{"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    settings = {"sparsity": 0.9, **SIBLINGS[name]}
+    arguments = [f"--trainer.callbacks.{argument}={value}" for argument, value in settings.items()]
+    first, callback, *_ = command_line(f"--trainer.callbacks+={path.format(name)}", *arguments).trainer.callbacks
+    assert (type(first).__name__, type(callback).__name__) == ("EarlyStopping", name)
+    assert callback.masks.num_kept == 100  # of 998
+    of_method = vars(getattr(callback, "method", None) or callback)
+    assert settings.items() <= {**vars(callback), **of_method}.items()
+
+
+def printed(run: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        run()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_print_config__round_trip(
+    command_line: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """What `--print_config` prints, with all defaults, is a config that says the same and finds the same masks."""
+    config = yaml.safe_load(CONFIG)
+    given = {"sparsity": 0.8, "exclude": ["head.*"], "control": "shuffle", **SIBLINGS[name]}
+    if name in ("DRIVEPruningCallback", "SNIPPruningCallback"):
+        given["loss_fn"] = "test_cli.squared_outputs"
+    config["trainer"]["callbacks"] = [{"class_path": f"lightning_drive.{name}", "init_args": given}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    [callback, *_] = command_line().trainer.callbacks
+
+    text = printed(lambda: command_line("--print_config"), capsys)
+    [entry] = yaml.safe_load(text)["trainer"]["callbacks"]
+    parameters = inspect.signature(getattr(lightning_drive, name)).parameters.items()
+    defaults = {argument: parameter.default for argument, parameter in parameters}
+    assert entry == {"class_path": f"lightning_drive.{name}", "init_args": {**defaults, **given}}
+
+    (tmp_path / "config.yaml").write_text(text)
+    assert printed(lambda: command_line("--print_config"), capsys) == text
+    [again, *_] = command_line().trainer.callbacks
+    assert again.masks.digest() == callback.masks.digest()
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # ModelCheckpoint, in a new version's folder
+def test_saved_config__resume(command_line: Any, tmp_path: Path) -> None:
+    """The `config.yaml` that LightningCLI leaves behind, with a checkpoint, is all that is needed to train on."""
+    here = [
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.logger=CSVLogger",
+        f"--trainer.logger.save_dir={tmp_path}",
+    ]
+    cli = command_line(*here, "--trainer.enable_checkpointing=true", save_config_callback=SaveConfigCallback)
+    [first, *_] = cli.trainer.callbacks
+    [saved] = tmp_path.glob("lightning_logs/version_0/config.yaml")
+    [checkpoint] = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
+
+    saved.rename(tmp_path / "config.yaml")
+    cli = command_line(f"--ckpt_path={checkpoint}", "--trainer.max_epochs=5", save_config_callback=SaveConfigCallback)
+    [callback, *_] = cli.trainer.callbacks
+    assert (cli.trainer.current_epoch, callback.report.epoch) == (5, 1)  # trained on, pruned before
+    assert callback.masks.digest() == first.masks.digest()
+    for name, weight in cli.model.named_parameters():
+        if name in callback.masks:
+            assert torch.equal(weight != 0, callback.masks[name])
+
+    for subcommand in ("validate", "fit"):  # a finished run: nothing is left to do
+        cli = command_line(f"--ckpt_path={checkpoint}", subcommand=subcommand)
+        assert callback.masks.digest() == cli.trainer.callbacks[0].masks.digest()
+        assert torch.equal(cli.model.features[4].weight != 0, callback.masks["features.4.weight"])
+
+
+RANGE = re.compile(r"in ``\[0, 1\)``|[Aa]t least \d|from 0 .* to ``\w+ - 1``")
+
+
+def help_texts(text: str) -> dict[str, str]:
+    """Argument to what ``--trainer.callbacks.help`` says about it."""
+    [_, *parts] = re.split(r"^  --trainer\.callbacks\.(?=\w+ .*$)", text, flags=re.MULTILINE)
+    return {part.split()[0]: " ".join(part.split()) for part in parts}
+
+
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_help(capsys: pytest.CaptureFixture[str], command_line: Any, name: str) -> None:
-    """Every argument is there, with its meaning and its default."""
+    """Every argument is there with its meaning and its default; a number with its range, which holds."""
     kind = getattr(lightning_drive, name)
-    with pytest.raises(SystemExit):
-        command_line(f"--trainer.callbacks.help=lightning_drive.{name}")
-    text = " ".join(capsys.readouterr().out.split())
-    assert "Fraction of the prunable weights to remove" in text
-    for argument, parameter in inspect.signature(kind).parameters.items():
-        assert f"--trainer.callbacks.{argument}" in text
-        if parameter.default is not inspect.Parameter.empty:
-            default = "null" if parameter.default is None else parameter.default
-            assert f"default: {default}" in text
+    found = help_texts(printed(lambda: command_line(f"--trainer.callbacks.help=lightning_drive.{name}"), capsys))
+    parameters = inspect.signature(kind).parameters
+    assert list(found) == list(parameters)
+    for argument, parameter in parameters.items():
+        meaning, _, rest = found[argument].rpartition(" (")
+        assert len(meaning.split()) > 6  # the name of the argument, that of its value, and a sentence
+        if parameter.default is inspect.Parameter.empty:
+            assert rest.startswith("required")
+        else:
+            assert rest.endswith(f"default: {'null' if parameter.default is None else parameter.default})")
+        if parameter.annotation in (int, float):
+            assert RANGE.search(meaning), meaning
+        if least := re.search(r"[Aa]t least (\d)", meaning):
+            kind(**{"sparsity": 0.5, argument: int(least[1])})
+            with pytest.raises(ValueError, match=f"`{argument}` must be a whole number of at least {least[1]}"):
+                kind(**{"sparsity": 0.5, argument: int(least[1]) - 1})
