@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 _WITHOUT_FLOW = {
     *("relu6", "hardtanh", "hardtanh_", "hardsigmoid", "tanh", "tanh_", "sigmoid", "sigmoid_", "softsign"),
@@ -270,9 +270,9 @@ class _Paths(TorchFunctionMode):
             return _REPLACED[name](*args, **kwargs)
         if name in _ARITHMETIC and len(args) == 2:
             return _arithmetic(name, func, *args)
-        result = func(*args, **kwargs)
         if name in _JOINING:
-            return _arrives(result)
+            return _arrives(func(*tree_map(_without_sign, args), **tree_map(_without_sign, kwargs)))
+        result = func(*args, **kwargs)
         if name in ("embedding", "embedding_bag"):  # the input, if it is integers
             return _begin(result)
         return result.as_subclass(_Gate) if name in _VIEWS and isinstance(args[0], _Gate) else result
@@ -303,6 +303,11 @@ def _arrives(signal: Tensor) -> Tensor:
 def _begin(values: Tensor) -> Tensor:
     """Make values a signal, which may also be written to."""
     return values if values.requires_grad else values.requires_grad_().clone()
+
+
+def _without_sign(value: Any) -> Any:
+    """Let a weight that is computed from others, by spectral norm, say, carry a signal whatever its sign."""
+    return value.abs() if isinstance(value, Tensor) and not _is_signal(value) and value.is_floating_point() else value
 
 
 def _is_signal(value: Any) -> bool:

@@ -9,6 +9,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_drive import flow, prunable, scores
 
@@ -628,3 +629,15 @@ def test_first_tensor(batch: Any) -> None:
 @pytest.mark.parametrize("batch", [None, "text", (), {"a": 1}], ids=str)
 def test_first_tensor__none(batch: Any) -> None:
     assert flow.first_tensor(batch) is None
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_active_masks__computed_weight(sign: float) -> None:
+    """A weight without a mask carries everything, also where it is computed and happens to be negative."""
+    net = nn.Sequential(nn.Linear(3, 4), spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2)).eval()
+    normalised = net[1].parametrizations.weight[0]
+    normalised._u.fill_(0.5)
+    normalised._v.fill_(0.5 * sign)
+    masks = {"0.weight": torch.rand(4, 3) < 0.7, "2.weight": torch.tensor([[True, False, True, True], [False] * 4])}
+    masks["0.weight"][:, 0] = True
+    assert torch.equal(flow.active_masks(net, masks, torch.ones(1, 3))["0.weight"], masks["0.weight"])
