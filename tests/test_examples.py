@@ -1,15 +1,18 @@
 """The examples run as a user runs them, from the command line, and end with a table and a figure."""
 
 import importlib
+import importlib.util
 import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +84,24 @@ def methods(cifar10: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     level = logger.level
     yield module
     logger.setLevel(level)
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """The example with LightningCLI, run in this process, in a folder that looks like the repository's root."""
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("cli_main", EXAMPLES / "cli" / "main.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(line: str) -> Any:
+        monkeypatch.setattr(sys, "argv", ["main.py", *shlex.split(line)])
+        return module.main()
+
+    return run
 
 
 @pytest.mark.slow
@@ -209,3 +230,78 @@ def test_methods__results_error(methods: ModuleType, tmp_path: Path, text: str) 
     (tmp_path / "runs.jsonl").write_text(text)
     with pytest.raises(SystemExit, match="does not hold results of this script"):
         methods.read_runs(tmp_path / "runs.jsonl")
+
+
+CLI_METHODS = {"drive": 10, "snip": 10, "synflow": 10, "imp": 22}  # with the epochs of each
+CLI_FIT = "fit --config examples/cli/base.yaml --config examples/cli/{}.yaml"
+CLI_QUICK = "--trainer.limit_train_batches=2 --trainer.enable_progress_bar=false --trainer.log_every_n_steps=1"
+
+
+def test_cli__methods_have_files() -> None:
+    assert {path.stem for path in (EXAMPLES / "cli").glob("*.yaml")} == {"base", *CLI_METHODS}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # ModelCheckpoint, in a new version's folder
+@pytest.mark.parametrize("method", CLI_METHODS)
+def test_cli(cli: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, method: str) -> None:
+    """Every method prunes the network; validated, tested and trained on from its checkpoint, it stays as it is."""
+
+    def check(run: Any) -> str:
+        [callback, *_] = run.trainer.callbacks
+        assert (callback.masks.num_kept, callback.masks.num_prunable) == (2_382, 23_824)
+        for name, weight in run.model.named_parameters():
+            if name in callback.masks:
+                assert torch.equal(weight != 0, callback.masks[name])
+        return callback.masks.digest()
+
+    first = cli(f"{CLI_FIT.format(method)} {CLI_QUICK}")
+    assert first.trainer.current_epoch == CLI_METHODS[method]
+    digest = check(first)
+    [checkpoint] = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
+
+    from_saved = f"--config lightning_logs/version_0/config.yaml --ckpt_path '{checkpoint}'"
+    for subcommand in ("validate", "test"):
+        assert check(cli(f"{subcommand} {from_saved}")) == digest
+    assert "test_accuracy" in capsys.readouterr().out
+    longer = cli(f"fit {from_saved} --trainer.max_epochs {CLI_METHODS[method] + 1}")
+    assert longer.trainer.current_epoch == CLI_METHODS[method] + 1
+    assert check(longer) == digest
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_cli__test_without_callback(cli: Any, tmp_path: Path) -> None:
+    """The checkpoint is sparse by itself: to test it, `base.yaml` is enough."""
+    cli(f"{CLI_FIT.format('snip')} {CLI_QUICK} --trainer.max_epochs 1")
+    [checkpoint] = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
+    tested = cli(f"test --config examples/cli/base.yaml --ckpt_path '{checkpoint}'")
+    weights = [weight for weight in tested.model.parameters() if weight.ndim > 1]
+    assert sum(int(weight.count_nonzero()) for weight in weights) == 2_382
+
+
+def test_cli__last_callbacks_count(cli: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the header says: one method's file goes over another's, and callbacks are added on the command line."""
+    more = "--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val_loss --print_config"
+    with pytest.raises(SystemExit, match="0"):
+        cli(f"{CLI_FIT.format('drive')} --config examples/cli/snip.yaml {more}")
+    found = re.findall(r"^  - class_path: .*\.(\w+)$", capsys.readouterr().out, re.MULTILINE)
+    assert found == ["SNIPPruningCallback", "EarlyStopping"]
+
+
+@pytest.mark.slow
+def test_cli__script(tmp_path: Path) -> None:
+    """The header's first command, as it stands there, and what a person sees of a wrong value."""
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    text = (EXAMPLES / "cli" / "main.py").read_text()
+    [command] = re.findall(r"^ +python examples/cli/main.py (fit .*drive.yaml)$", text, re.MULTILINE)
+    arguments = shlex.split(command)
+    completed = run("cli/main.py", *arguments, folder=tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert "Warning" not in completed.stderr
+    assert re.search(r"^all +23,824 +2,382 ", completed.stderr + completed.stdout, re.MULTILINE)
+    assert len(list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))) == 1
+
+    refused = run("cli/main.py", *arguments, "--trainer.callbacks.sparsity=90", folder=tmp_path)
+    assert refused.returncode == 2
+    assert [line for line in refused.stderr.splitlines() if "Seed set" not in line] == [
+        "error: `sparsity` is the fraction removed and must be in [0, 1), got 90.0. For 90 % pass 0.9."
+    ]

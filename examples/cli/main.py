@@ -23,7 +23,6 @@ The settings are ours, not the papers': those train other networks on other data
 """
 
 import warnings
-from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -115,12 +114,12 @@ class Digits(pl.LightningDataModule):
         return DataLoader(self.test, batch_size=450)
 
 
-def main(args: Sequence[str] | None = None) -> LightningCLI:
+def main() -> LightningCLI:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # the images are in memory
     torch.set_num_threads(1)  # layers this small gain nothing from more, and all machines add in the same order
     # `OneLineErrors` says what is wrong with a setting in one line; without it LightningCLI works as usual.
-    return LightningCLI(DigitClassifier, Digits, parser_class=OneLineErrors, args=None if args is None else [*args])
+    return LightningCLI(DigitClassifier, Digits, parser_class=OneLineErrors)
 
 
 if __name__ == "__main__":
