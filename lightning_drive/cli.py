@@ -3,44 +3,55 @@
 import os
 import re
 import traceback
+from argparse import ArgumentError
+from types import NoneType
 from typing import Any, NoReturn
 
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 
-class OneLineErrors(LightningArgumentParser):
-    """A parser for LightningCLI that says what is wrong with a setting in one line.
+class OneLineErrorsCLI(LightningCLI):
+    """LightningCLI that says what is wrong with a setting in one line.
 
-    Without it a wrong value ends in the usage of all arguments, or in a traceback through jsonargparse, with the reason
-    somewhere inside. Whatever is refused while arguments are parsed is said in one line, and so is what a constructor
-    of this package refuses, such as ``sparsity=90``. Errors of other constructors keep their traceback, and with the
-    environment variable ``JSONARGPARSE_DEBUG=true`` all do.
+    In LightningCLI itself a wrong value ends in the usage of all arguments, or in a traceback through jsonargparse,
+    with the reason somewhere inside. Here whatever is refused while arguments are parsed is said in one line, and so is
+    what a constructor of this package refuses, such as ``sparsity=90``. Errors of other constructors keep their
+    traceback, and with the environment variable ``JSONARGPARSE_DEBUG=true`` all do. Nothing else is different.
 
     Example:
-        >>> from lightning.pytorch.cli import LightningCLI
-        >>> LightningCLI(YourModule, YourData, parser_class=OneLineErrors)  # doctest: +SKIP
+        >>> OneLineErrorsCLI(YourModule, YourData)  # doctest: +SKIP
 
     """
 
     @override
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one line and exit, where parsing has failed."""
-        line = _one_line(ex or ValueError(message))
-        as_usual = not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ
-        if as_usual or "<class 'NoneType'>" in line:  # jsonargparse before 4.52 gives that for the cause of everything
-            super().error(message, ex)
-        self.exit(2, f"error: {line}\n")
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        except ArgumentError as error:
+            self._exit(error)
 
     @override
-    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Let errors be raised, not printed."""
+        return super().init_parser(**{"exit_on_error": False, **kwargs})
+
+    @override
+    def instantiate_classes(self) -> None:
         """Print one line and exit, where a constructor of this package refuses an argument."""
         try:
-            return super().instantiate_classes(*args, **kwargs)
+            super().instantiate_classes()
         except (TypeError, ValueError) as error:
-            if _is_ours(_causes(error)[-1]):
-                self.error(str(error), error)
-            raise
+            if not _is_ours(_causes(error)[-1]):
+                raise
+            self._exit(error)
+
+    def _exit(self, error: Exception) -> NoReturn:
+        if "JSONARGPARSE_DEBUG" in os.environ:
+            raise error
+        line = _one_line(error)
+        # jsonargparse before 4.52 gives that as the cause of everything.
+        self.parser.exit(2, f"error: {error if NoneType.__name__ in line else line}\n")
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 import lightning_drive
-from lightning_drive.cli import OneLineErrors
+from lightning_drive.cli import OneLineErrorsCLI
 
 CONFIG = """
 seed_everything: 1
@@ -68,9 +68,9 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG)
 
-    def run(*arguments: str, subcommand: str = "fit", **kwargs: Any) -> LightningCLI:
-        monkeypatch.setattr(sys, "argv", ["main.py", subcommand, "--config", str(config), *arguments])
-        return LightningCLI(fits.ConvModule, Data, **{"save_config_callback": None, **kwargs})
+    def run(*arguments: str, subcommand: str = "fit", kind: Any = LightningCLI, **kwargs: Any) -> LightningCLI:
+        monkeypatch.setattr(sys, "argv", ["main.py", *subcommand.split(), "--config", str(config), *arguments])
+        return kind(fits.ConvModule, Data, **{"save_config_callback": None, **kwargs})
 
     return run
 
@@ -103,9 +103,9 @@ WRONG = {
 
 @pytest.mark.parametrize("argument", WRONG)
 def test_wrong_value__one_line(command_line: Any, capsys: pytest.CaptureFixture[str], argument: str) -> None:
-    """With `OneLineErrors` the line is all that a person sees."""
+    """With `OneLineErrorsCLI` the line is all that a person sees."""
     with pytest.raises(SystemExit, match="2"):
-        command_line(f"--trainer.callbacks.{argument}", parser_class=OneLineErrors)
+        command_line(f"--trainer.callbacks.{argument}", kind=OneLineErrorsCLI)
     seen = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set to")]
     assert len(seen) == 1
     assert re.fullmatch(f"error: {WRONG[argument]}", seen[0])
@@ -123,7 +123,7 @@ def test_wrong_value(command_line: Any, capsys: pytest.CaptureFixture[str], argu
 def test_wrong_value__missing(command_line: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG.replace("sparsity: 0.8", ""))
     with pytest.raises(SystemExit):
-        command_line(parser_class=OneLineErrors)
+        command_line(kind=OneLineErrorsCLI)
     [seen] = capsys.readouterr().err.splitlines()
     assert seen.startswith("error: trainer.callbacks: lightning_drive.DRIVEPruningCallback: ")
     assert seen.endswith("required: sparsity")
@@ -132,7 +132,7 @@ def test_wrong_value__missing(command_line: Any, tmp_path: Path, capsys: pytest.
 def test_one_line_errors__others(command_line: Any) -> None:
     """What goes wrong in code of others keeps its traceback."""
     with pytest.raises(ValueError, match="a mistake of their own"):
-        command_line("--trainer.callbacks+=test_cli.Broken", parser_class=OneLineErrors)
+        command_line("--trainer.callbacks+=test_cli.Broken", kind=OneLineErrorsCLI)
 
 
 @pytest.mark.parametrize("argument", ["sparsity=90", "rounds=1.5"])
@@ -140,15 +140,17 @@ def test_one_line_errors__debug(command_line: Any, monkeypatch: pytest.MonkeyPat
     """For who looks for the cause, all is as without it."""
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(Exception, match="Does not validate against any of the Union subtypes"):
-        command_line(f"--trainer.callbacks.{argument}", parser_class=OneLineErrors)
+        command_line(f"--trainer.callbacks.{argument}", kind=OneLineErrorsCLI)
 
 
 def test_one_line_errors__unclear(command_line: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """A cause that says nothing, as jsonargparse before 4.52 gives, is not taken for the reason."""
-    parser = OneLineErrors()
+    cli = command_line(kind=OneLineErrorsCLI, subcommand="", run=False)
+    error = ValueError("Does not validate against any of the Union subtypes: the reason")
+    error.__cause__ = ValueError("Expected a <class 'NoneType'>. Got value: 1.5")
     with pytest.raises(SystemExit, match="2"):
-        parser.error("the whole text", ValueError("Expected a <class 'NoneType'>. Got value: 1.5"))
-    assert capsys.readouterr().err.endswith("error: the whole text\n")
+        cli._exit(error)
+    assert capsys.readouterr().err.endswith("subtypes: the reason\n")
 
 
 SIBLINGS = {

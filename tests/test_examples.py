@@ -269,6 +269,7 @@ def test_cli(cli: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, metho
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")
 def test_cli__test_without_callback(cli: Any, tmp_path: Path) -> None:
     """The checkpoint is sparse by itself: to test it, `base.yaml` is enough."""
     cli(f"{CLI_FIT.format('snip')} {CLI_QUICK} --trainer.max_epochs 1")

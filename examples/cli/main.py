@@ -15,7 +15,7 @@ and the command line goes over all files:
 Checkpoints, metrics and the whole configuration are in `lightning_logs/version_0` (then `version_1`, ...). To test that
 network, or to train on:
 
-    python examples/cli/main.py test --config examples/cli/base.yaml --ckpt_path CHECKPOINT
+    python examples/cli/main.py test --config lightning_logs/version_0/config.yaml --ckpt_path CHECKPOINT
     python examples/cli/main.py fit --config lightning_logs/version_0/config.yaml --ckpt_path CHECKPOINT \
         --trainer.max_epochs 15
 
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_drive.cli import OneLineErrors
+from lightning_drive.cli import OneLineErrorsCLI
 
 
 class DigitClassifier(pl.LightningModule):
@@ -118,8 +118,7 @@ def main() -> LightningCLI:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # the images are in memory
     torch.set_num_threads(1)  # layers this small gain nothing from more, and all machines add in the same order
-    # `OneLineErrors` says what is wrong with a setting in one line; without it LightningCLI works as usual.
-    return LightningCLI(DigitClassifier, Digits, parser_class=OneLineErrors)
+    return OneLineErrorsCLI(DigitClassifier, Digits)  # a LightningCLI, but for what it prints of a wrong setting
 
 
 if __name__ == "__main__":
