@@ -19,8 +19,11 @@ class OneLineErrorsCLI(LightningCLI):
     what a constructor of this package refuses, such as ``sparsity=90``. Errors of other constructors keep their
     traceback, and with the environment variable ``JSONARGPARSE_DEBUG=true`` all do. Nothing else is different.
 
-    Example:
-        >>> OneLineErrorsCLI(YourModule, YourData)  # doctest: +SKIP
+    Example::
+
+        from lightning_drive.cli import OneLineErrorsCLI
+
+        OneLineErrorsCLI(YourModule, YourData)
 
     """
 
