@@ -22,6 +22,8 @@ from lightning_drive.shards import holders, is_sharded, joined, local, part
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 
+sharded_on_cpu = pytest.mark.skipif(not distributed.SHARDS_ON_CPU, reason="FSDP2 needs a GPU before torch 2.6")
+
 Result = dict[str, Any]
 EPOCHS = range(distributed.EPOCHS - 1)
 
@@ -143,6 +145,7 @@ def test_disagreeing(ranks: Any) -> None:
     assert first["warned"][0] in first["report"]["warnings"]
 
 
+@sharded_on_cpu
 @pytest.mark.parametrize("kind", ["True", "False"], ids=["sharded_checkpoint", "joined_checkpoint"])
 def test_sharded(ranks: Any, tmp_path: Path, kind: str) -> None:
     """Under FSDP2 ranks score and mask their own parts, and the masks are those of one process."""
@@ -153,6 +156,7 @@ def test_sharded(ranks: Any, tmp_path: Path, kind: str) -> None:
     assert alone.masks == masks
 
 
+@sharded_on_cpu
 @pytest.mark.parametrize("epoch", EPOCHS)
 @pytest.mark.parametrize("kind", ["True", "False"], ids=["sharded_checkpoint", "joined_checkpoint"])
 def test_sharded__resume(ranks: Any, kind: str, epoch: int) -> None:
@@ -162,6 +166,7 @@ def test_sharded__resume(ranks: Any, kind: str, epoch: int) -> None:
     assert first[f"{kind}-{epoch}"]["digest"] == first[kind]["digest"]
 
 
+@sharded_on_cpu
 def test_sharded__layerwise(ranks: Any) -> None:
     """Every parameter keeps its own share, counted over both ranks, though two ranks cannot share its rows evenly."""
     first, second = (result["layerwise"] for result in ranks("sharded"))
@@ -170,10 +175,12 @@ def test_sharded__layerwise(ranks: Any) -> None:
         assert mask.sum() == round(mask.numel() * 0.2)
 
 
+@sharded_on_cpu
 def test_sharded__shuffle(ranks: Any) -> None:
     check_same(*(result["shuffle"] for result in ranks("sharded")))
 
 
+@sharded_on_cpu
 def test_sharded__ties(ranks: Any) -> None:
     """Ties go to the earlier parameter and the lower index, wherever the parts of a parameter are."""
     expected = distributed.masks_among_ties(distributed.Exact())
@@ -182,6 +189,7 @@ def test_sharded__ties(ranks: Any) -> None:
             assert Masks.from_state_dict(found) == Masks.from_state_dict(expected[name])
 
 
+@sharded_on_cpu
 @pytest.mark.parametrize("name", ["synflow", "imp", "reinit"])
 def test_sharded__error(ranks: Any, name: str) -> None:
     """What needs all weights in one place is refused by name."""
