@@ -20,7 +20,7 @@ from lightning_drive import Masks, shards
 from lightning_drive.ranks import ALONE
 from lightning_drive.shards import holders, is_sharded, joined, local, part
 
-pytestmark = [pytest.mark.ddp, pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
 sharded_on_cpu = pytest.mark.skipif(not distributed.SHARDS_ON_CPU, reason="FSDP2 needs a GPU before torch 2.6")
 

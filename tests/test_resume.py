@@ -45,12 +45,7 @@ def is_equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
     )
 
 
-def together(name: str) -> Any:
-    """Let one worker do all tests of a fixture's parameter: the fixture is what takes long."""
-    return pytest.param(name, marks=pytest.mark.xdist_group(f"resume {name}"))
-
-
-@pytest.fixture(scope="module", params=[together("sgd"), together("adamw")])
+@pytest.fixture(scope="module", params=["sgd", "adamw"])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One uninterrupted run, and all runs resumed from its checkpoints by a second process."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -83,7 +78,7 @@ def test_resume__prunes_once(runs: Any, epoch: int, moment: str) -> None:
         assert result["digest"] == whole["digest"]
 
 
-@pytest.mark.parametrize("runs", [together("sgd")], indirect=True)
+@pytest.mark.parametrize("runs", ["sgd"], indirect=True)
 def test_killed_in_the_sparse_phase(runs: Any, tmp_path: Path) -> None:
     """After a SIGKILL in the first sparse epoch, the last checkpoint resumes with the same masks to the same end."""
     whole, _ = runs
@@ -106,7 +101,7 @@ IMP_RUNS = {
 }
 
 
-@pytest.fixture(scope="module", params=map(together, IMP_RUNS))
+@pytest.fixture(scope="module", params=IMP_RUNS)
 def imp_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One uninterrupted IMP run, and all runs resumed from its epoch boundaries by a second process."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -152,7 +147,7 @@ def test_resume__imp_rewind_point(imp_runs: Any, request: pytest.FixtureRequest)
     assert size[last_cut] < size[last_cut - 1] - 4 * masks_in(folder / "2-epoch_end.ckpt").num_prunable
 
 
-@pytest.mark.parametrize("imp_runs", [together("later_weights")], indirect=True)
+@pytest.mark.parametrize("imp_runs", ["later_weights"], indirect=True)
 def test_killed_in_a_cycle(imp_runs: Any, tmp_path: Path) -> None:
     """After a SIGKILL in the middle of the second cycle, the last checkpoint resumes to the same ticket."""
     _, whole, _ = imp_runs
