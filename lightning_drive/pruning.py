@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed.fsdp
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
@@ -547,6 +548,8 @@ class PruningCallback(pl.Callback):
                 " masked. Shard with `ModelParallelStrategy` and `fully_shard` (FSDP2), or use `strategy='ddp'`."
             )
         if isinstance(strategy, ModelParallelStrategy):
+            if not hasattr(torch.distributed.fsdp, "fully_shard"):
+                raise MisconfigurationException(f"{name} needs torch 2.6 or newer, got {torch.__version__}.")
             reason = self._unshardable
             if reason:
                 raise MisconfigurationException(

@@ -14,7 +14,7 @@ import fits
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_drive import Masks, shards
 from lightning_drive.ranks import ALONE
@@ -228,6 +228,15 @@ def test_strategy__error(tmp_path: Path, kind: Any) -> None:
     trainer = fits.trainer(tmp_path, fits.drive())
     trainer._accelerator_connector.strategy = object.__new__(kind)
     with pytest.raises(MisconfigurationException, match=f"with {kind.__name__}: this strategy keeps parameters"):
+        fits.drive().setup(trainer, fits.ConvModule(), "fit")
+
+
+def test_strategy__old_torch_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 of torch 2.5 needs a GPU, so that it could not be tested, and is refused."""
+    trainer = fits.trainer(tmp_path, fits.drive())
+    trainer._accelerator_connector.strategy = object.__new__(ModelParallelStrategy)
+    monkeypatch.delattr(torch.distributed.fsdp, "fully_shard", raising=False)
+    with pytest.raises(MisconfigurationException, match="with ModelParallelStrategy needs torch 2.6 or newer"):
         fits.drive().setup(trainer, fits.ConvModule(), "fit")
 
 
