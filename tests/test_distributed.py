@@ -236,7 +236,7 @@ def test_strategy__old_torch_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     trainer = fits.trainer(tmp_path, fits.drive())
     trainer._accelerator_connector.strategy = object.__new__(ModelParallelStrategy)
     monkeypatch.delattr(torch.distributed.fsdp, "fully_shard", raising=False)
-    with pytest.raises(MisconfigurationException, match="with ModelParallelStrategy needs torch 2.6 or newer"):
+    with pytest.raises(MisconfigurationException, match=r"with ModelParallelStrategy needs torch 2\.6 or newer"):
         fits.drive().setup(trainer, fits.ConvModule(), "fit")
 
 
