@@ -145,8 +145,7 @@ def search(
     check_method(method)
     check_settings(sparsity, schedule, scope)
     holders = shards.holders(parameters)
-    current = _starting_masks(parameters, masks, sparsity)
-    Masks(masks).parameters_of(module)  # or an error that names the shape that differs
+    current = _starting_masks(module, parameters, masks, sparsity)
     start = min(Masks(masks).sparsity, sparsity)  # rounding may have taken one weight more
     rounds = range(1, method.rounds + 1)
     if only_round is not None:
@@ -208,7 +207,7 @@ def check_settings(sparsity: float, schedule: str, scope: str) -> None:
 
 
 def _starting_masks(
-    parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor] | None, sparsity: float
+    module: nn.Module, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor] | None, sparsity: float
 ) -> Masks:
     """Give the masks to start from: this rank's part of each."""
     if not masks:
@@ -222,6 +221,7 @@ def _starting_masks(
             " check `include`, `exclude` and what is frozen."
         )
     start = Masks(masks)
+    start.parameters_of(module)  # or an error that names the shape that differs
     if start.num_kept < schedules.num_kept(start.num_prunable, 1 - sparsity):
         raise ValueError(
             f"`masks` already have sparsity {start.sparsity:g}, more than the `sparsity` of {sparsity:g} asked for, and"

@@ -237,6 +237,10 @@ class MaskedParameters:
         module: Has every masked parameter under its name, in the mask's shape.
         masks: Parameter name to boolean mask, on any device; ``True`` keeps.
 
+    Attributes:
+        may_divide_by_zero: Whether an optimizer's ``eps`` may be 0 in the precision of a parameter, and its step 0/0
+            for a zero.
+
     Raises:
         ValueError: If a parameter is missing or has another shape (named).
 
@@ -244,6 +248,7 @@ class MaskedParameters:
 
     def __init__(self, module: nn.Module, masks: Masks) -> None:
         parameters = masks.parameters_of(module)
+        self.may_divide_by_zero = any(parameter.dtype == torch.float16 for parameter in parameters.values())
         self._pruned = [(parameter, _pruned(masks[name], parameter)) for name, parameter in parameters.items()]
         self._parameters = parameters
 
@@ -290,11 +295,6 @@ class MaskedParameters:
             for parameter, pruned in self._pruned
             if parameter.requires_grad
         ]
-
-    @property
-    def may_divide_by_zero(self) -> bool:
-        """Whether an optimizer's ``eps`` may be 0 in the precision of a parameter, so that it makes 0/0 of zeros."""
-        return any(parameter.dtype == torch.float16 for parameter, _ in self._pruned)
 
     @torch.no_grad()
     def zero_optimizer_state_(self, optimizer: Optimizer) -> None:

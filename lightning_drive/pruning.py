@@ -9,11 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed.fsdp
-from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -23,6 +20,7 @@ from typing_extensions import override
 
 from lightning_drive import (
     companions,
+    compatibility,
     display,
     finding,
     flow,
@@ -38,7 +36,7 @@ from lightning_drive.handover import Handover
 from lightning_drive.masking import MaskedParameters, Masks
 from lightning_drive.messages import listed
 from lightning_drive.methods import Method
-from lightning_drive.ranks import ALONE, Ranks
+from lightning_drive.ranks import Ranks
 from lightning_drive.report import Control, PruningReport
 from lightning_drive.rewinding import RewindPoint
 from lightning_drive.schedules import Schedule
@@ -161,7 +159,7 @@ class PruningCallback(pl.Callback):
 
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse, before anything runs, what cannot work."""
-        self.prunable_parameters(pl_module)
+        shards.holders(self.prunable_parameters(pl_module))
         for other in companions.callbacks_of(trainer):
             if isinstance(other, BaseFinetuning) and self._remember_epoch is not None:
                 raise MisconfigurationException(
@@ -186,11 +184,11 @@ class PruningCallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work together, and note the length; a state to resume from is restored after this."""
-        _check_namespace(self, trainer)
+        compatibility.check_namespace(self, trainer)
         self._restored = self._searching = self._fit_started = False
         self._max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs  # other callbacks may change it
         if stage == "fit":
-            self._check_strategy(trainer)
+            compatibility.check_strategy(self, trainer, self._unshardable)
             self._check_companions(trainer)
 
     def on_after_setup(self, **_: Any) -> None:
@@ -250,7 +248,7 @@ class PruningCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Mask the gradients: unscaled already, not yet clipped."""
-        if self._live is not None and not _unscales_in_step(trainer, optimizer):
+        if self._live is not None and not compatibility.unscales_in_step(trainer, optimizer):
             self._live.zero_gradients_()
 
     @override
@@ -367,7 +365,7 @@ class PruningCallback(pl.Callback):
     ) -> tuple[Found, dict[nn.Module, dict[str, Tensor]]]:
         """Find the masks and the BatchNorm statistics that go with them; the module stays as it is."""
         num_rounds = method.rounds if only_round is None else 1
-        ranks = ranks_of(trainer)
+        ranks = scoring.ranks_of(trainer)
         with (
             display.progress(trainer, f"Pruning by {type(method).__name__}", num_rounds) as advance,
             scoring.sandbox(trainer, pl_module),
@@ -459,14 +457,14 @@ class PruningCallback(pl.Callback):
         for average in companions.averaged_models(trainer):
             self.masks.apply_(average)
         if self._gradients_are_read_early(trainer, pl_module):
-            self._handles += self._live.zero_gradients_at_once(keep_overflow=_scaler(trainer) is not None)
+            self._handles += self._live.zero_gradients_at_once(keep_overflow=compatibility.scaler(trainer) is not None)
         self._hookless = not pl_module.automatic_optimization
         for optimizer in trainer.optimizers:
             self._live.zero_optimizer_state_(optimizer)
             for each in masking.with_wrapped(optimizer):
                 self._follow_steps(trainer, pl_module, each)
                 if self._live.may_divide_by_zero:
-                    _warn_of_small_eps(each)
+                    compatibility.warn_of_small_eps(each)
 
     def _follow_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Have every step of an optimizer followed by the masks, and led by them where the gradients may need it."""
@@ -477,7 +475,7 @@ class PruningCallback(pl.Callback):
             self._hookless = True
             return
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        if not pl_module.automatic_optimization or _unscales_in_step(trainer, optimizer):
+        if not pl_module.automatic_optimization or compatibility.unscales_in_step(trainer, optimizer):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
 
     def _gradients_are_read_early(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
@@ -494,7 +492,7 @@ class PruningCallback(pl.Callback):
     def _reinitialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Return to the remembered weights, with new initial values for the survivors."""
         assert self._start is not None
-        generator = self._generator(ranks_of(trainer))
+        generator = self._generator(scoring.ranks_of(trainer))
         self._start.snapshot.redrawn(self.masks, generator).rewind_(pl_module, self.masks)
 
     def _generator(self, ranks: Ranks) -> torch.Generator:
@@ -539,28 +537,6 @@ class PruningCallback(pl.Callback):
                     " each would cut what the other keeps, and neither would reach its `sparsity`. Remove one of them."
                 )
 
-    def _check_strategy(self, trainer: pl.Trainer) -> None:
-        strategy = trainer.strategy
-        name = f"{type(self).__name__} with {type(strategy).__name__}"
-        if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy)):
-            raise MisconfigurationException(
-                f"{name}: this strategy keeps parameters as pieces without a shape of their own, which cannot be"
-                " masked. Shard with `ModelParallelStrategy` and `fully_shard` (FSDP2), or use `strategy='ddp'`."
-            )
-        if isinstance(strategy, ModelParallelStrategy):
-            if not hasattr(torch.distributed.fsdp, "fully_shard"):
-                raise MisconfigurationException(f"{name} needs torch 2.6 or newer, got {torch.__version__}.")
-            reason = self._unshardable
-            if reason:
-                raise MisconfigurationException(
-                    f"{name} cannot work on sharded weights: {reason} Use `strategy='ddp'`."
-                )
-        elif trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
-            raise MisconfigurationException(
-                f"{name} on {trainer.world_size} processes is not known to give all of them the same masks. Use"
-                " `strategy='ddp'`, or `ModelParallelStrategy` with `fully_shard`."
-            )
-
     @property
     def _unshardable(self) -> str:
         """Say why this cannot be done with weights that are sharded over ranks; empty if it can."""
@@ -584,33 +560,6 @@ class PruningCallback(pl.Callback):
             )
 
 
-def ranks_of(trainer: pl.Trainer) -> Ranks:
-    """Find the processes of a run.
-
-    Args:
-        trainer: The Trainer, with its processes connected.
-
-    """
-    return Ranks.of(None, trainer.strategy.root_device) if trainer.world_size > 1 else ALONE
-
-
-def _check_namespace(pruning: PruningCallback, trainer: pl.Trainer) -> None:
-    """Refuse classes of `pytorch_lightning`: their twins in `lightning.pytorch` are what is looked for everywhere."""
-    found = [thing for thing in (trainer, *companions.callbacks_of(trainer)) if _is_of_pytorch_lightning(thing)]
-    if found:
-        raise MisconfigurationException(
-            f"{type(pruning).__name__} needs the classes of `lightning.pytorch`, got the {type(found[0]).__name__} of"
-            " `pytorch_lightning`, which is another class of the same name. Write `import lightning.pytorch as pl` in"
-            " place of `import pytorch_lightning as pl`, for the Trainer, the LightningModule and all callbacks."
-        )
-
-
-def _is_of_pytorch_lightning(thing: object) -> bool:
-    # Third-party callbacks may well have its bare `Callback` as their base: it does nothing, and nothing looks for it.
-    bases = {kind.__module__.split(".")[0] for kind in type(thing).__mro__ if kind.__name__ != "Callback"}
-    return "pytorch_lightning" in bases
-
-
 def is_quick_check(trainer: pl.Trainer) -> bool:
     """Whether this is a ``fast_dev_run``: one short epoch, in which pruning should be seen to work.
 
@@ -619,26 +568,3 @@ def is_quick_check(trainer: pl.Trainer) -> bool:
 
     """
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def _scaler(trainer: pl.Trainer) -> Any:
-    """Give the ``GradScaler`` of mixed precision, or None."""
-    return getattr(trainer.precision_plugin, "scaler", None)
-
-
-def _unscales_in_step(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
-    """Whether gradients are still scaled before the step, as with ``fused=True``, and overflow is yet to be seen."""
-    return _scaler(trainer) is not None and _optimizer_handles_unscaling(optimizer)
-
-
-def _warn_of_small_eps(optimizer: Optimizer) -> None:
-    """Say so if an optimizer's safeguard against 0/0 is none for float16 weights, which pruning makes matter more."""
-    for group in optimizer.param_groups:
-        eps = group.get("eps")
-        if isinstance(eps, float) and not torch.tensor(eps, dtype=torch.float16):
-            rank_zero_warn(
-                f"{type(optimizer).__name__}'s eps={eps:g} is 0 in float16, so its step is 0/0 = NaN for a weight whose"
-                " gradient is 0. Pruned weights stay 0, but kept ones that are cut off from the input or the output"
-                " would be NaN. Set `eps=1e-4` or more, or train with another `precision`."
-            )
-            return

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
 from lightning_drive import flow, gradients
+from lightning_drive.ranks import ALONE, Ranks
 
 
 class TrainingBatches:
@@ -80,6 +81,16 @@ def check_data(trainer: pl.Trainer) -> None:
 
     """
     _independent(_live(trainer))
+
+
+def ranks_of(trainer: pl.Trainer) -> Ranks:
+    """Find the processes of a run.
+
+    Args:
+        trainer: The Trainer, with its processes connected.
+
+    """
+    return Ranks.of(None, trainer.strategy.root_device) if trainer.world_size > 1 else ALONE
 
 
 def steps_per_epoch(trainer: pl.Trainer, epoch: int = 0) -> float:

@@ -16,6 +16,7 @@ import fits
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
@@ -107,6 +108,21 @@ class Sharded(Exact):
             if isinstance(layer, nn.Linear):
                 fully_shard(layer, mesh=mesh)
         fully_shard(self.net, mesh=mesh)
+
+
+class PartlySharded(Exact):
+    """Only its first layer is under FSDP2; nothing averages the gradients of the others."""
+
+    steps = 0
+
+    def configure_model(self) -> None:
+        from torch.distributed._composable.fsdp import fully_shard
+
+        fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.steps += 1
+        return super().training_step(batch, batch_idx)
 
 
 class Scheduled(fits.ConvModule):
@@ -281,6 +297,9 @@ def resume(folder: Path) -> dict[str, Any]:
                 results[f"{name}-{optimizer}-{epoch}"] = train(
                     own, module, make(), "ddp", ckpt_path=own / f"{epoch}.ckpt"
                 )
+    own = folder / f"alone-{rank()}"
+    results["alone"] = train(own, Scheduled(), METHODS["drive"](), "auto", devices=1, save=True)
+    results["alone-1"] = train(own, Scheduled(), METHODS["drive"](), "ddp", ckpt_path=own / "1.ckpt")
     return results
 
 
@@ -323,15 +342,19 @@ def sharded(folder: Path) -> dict[str, Any]:
     train(folder, Sharded(), METHODS["snip"](), strategy(), others=(ties,))
     results["ties"] = ties.found
     results["refused"] = {}
-    for name, callback in {
-        "synflow": METHODS["synflow"](),
-        "imp": METHODS["imp"](),
-        "reinit": METHODS["snip"](control="reinit"),
-    }.items():
+    tensor_parallel = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+    for name, module, callback, how in (
+        ("synflow", Sharded(), METHODS["synflow"](), strategy()),
+        ("imp", Sharded(), METHODS["imp"](), strategy()),
+        ("reinit", Sharded(), METHODS["snip"](control="reinit"), strategy()),
+        ("tensor_parallel", Sharded(), METHODS["drive"](), tensor_parallel),
+        ("partly_sharded", partly := PartlySharded(), METHODS["drive"](), strategy()),
+    ):
         try:
-            train(folder, Sharded(), callback, strategy())
-        except Exception as error:
+            train(folder, module, callback, how)
+        except (MisconfigurationException, ValueError) as error:
             results["refused"][name] = f"{type(error).__name__}: {error}"
+    results["steps"] = partly.steps
     return results
 
 

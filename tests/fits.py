@@ -1,5 +1,6 @@
 """Small but real fits: a module with everything that scoring could disturb, its data, and a quiet Trainer."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_drive import DRIVEPruningCallback
+from lightning_drive import DRIVEPruningCallback, IMPPruningCallback
+from lightning_drive.pruning import PruningCallback
 
 NUM_CLASSES = 4
 
@@ -113,6 +115,16 @@ def trainer(tmp_path: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Traine
 def drive(**kwargs: Any) -> DRIVEPruningCallback:
     settings: dict[str, Any] = {"sparsity": 0.8, "warmup_epochs": 2, "rounds": 5}
     return DRIVEPruningCallback(**(settings | kwargs))
+
+
+PRUNABLE = ("features.0.weight", "features.4.weight", "head.weight")  # of `ConvModule`
+NUM_PRUNABLE = 6 * 9 + 8 * 6 * 9 + 8 * 16 * 4
+NUM_KEPT = 200  # at a sparsity of 0.8
+LAST_CUT = 2  # epoch, of the callbacks below
+CALLBACKS: dict[str, Callable[..., PruningCallback]] = {
+    "DRIVE": drive,
+    "IMP": lambda **settings: IMPPruningCallback(**{"sparsity": 0.8, "cycles": 2, "epochs_per_cycle": 1, **settings}),
+}
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

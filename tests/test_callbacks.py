@@ -10,13 +10,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from fits import ConvModule
+from fits import NUM_PRUNABLE, PRUNABLE, ConvModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_drive import DRIVE, DRIVEPruningCallback, Masks, PruningReport, find_masks
-
-NUM_PRUNABLE = 6 * 9 + 8 * 6 * 9 + 8 * 16 * 4
 
 
 class Diary(pl.Callback):
@@ -38,9 +36,6 @@ class Diary(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._write("validation", pl_module)
-
-
-PRUNABLE = ("features.0.weight", "features.4.weight", "head.weight")
 
 
 def test_prunes_at_the_start_of_the_epoch(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from fits import ConvModule
+from fits import CALLBACKS, LAST_CUT, NUM_KEPT, NUM_PRUNABLE, PRUNABLE, ConvModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -33,17 +33,9 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_drive import IMPPruningCallback, Masks, SNIPPruningCallback
+from lightning_drive import Masks, SNIPPruningCallback
 from lightning_drive.pruning import PruningCallback
 
-PRUNABLE = ("features.0.weight", "features.4.weight", "head.weight")
-NUM_PRUNABLE, NUM_KEPT = 998, 200
-LAST_CUT = 2  # epoch, of every callback here
-
-CALLBACKS: dict[str, Callable[..., PruningCallback]] = {
-    "DRIVE": fits.drive,
-    "IMP": lambda **settings: IMPPruningCallback(**{"sparsity": 0.8, "cycles": 2, "epochs_per_cycle": 1, **settings}),
-}
 EACH = pytest.mark.parametrize("method", CALLBACKS)
 NUM_KEPT_IN = {"DRIVE": (998, 998, 200, 200), "IMP": (998, 446, 200, 200)}  # epochs 0 to 3
 

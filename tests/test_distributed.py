@@ -14,7 +14,7 @@ import fits
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from lightning_drive import Masks, shards
 from lightning_drive.ranks import ALONE
@@ -130,6 +130,13 @@ def test_resume__on_one_rank(folder: Path, tmp_path: Path) -> None:
     assert callback.masks.hold_for(module)
 
 
+def test_resume__on_two_ranks(ranks: Any) -> None:
+    """A checkpoint of one process goes on with two ranks, and keeps its masks."""
+    first, second = ranks("resume")
+    masks = check_same(first["alone-1"], second["alone-1"])
+    assert masks.digest() == first["alone"]["digest"]
+
+
 def test_failing(ranks: Any) -> None:
     """What goes wrong on one rank ends the others, too, and at once."""
     first, second = (result["error"] for result in ranks("failing"))
@@ -198,6 +205,15 @@ def test_sharded__error(ranks: Any, name: str) -> None:
         assert "with ModelParallelStrategy cannot work on sharded weights" in result["refused"][name]
 
 
+@sharded_on_cpu
+def test_sharded__other_ways_error(ranks: Any) -> None:
+    """Tensor parallelism, and a module of which only a part is sharded, are refused before the first step."""
+    for result in ranks("sharded"):
+        assert "works with `tensor_parallel_size=1`, got 2" in result["refused"]["tensor_parallel"]
+        assert "sharded or none, but net.2.weight, net.4.weight are not" in result["refused"]["partly_sharded"]
+        assert result["steps"] == 0
+
+
 @pytest.mark.parametrize("launch", ["ddp_spawn", "ddp_fork"])
 def test_spawned(tmp_path: Path, launch: str) -> None:
     """The process that started the others has masks and report afterwards, and can go on with them."""
@@ -229,6 +245,23 @@ def test_strategy__error(tmp_path: Path, kind: Any) -> None:
     trainer._accelerator_connector.strategy = object.__new__(kind)
     with pytest.raises(MisconfigurationException, match=f"with {kind.__name__}: this strategy keeps parameters"):
         fits.drive().setup(trainer, fits.ConvModule(), "fit")
+
+
+class Foreign(SingleDeviceStrategy):
+    """A strategy of someone else's, over two processes."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.world_size = 2
+
+
+def test_strategy__foreign_error(tmp_path: Path) -> None:
+    """Of a strategy that is not known, nobody can say that ranks end with the same masks."""
+    trainer = fits.trainer(tmp_path, fits.drive(), strategy=Foreign(torch.device("cpu")))
+    with pytest.raises(
+        MisconfigurationException, match="DRIVEPruningCallback with Foreign on 2 processes is not known"
+    ):
+        trainer.fit(fits.ConvModule(), fits.loader())
 
 
 def test_strategy__old_torch_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

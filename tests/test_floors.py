@@ -13,7 +13,7 @@ FLOORS = (
     {"prunable", "gradients", "flow", "masking", "rewinding"},
     {"methods", "report"},
     {"finding"},
-    {"cli", "companions", "display", "scoring", "phases"},
+    {"cli", "companions", "compatibility", "display", "scoring", "phases"},
     {"pruning"},
     {"warmup"},
     {"callbacks", "lottery"},

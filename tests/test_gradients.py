@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_drive import gradients
@@ -453,3 +454,36 @@ def test_undisturbed__any_value() -> None:
     with pytest.raises(KeyboardInterrupt):
         prune()
     assert models.changes(module, before) == []
+
+
+class Checkpointed(nn.Module):
+    """Runs its hidden layers twice: forward, and again in the backward pass."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.hidden, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(self.hidden, self.first(x), use_reentrant=self.use_reentrant)
+        return self.last(F.relu(hidden))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_loss_gradients__hookless(use_reentrant: bool) -> None:
+    """The same gradients, without a call to what waits for gradients; reentrant checkpointing is refused by torch."""
+    module, batches = models.randomised(Checkpointed(use_reentrant)), models.make_batches(4)
+    parameters = dict(module.named_parameters())
+    expected = gradients.loss_gradients(module, parameters, models.loss_fn, batches)
+    called: list[Tensor] = []
+    for parameter in parameters.values():
+        parameter.register_post_accumulate_grad_hook(called.append)
+    if use_reentrant:
+        with pytest.raises(RuntimeError, match=r"compatible with \.grad"):
+            gradients.loss_gradients(module, parameters, models.loss_fn, batches, hookless=True)
+        return
+    found = gradients.loss_gradients(module, parameters, models.loss_fn, batches, hookless=True)
+    assert not called
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+    assert all(parameter.grad is None for parameter in parameters.values())

@@ -12,6 +12,7 @@ import processes
 import pytest
 import resumable
 import torch
+from fits import NUM_PRUNABLE, PRUNABLE
 from torch import Tensor
 
 from lightning_drive import Masks
@@ -23,8 +24,6 @@ KINDS = ("time", *killable.PHASES)  # of moments: any time, and any event in eac
 EPOCHS = {"drive": resumable.EPOCHS, "imp": resumable.IMP_EPOCHS}
 CUTS = {"drive": 1, "imp": resumable.CYCLES}
 DENSITY = 0.2
-PRUNABLE = ("features.0.weight", "features.4.weight", "head.weight")
-NUM_PRUNABLE = 6 * 9 + 8 * 6 * 9 + 8 * 16 * 4
 DEVICES = (1, 2)
 
 

@@ -19,7 +19,7 @@ import pytest
 import resumable
 import torch
 import torch.nn.functional as F
-from fits import ConvModule
+from fits import NUM_PRUNABLE, PRUNABLE, ConvModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -32,8 +32,6 @@ from torch import Tensor, nn
 from lightning_drive import IMPPruningCallback, Magnitude, Masks, PruningReport, find_masks
 from lightning_drive.rewinding import Snapshot
 
-PRUNABLE = ("features.0.weight", "features.4.weight", "head.weight")
-NUM_PRUNABLE = 6 * 9 + 8 * 6 * 9 + 8 * 16 * 4
 STEPS = 3  # per epoch
 
 

@@ -632,8 +632,8 @@ def test_plain_training_has_no_gradient_hooks(tmp_path: Path) -> None:
     assert hooks == [None] * 2 * 6
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.98])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.98])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adamw", "rmsprop", "adagrad"])
 def test_exact_and_stays(tmp_path: Path, optimizer: str, sparsity: float) -> None:
     """With convolutions, BatchNorm and biases beside, at any sparsity: exact, forgotten, and names as they were."""
     module, callback = fits.ConvModule(optimizer), fits.drive(sparsity=sparsity)

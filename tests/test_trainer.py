@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import resumable
 import stopped
 import torch
 import torch.nn.functional as F
-from fits import ConvModule
+from fits import CALLBACKS, LAST_CUT, NUM_KEPT, NUM_PRUNABLE, PRUNABLE, ConvModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
@@ -25,17 +25,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_drive import IMPPruningCallback, Masks, SNIPPruningCallback, SynFlowPruningCallback
+from lightning_drive import Masks, SNIPPruningCallback, SynFlowPruningCallback
 from lightning_drive.pruning import PruningCallback
 
-PRUNABLE = ("features.0.weight", "features.4.weight", "head.weight")
-NUM_PRUNABLE, NUM_KEPT = 998, 200
-LAST_CUT = 2  # epoch, of every callback here
-
-CALLBACKS: dict[str, Callable[..., PruningCallback]] = {
-    "DRIVE": fits.drive,
-    "IMP": lambda **settings: IMPPruningCallback(**{"sparsity": 0.8, "cycles": 2, "epochs_per_cycle": 1, **settings}),
-}
 EACH = pytest.mark.parametrize("method", CALLBACKS)
 NUM_CUTS = {"DRIVE": 1, "IMP": 2}
 

@@ -1,0 +1,117 @@
+"""What a Trainer brings along: what pruning cannot work with is refused by name, what it has to heed is found out."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed.fsdp
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
+
+
+def check_namespace(pruning: pl.Callback, trainer: pl.Trainer) -> None:
+    """Refuse classes of ``pytorch_lightning``: their twins in ``lightning.pytorch`` are what is looked for everywhere.
+
+    Args:
+        pruning: The pruning callback.
+        trainer: The Trainer, of whichever namespace.
+
+    Raises:
+        MisconfigurationException: If the Trainer or one of its callbacks is such a class.
+
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    found = [thing for thing in (trainer, *callbacks) if _is_of_pytorch_lightning(thing)]
+    if found:
+        raise MisconfigurationException(
+            f"{type(pruning).__name__} needs the classes of `lightning.pytorch`, got the {type(found[0]).__name__} of"
+            " `pytorch_lightning`, which is another class of the same name. Write `import lightning.pytorch as pl` in"
+            " place of `import pytorch_lightning as pl`, for the Trainer, the LightningModule and all callbacks."
+        )
+
+
+def check_strategy(pruning: pl.Callback, trainer: pl.Trainer, unshardable: str) -> None:
+    """Refuse a strategy under which ranks would not end with the same masks, or masks could not be kept.
+
+    Args:
+        pruning: The pruning callback.
+        trainer: The Trainer, with its processes connected.
+        unshardable: Why the callback cannot work on weights that are sharded over ranks; empty if it can.
+
+    Raises:
+        MisconfigurationException: If it is such a strategy.
+
+    """
+    strategy = trainer.strategy
+    name = f"{type(pruning).__name__} with {type(strategy).__name__}"
+    if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy)):
+        raise MisconfigurationException(
+            f"{name}: this strategy keeps parameters as pieces without a shape of their own, which cannot be masked."
+            " Shard with `ModelParallelStrategy` and `fully_shard` (FSDP2), or use `strategy='ddp'`."
+        )
+    if isinstance(strategy, ModelParallelStrategy):
+        if not hasattr(torch.distributed.fsdp, "fully_shard"):
+            raise MisconfigurationException(f"{name} needs torch 2.6 or newer, got {torch.__version__}.")
+        if unshardable:
+            raise MisconfigurationException(
+                f"{name} cannot work on sharded weights: {unshardable} Use `strategy='ddp'`."
+            )
+        if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
+            raise MisconfigurationException(
+                f"{name} works with `tensor_parallel_size=1`, got {size}: layers in tensor parallel are split in other"
+                f" ways than masks can follow. Set `data_parallel_size={trainer.world_size}` and"
+                " `tensor_parallel_size=1`."
+            )
+    elif trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
+        raise MisconfigurationException(
+            f"{name} on {trainer.world_size} processes is not known to give all of them the same masks. Use"
+            " `strategy='ddp'`, or `ModelParallelStrategy` with `fully_shard`."
+        )
+
+
+def scaler(trainer: pl.Trainer) -> Any:
+    """Give the ``GradScaler`` of mixed precision, or ``None``.
+
+    Args:
+        trainer: The Trainer.
+
+    """
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def unscales_in_step(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
+    """Whether gradients are still scaled before the step, as with ``fused=True``, and overflow is yet to be seen.
+
+    Args:
+        trainer: The Trainer.
+        optimizer: One of its optimizers.
+
+    """
+    return scaler(trainer) is not None and _optimizer_handles_unscaling(optimizer)
+
+
+def warn_of_small_eps(optimizer: Optimizer) -> None:
+    """Say so if an optimizer's safeguard against 0/0 is none for float16 weights, which pruning makes matter more.
+
+    Args:
+        optimizer: An optimizer of float16 weights.
+
+    """
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        if isinstance(eps, float) and not torch.tensor(eps, dtype=torch.float16):
+            rank_zero_warn(
+                f"{type(optimizer).__name__}'s eps={eps:g} is 0 in float16, so its step is 0/0 = NaN for a weight whose"
+                " gradient is 0. Pruned weights stay 0, but kept ones that are cut off from the input or the output"
+                " would be NaN. Set `eps=1e-4` or more, or train with another `precision`."
+            )
+            return
+
+
+def _is_of_pytorch_lightning(thing: object) -> bool:
+    # Third-party callbacks may well have its bare `Callback` as their base: it does nothing, and nothing looks for it.
+    bases = {kind.__module__.split(".")[0] for kind in type(thing).__mro__ if kind.__name__ != "Callback"}
+    return "pytorch_lightning" in bases
