@@ -103,6 +103,7 @@ def test_methods(ranks: Any, method: str, control: str) -> None:
     assert first["changes"] == second["changes"] == (2 if method == "imp" else 1)
     assert first["report"]["layers"] == second["report"]["layers"]
     assert first["logged"] == second["logged"]
+    assert not any("pruning/" in text for text in first["warned"])  # Lightning's advice on what is not synchronised
     assert first["logged"]["pruning/sparsity"] == pytest.approx(0.8, abs=1e-3)
 
 
@@ -148,8 +149,8 @@ def test_disagreeing(ranks: Any) -> None:
     """Ranks whose weights differ get the masks of the first, and are told."""
     first, second = ranks("disagreeing")
     assert first["digest"] == second["digest"]
-    assert first["warned"][0].startswith("Rank 1 found other masks than rank 0")
-    assert first["warned"][0] in first["report"]["warnings"]
+    [warned] = [text for text in first["warned"] if text.startswith("Rank 1 found other masks than rank 0")]
+    assert warned in first["report"]["warnings"]
 
 
 @sharded_on_cpu
