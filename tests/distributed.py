@@ -336,6 +336,7 @@ def sharded(folder: Path) -> dict[str, Any]:
             results[f"{kind}-{epoch}"] = train(
                 own, Sharded(), METHODS["drive"](), strategy(), ckpt_path=own / f"{epoch}.ckpt"
             )
+    results["unsaved"] = train(folder, Sharded(), METHODS["drive"](), strategy())
     results["layerwise"] = train(folder, Sharded(), METHODS["snip"](scope="layerwise", rounds=2), strategy())
     results["shuffle"] = train(folder, Sharded(), METHODS["snip"](control="shuffle"), strategy())
     ties = FindsTies()

@@ -175,6 +175,14 @@ def test_sharded__resume(ranks: Any, kind: str, epoch: int) -> None:
 
 
 @sharded_on_cpu
+def test_sharded__after_validation(ranks: Any) -> None:
+    """Validation leaves parameters whole until something splits them again, as saving does: pruning does, too."""
+    first, second = ranks("sharded")
+    check_same(first["unsaved"], second["unsaved"])
+    assert fits.equal_states(first["unsaved"]["state"], first["True"]["state"])
+
+
+@sharded_on_cpu
 def test_sharded__layerwise(ranks: Any) -> None:
     """Every parameter keeps its own share, counted over both ranks, though two ranks cannot share its rows evenly."""
     first, second = (result["layerwise"] for result in ranks("sharded"))
