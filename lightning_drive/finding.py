@@ -95,6 +95,7 @@ def find_masks(
         (14, 56)
 
     """
+    shards.reshard_(module)
     found = search(
         module,
         method,

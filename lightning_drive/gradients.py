@@ -109,7 +109,6 @@ def undisturbed(module: nn.Module, mode: Mode = "train") -> Generator[None]:
             submodules, so what was frozen with ``.eval()`` stays frozen. ``"eval"``: running statistics.
 
     """
-    shards.reshard_(module)  # a forward pass without a backward pass leaves whole parameters
     with ExitStack() as stack:
         stack.callback(shards.reshard_, module)
         stack.enter_context(_uncompiled(module))
