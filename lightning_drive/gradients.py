@@ -110,7 +110,6 @@ def undisturbed(module: nn.Module, mode: Mode = "train") -> Generator[None]:
 
     """
     with ExitStack() as stack:
-        stack.callback(shards.reshard_, module)
         stack.enter_context(_uncompiled(module))
         stack.enter_context(preserved_rng())
         stack.enter_context(_preserved_gradients(module))

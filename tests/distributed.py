@@ -32,7 +32,7 @@ from lightning_drive import (
     SynFlowPruningCallback,
     find_masks,
 )
-from lightning_drive.shards import local
+from lightning_drive.shards import is_sharded, local
 
 EPOCHS = 4
 BATCH = 8
@@ -103,6 +103,8 @@ class Sharded(Exact):
     def configure_model(self) -> None:
         from torch.distributed._composable.fsdp import fully_shard
 
+        if any(is_sharded(parameter) for parameter in self.parameters()):  # fitted before
+            return
         mesh = self.device_mesh["data_parallel"]
         for layer in self.net[:-1]:
             if isinstance(layer, nn.Linear):
@@ -334,9 +336,17 @@ def sharded(folder: Path) -> dict[str, Any]:
         results[f"{kind}"] = train(own, Sharded(), METHODS["drive"](), strategy(), save=True)
         for epoch in range(EPOCHS - 1):
             results[f"{kind}-{epoch}"] = train(
-                own, Sharded(), METHODS["drive"](), strategy(), ckpt_path=own / f"{epoch}.ckpt"
+                own,
+                Sharded(),
+                METHODS["drive"](),
+                strategy(),
+                ckpt_path=own / f"{epoch}.ckpt",
+                num_sanity_val_steps=1,
             )
     results["unsaved"] = train(folder, Sharded(), METHODS["drive"](), strategy())
+    module = Sharded()
+    fits.trainer(folder, max_epochs=1, strategy=strategy(), devices=2).fit(module, datamodule=Data())
+    results["again"] = train(folder, module, METHODS["drive"](), strategy())
     results["layerwise"] = train(folder, Sharded(), METHODS["snip"](scope="layerwise", rounds=2), strategy())
     results["shuffle"] = train(folder, Sharded(), METHODS["snip"](control="shuffle"), strategy())
     ties = FindsTies()

@@ -183,6 +183,13 @@ def test_sharded__after_validation(ranks: Any) -> None:
 
 
 @sharded_on_cpu
+def test_sharded__again(ranks: Any) -> None:
+    """A module that was fitted before, and left whole by validation, is fitted again with pruning."""
+    first, second = ranks("sharded")
+    check_same(first["again"], second["again"])
+
+
+@sharded_on_cpu
 def test_sharded__layerwise(ranks: Any) -> None:
     """Every parameter keeps its own share, counted over both ranks, though two ranks cannot share its rows evenly."""
     first, second = (result["layerwise"] for result in ranks("sharded"))
