@@ -201,7 +201,6 @@ class PruningCallback(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, and start afresh on a module that the masks were not made for."""
-        shards.reshard_(pl_module)
         known = self._module is not None and self._module() is pl_module
         goes_on = self.masks.hold_for(pl_module) and (self._finished or (known and trainer.current_epoch > 0))
         if not (self._restored or goes_on):
