@@ -1,0 +1,369 @@
+"""Images that are decoded once and stay in memory, on the GPU if there is one, where they are augmented, too.
+
+An epoch then costs little more than the network's arithmetic: a batch is one indexing operation, and there is nothing
+to do for worker processes. Images that come as files are decoded into one tensor, which is kept in `ROOT/decoded/` for
+the next time; delete that folder after changing an image without changing its name.
+
+Every class looks for its data in `root`, in the layout in which it is published, and says what is missing. Pixels are
+divided by 255 and normalised by the mean and standard deviation of each channel over the training images. Training
+images are padded by zeros (the mean colour) and cut out again anywhere, and half of them are mirrored; the paper does
+not say what it does. `test` images serve for validation, too: nothing is selected by them.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+from abc import abstractmethod
+from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+Split: TypeAlias = Literal["train", "test"]
+Batch: TypeAlias = tuple[Tensor, Tensor]
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"}
+
+
+class InMemory(Dataset[Batch]):
+    """Images, uint8 of shape (N, 3, H, W), and labels, of shape (N,); whole batches are taken at once."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        which = torch.tensor(indices, device=self.images.device)
+        return self.images[which], self.labels[which]
+
+
+def as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+class Images(pl.LightningDataModule):
+    """What all data sets here have in common.
+
+    Args:
+        root: Folder that holds the data.
+        batch_size: Training images in a step, on each device.
+        augment: Whether training images are moved and mirrored at random.
+        padding: By how many pixels at most they are moved.
+        train_images: Take only so many of the training images, chosen at random, the same for every seed.
+        test_images: Take only so many of the test images.
+
+    """
+
+    name: str
+    """What to call the data where results are reported."""
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        batch_size: int = 128,
+        augment: bool = True,
+        padding: int = 4,
+        train_images: int | None = None,
+        test_images: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.root = Path(root)
+        self.batch_size = batch_size
+        self.augment = augment
+        self.padding = padding
+        self.limits: dict[Split, int | None] = {"train": train_images, "test": test_images}
+        self.splits: dict[Split, InMemory] = {}
+        self.mean = self.std = torch.empty(0)  # of each channel over all training images
+
+    @abstractmethod
+    def read(self, split: Split) -> Batch:
+        """Give all images of a part, uint8 of shape (N, 3, H, W), and their labels, int64 of shape (N,)."""
+
+    def prepare_data(self) -> None:
+        """Decode everything once, in one process; the others find it decoded."""
+        for split in ("train", "test"):
+            self.read(split)
+
+    def setup(self, stage: str) -> None:
+        """Take the images into memory, on the device that they are needed on."""
+        if self.splits:
+            return
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        for split in ("train", "test"):
+            images, labels = self.read(split)
+            self._check(split, len(images), int(labels.max()) + 1)
+            if split == "train":
+                self.mean, self.std = (value.to(device) for value in mean_and_std(images))
+            if limit := self.limits[split]:
+                chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit]
+                images, labels = images[chosen], labels[chosen]
+            self.splits[split] = InMemory(images.to(device), labels.to(device))
+
+    def _check(self, split: Split, count: int, num_classes: int) -> None:
+        limit = self.limits[split]
+        if limit is not None and not 0 < limit <= count:
+            raise MisconfigurationException(
+                f"`{split}_images` must be between 1 and {count}, the number of {split} images in {self.root}, got"
+                f" {limit}."
+            )
+        wanted = getattr(self.trainer and self.trainer.lightning_module, "num_classes", num_classes)
+        if num_classes > wanted:
+            raise MisconfigurationException(
+                f"The model tells {wanted} classes apart, but {self.root} has {num_classes}. Set `num_classes` of the"
+                " model to that."
+            )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader(self.splits["train"], self.batch_size, shuffle=True, collate_fn=as_it_is)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader(self.splits["test"], batch_size=1000, collate_fn=as_it_is)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self.val_dataloader()
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Turn bytes into what a network reads: on the device, a whole batch at a time."""
+        images, labels = batch
+        images = (images - self.mean) / self.std
+        if self.augment and self.trainer is not None and self.trainer.training:
+            images = augment(images, self.padding)
+        return images, labels
+
+
+def mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Measure each channel of uint8 images, exactly: give float32 tensors of shape (3, 1, 1), in units of a byte."""
+    counts = torch.stack([channel.reshape(-1).bincount(minlength=256) for channel in images.unbind(1)]).double()
+    share, value = counts / counts.sum(1, keepdim=True), torch.arange(256.0, dtype=torch.float64)
+    mean = (share * value).sum(1, keepdim=True)
+    variance = (share * (value - mean).square()).sum(1, keepdim=True)
+    return mean.float().unsqueeze(-1), variance.sqrt().float().unsqueeze(-1)
+
+
+def augment(images: Tensor, padding: int) -> Tensor:
+    """Shift every image by up to `padding` pixels in both directions, and mirror about half of them."""
+    device = images.device
+    count, _, height, width = images.shape
+    top, left = torch.randint(2 * padding + 1, (2, count, 1, 1), device=device)
+    rows = top + torch.arange(height, device=device)[:, None]
+    columns = left + torch.arange(width, device=device)
+    each = torch.arange(count, device=device)[:, None, None]
+    shifted = F.pad(images, [padding] * 4).movedim(1, -1)[each, rows, columns].movedim(-1, 1)
+    mirrored = torch.rand(count, 1, 1, 1, device=device) < 0.5
+    # Channels first again: channels last, narrow layers make oneDNN overrun its memory on the CPU (oneDNN issue 6035).
+    return torch.where(mirrored, shifted.flip(-1), shifted).contiguous()
+
+
+# CIFAR, from the files that torchvision fetches.
+
+
+class CIFAR10(Images):
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 training and 10,000 test images of 32x32 pixels in 10 classes.
+
+    Args:
+        root: Folder that holds `cifar-10-batches-py/`, as torchvision stores it.
+        download: Whether to fetch the data (170 MB) if it is not there.
+        settings: See `Images`.
+
+    """
+
+    name = "CIFAR-10"
+    source: type[torchvision.datasets.CIFAR10] = torchvision.datasets.CIFAR10
+
+    def __init__(self, root: str, *, download: bool = False, **settings: Any) -> None:
+        super().__init__(root, **settings)
+        self.download = download
+
+    def read(self, split: Split) -> Batch:
+        if not self.download and not (self.root / self.source.base_folder).is_dir():
+            raise MisconfigurationException(
+                f"There is no {self.source.base_folder}/ in {self.root.absolute()}, where {self.name} is looked for."
+                f" Add `--data.download=true` to fetch it, unpack {self.source.url} there, or name its folder by"
+                " `--data.root`. A tree of images is read by `--data=ImageTree`."
+            )
+        dataset = self.source(str(self.root), train=split == "train", download=self.download)
+        return torch.from_numpy(dataset.data).movedim(-1, 1).contiguous(), torch.tensor(dataset.targets)
+
+
+class CIFAR100(CIFAR10):
+    """CIFAR-100 (Krizhevsky, 2009): as CIFAR-10, in 100 classes and `cifar-100-python/`."""
+
+    name = "CIFAR-100"
+    source = torchvision.datasets.CIFAR100
+
+
+# Trees of image files.
+
+
+class DecodedImages(Images):
+    """Images that come as files, and are decoded once into a tensor."""
+
+    size = 32
+    """Height and width in pixels that images are brought to, their shape disregarded, by averaging boxes of pixels."""
+
+    @abstractmethod
+    def files(self, split: Split) -> tuple[list[Path], list[int]]:
+        """List the files of a part, in a fixed order, and their labels."""
+
+    def read(self, split: Split) -> Batch:
+        files, labels = self.files(split)
+        names = "\n".join(f"{path.relative_to(self.root)} {label}" for path, label in zip(files, labels, strict=True))
+        stored = self.root / "decoded" / f"{split}-{self.size}-{hashlib.sha256(names.encode()).hexdigest()[:16]}.pt"
+        if stored.is_file():
+            images = torch.load(stored, mmap=True, weights_only=True)
+        else:
+            rank_zero_info(f"Decoding {len(files):,} images of {self.root}")
+            with ThreadPool(os.cpu_count()) as pool:
+                images = torch.stack(pool.map(self._decode, files))
+            store(images, stored)
+        return images, torch.tensor(labels)
+
+    def _decode(self, file: Path) -> Tensor:
+        with Image.open(file) as image:
+            pixels = image.convert("RGB")
+        if pixels.size != (self.size, self.size):
+            pixels = pixels.resize((self.size, self.size), Image.Resampling.BOX)
+        return torch.from_numpy(np.array(pixels)).movedim(-1, 0)
+
+    def _by_class(self, folder: Path) -> tuple[list[Path], list[int]]:
+        """List the images in a folder that has a folder for each class; classes are numbered by their names."""
+        classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        found = [(file, label) for label, each in enumerate(classes) for file in images_below(folder / each)]
+        if not found:
+            raise MisconfigurationException(
+                f"There are no images in {folder.absolute()}: {self.name} needs `{folder.name}/<class>/<image>` in the"
+                f" folder that `--data.root` names, for each class. {self.help}"
+            )
+        files, labels = zip(*found, strict=True)
+        return list(files), list(labels)
+
+    help = ""
+    """Where the data is to be had."""
+
+
+def images_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def store(images: Tensor, path: Path) -> None:
+    """Write a whole file or none, since several processes may do so at once."""
+    part = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        torch.save(images, part)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        rank_zero_warn(f"Decoded images cannot be kept for the next time: {error}")
+
+
+class ImageTree(DecodedImages):
+    """Any tree of images, `train/<class>/*` and `test/<class>/*` (or `val`), as torchvision's ImageFolder reads it.
+
+    Args:
+        root: Folder that holds `train/` and `test/` or `val/`.
+        name: What to call the data where results are reported; the default is the name of the folder.
+        size: Height and width that images are brought to.
+        settings: See `Images`.
+
+    """
+
+    def __init__(self, root: str, *, name: str | None = None, size: int = 32, **settings: Any) -> None:
+        super().__init__(root, **settings)
+        self.name = name or self.root.absolute().name
+        self.size = size
+
+    def files(self, split: Split) -> tuple[list[Path], list[int]]:
+        if split == "test" and not (self.root / "test").is_dir() and (self.root / "val").is_dir():
+            return self._by_class(self.root / "val")
+        return self._by_class(self.root / split)
+
+
+class TinyImageNet(DecodedImages):
+    """Tiny ImageNet (Stanford CS231n): 100,000 training and 10,000 validation images of 64x64 pixels in 200 classes.
+
+    `root` is the unpacked folder, with `train/<class>/images/*.JPEG`, `val/images/*.JPEG` and
+    `val/val_annotations.txt`. Its test set has no published labels, so its validation set is the test set here.
+
+    """
+
+    name = "Tiny ImageNet"
+    size = 64
+    help = "Unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip and name its folder."
+
+    def files(self, split: Split) -> tuple[list[Path], list[int]]:
+        if split == "train":
+            return self._by_class(self.root / "train")
+        table = self.root / "val" / "val_annotations.txt"
+        if not table.is_file():
+            return self._by_class(self.root / "val")  # sorted into classes afterwards, as many people do
+        names = sorted(path.name for path in (self.root / "train").iterdir() if path.is_dir())
+        rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
+        return [self.root / "val" / "images" / row[0] for row in rows], [names.index(row[1]) for row in rows]
+
+
+# ImageNet.
+
+
+class ImageNet32(DecodedImages):
+    """ImageNet at 32x32 pixels: 1,281,167 training and 50,000 validation images in 1,000 classes.
+
+    Either the published downsampled images (Chrabaszcz et al., 2017), `train_data_batch_1` to `train_data_batch_10` and
+    `val_data`, as they are or as `.npz`; or ImageNet itself, `train/<class>/*.JPEG` and `val/<class>/*.JPEG`, which is
+    downsampled in the same way, by averaging boxes of pixels.
+
+    """
+
+    name = "ImageNet, 32x32"
+    help = "Or put train_data_batch_1 ... 10 and val_data there, from https://image-net.org/download-images.php."
+
+    def read(self, split: Split) -> Batch:
+        stem = {"train": "train_data_batch_", "test": "val_data"}[split]
+        paths = sorted(path for path in self.root.rglob(f"{stem}*") if path.suffix in ("", ".npz"))
+        if not paths:
+            return super().read(split)
+        parts = [read_npz(path) if path.suffix else read_pickle(path) for path in paths]
+        pixels = np.concatenate([np.asarray(part["data"], dtype=np.uint8) for part in parts])
+        labels = np.concatenate([np.asarray(part["labels"], dtype=np.int64) for part in parts])
+        return torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), torch.from_numpy(labels - 1)  # labels count from 1
+
+    def files(self, split: Split) -> tuple[list[Path], list[int]]:
+        return self._by_class(self.root / {"train": "train", "test": "val"}[split])
+
+
+def read_npz(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in ("data", "labels")}
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Read a pickle of plain values and arrays, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} or (
+            module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct"
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"a file of arrays must not hold {module}.{name}")
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    return ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()

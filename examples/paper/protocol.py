@@ -1,0 +1,97 @@
+"""What a run is made of: an experiment, a protocol and a callback that prunes, put together by LightningCLI."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_drive import Magnitude
+from lightning_drive.cli import OneLineErrorsCLI
+from lightning_drive.pruning import PruningCallback
+from lightning_drive.report import Control
+from lightning_drive.warmup import WarmupPruningCallback
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass
+class Protocol:
+    """What the paper says of an experiment, beside the model, the data and the optimizer.
+
+    Args:
+        epochs: How long the network that is tested trains.
+        warmup_epochs: How many of these are dense before DRIVE prunes.
+        cycles: How many cycles IMP has before all of these.
+        epochs_per_cycle: How long each cycle is.
+
+    """
+
+    epochs: int
+    warmup_epochs: int
+    cycles: int
+    epochs_per_cycle: int
+
+
+class MagnitudePruningCallback(WarmupPruningCallback):
+    """Keep the largest initial weights: what the other callbacks are made of takes any method.
+
+    Args:
+        sparsity: Fraction of the prunable weights to remove, in [0, 1).
+        warmup_epochs: Dense epochs before pruning.
+        control: For comparison: shuffle the masks, or train from new initial values of the survivors.
+
+    """
+
+    def __init__(self, *, sparsity: float, warmup_epochs: int = 0, control: Control = "none") -> None:
+        super().__init__(
+            Magnitude(),
+            sparsity=sparsity,
+            warmup_epochs=warmup_epochs,
+            schedule="exponential",
+            scope="global",
+            include=None,
+            exclude=None,
+            loss_fn=None,
+            bn_batches=20,
+            reset_best=True,
+            control=control,
+        )
+
+
+class PaperCLI(OneLineErrorsCLI):
+    """LightningCLI with a protocol, of which the callback that prunes takes what concerns it."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(Protocol, "protocol")
+        parser.add_subclass_arguments(PruningCallback, "pruning", required=False, help="the callback that prunes")
+        parser.add_argument("--dense_first", type=bool, default=False, help="prune after `protocol.warmup_epochs`")
+        parser.add_argument("--as_long_as_imp", type=bool, default=False, help="add the epochs of IMP's cycles")
+        when = ("dense_first", "protocol.warmup_epochs")
+        parser.link_arguments(when, "pruning.init_args.warmup_epochs", lambda dense_first, epochs: dense_first * epochs)
+        parser.link_arguments("protocol.cycles", "pruning.init_args.cycles")
+        parser.link_arguments("protocol.epochs_per_cycle", "pruning.init_args.epochs_per_cycle")
+        parser.link_arguments(("protocol", "pruning", "as_long_as_imp"), "trainer.max_epochs", all_epochs)
+
+    def after_instantiate_classes(self) -> None:
+        config = self.config_init.get(self.subcommand, self.config_init) if self.subcommand else self.config_init
+        if config.pruning is not None:
+            self.trainer.callbacks.insert(0, config.pruning)
+
+
+def all_epochs(protocol: Namespace, pruning: Namespace | None, as_long_as_imp: bool) -> int:
+    """Count the epochs of the network that is tested, and those of IMP's cycles before."""
+    has_cycles = pruning is not None and "cycles" in pruning.init_args
+    return protocol.epochs + protocol.cycles * protocol.epochs_per_cycle * (has_cycles or as_long_as_imp)
+
+
+def find_configs(args: Sequence[str]) -> list[str]:
+    """Put the whole path in place of the name of a file that is in `configs/` and not in the current folder."""
+    found = list(args)
+    for place, name in enumerate(args):
+        option, _, value = name.rpartition("=")
+        is_config = option in ("--config", "-c") or (not option and place > 0 and args[place - 1] in ("--config", "-c"))
+        if is_config and not Path(value).exists() and (CONFIGS / value).is_file():
+            found[place] = f"{option}={CONFIGS / value}" if option else str(CONFIGS / value)
+    return found
