@@ -28,7 +28,7 @@ EXPERIMENTS = {
     "resnet18_tinyimagenet": "ResNet-18, Tiny ImageNet",
     "resnet18_imagenet32": "ResNet-18, ImageNet at 32x32",
     "convnet_cifar10": "small ConvNet, CIFAR-10 (our own, reduced protocol)",
-    "digits": "small ConvNet, digits (our own, reduced protocol)",
+    "digits": "small network, digits (our own, reduced protocol)",
 }
 METHODS = {
     "dense": "dense",
@@ -114,7 +114,7 @@ class Run:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(Run).items():
             if not isinstance(getattr(self, name), KINDS[hint]):
-                raise ValueError(f"`{name}` must be {hint}, got {getattr(self, name)!r}")
+                raise ValueError(f"`{name}` must be {getattr(hint, '__name__', hint)}, got {getattr(self, name)!r}")
         for name, known in (("experiment", EXPERIMENTS), ("method", METHODS), ("control", CONTROLS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -126,8 +126,8 @@ class Run:
             raise ValueError(f"`accuracy` is a fraction and must be in [0, 1], got {self.accuracy}")
         if set(self.seconds) != set(SECONDS):
             raise ValueError(f"`seconds` must have {', '.join(SECONDS)}, got {', '.join(self.seconds) or 'nothing'}")
-        if not all(math.isfinite(seconds) and seconds >= 0 for seconds in self.seconds.values()):
-            raise ValueError(f"`seconds` must be finite and at least 0, got {self.seconds}")
+        if not all(isinstance(seconds, float | int) and 0 <= seconds < math.inf for seconds in self.seconds.values()):
+            raise ValueError(f"`seconds` must be finite numbers of at least 0, got {self.seconds}")
 
     @property
     def key(self) -> Key:
