@@ -1,11 +1,10 @@
-"""The paper's own figures: K. Saikumar and B. Varghese, "DRIVE: Dual Gradient-Based Rapid Iterative Pruning", 2024.
+"""The paper's own figures: Saikumar & Varghese, "DRIVE: Dual Gradient-Based Rapid Iterative Pruning", 2024.
 
 Copied from arXiv:2404.03687: accuracies in percent of the test images, by experiment, method and fraction of the
-weights removed, and the seconds that pruning took. The paper gives neither a deviation nor a number of seeds, and says
-neither which AlexNet it trained nor with which momentum, weight decay and augmentation. It prints the same row for
-SNIP twice under Tiny ImageNet, for VGG-16 and for ResNet-18: a copy error, so both are left out. A method that is
-missing elsewhere is one for which we have no figure of the paper's. 10.00% of CIFAR-10 and 1.00% of CIFAR-100 are what
-guessing gets: SNIP has left VGG-16 with an empty layer there.
+weights removed, and the seconds that pruning took. They are single numbers, without a deviation. The paper doesn't say
+which AlexNet it trained, nor with which momentum, weight decay and augmentation. It prints the same row for SNIP twice
+under Tiny ImageNet, for VGG-16 and for ResNet-18: a copy error, so both are left out. A method that is missing
+elsewhere is one that we have no figure for. VGG-16's 10.00 and 1.00 for SNIP are what guessing gets.
 """
 
 Accuracies = dict[str, dict[float, float]]  # method to sparsity to percent

@@ -5,9 +5,10 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import mean, stdev
 from typing import IO, Any, Literal, get_args, get_type_hints
 
 try:
@@ -27,8 +28,8 @@ EXPERIMENTS = {
     "vgg16_tinyimagenet": "VGG-16, Tiny ImageNet",
     "resnet18_tinyimagenet": "ResNet-18, Tiny ImageNet",
     "resnet18_imagenet32": "ResNet-18, ImageNet at 32x32",
-    "convnet_cifar10": "small ConvNet, CIFAR-10 (our own, reduced protocol)",
-    "digits": "small network, digits (our own, reduced protocol)",
+    "convnet_cifar10": "Small ConvNet, CIFAR-10 (our own protocol)",
+    "digits": "Small network, digits (our own protocol)",
 }
 METHODS = {
     "dense": "dense",
@@ -141,6 +142,45 @@ class Run:
     @property
     def total_seconds(self) -> float:
         return self.seconds_to_masks + self.seconds["training"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What some runs that differ only in their seed have in common: in percent, or in seconds."""
+
+    mean: float
+    deviation: float | None  # of a sample; None if there is one run
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Summary":
+        return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+def accuracies(runs: Sequence[Run]) -> dict[tuple[str, Control, float], Summary]:
+    """Summarise the accuracies in percent by method, control and sparsity, in the order of tables and figures."""
+    groups: dict[tuple[str, Control, float], list[float]] = {}
+    order = {method: place for place, method in enumerate(METHODS)}
+    for run in sorted(runs, key=lambda run: (order[run.method], CONTROLS.index(run.control), run.sparsity)):
+        groups.setdefault((run.method, run.control, run.sparsity), []).append(100 * run.accuracy)
+    return {key: Summary.of(values) for key, values in groups.items()}
+
+
+def seconds(runs: Sequence[Run], measure: Callable[[Run], float]) -> dict[str, Summary]:
+    """Summarise a time by method; it hardly depends on the sparsity."""
+    found = [method for method in METHODS if any(run.method == method for run in runs)]
+    return {method: Summary.of([measure(run) for run in runs if run.method == method]) for method in found}
+
+
+def listed(values: Iterable[object]) -> str:
+    """Join what there is, each once, in the order of its first appearance."""
+    return " or ".join(dict.fromkeys(map(str, values)))
+
+
+def duration(mean: float, deviation: float | None = None) -> str:
+    digits = 0 if mean >= 100 else 1 if mean >= 1 else 2
+    spread = "" if deviation is None else f" ± {deviation:,.{digits}f}"
+    return f"{mean:,.{digits}f}{spread} s"
 
 
 def read(paths: Sequence[Path]) -> list[Run]:
