@@ -1,0 +1,240 @@
+"""The results file: a JSON line for every finished run, which `run.py` appends and `tables.py` reads."""
+
+import contextlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import mean, stdev
+from typing import IO, Any, Literal, get_args, get_type_hints
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+Control = Literal["none", "shuffle", "reinit"]
+Key = tuple[str, str, str, float, int]
+
+EXPERIMENTS = {
+    "alexnet_cifar10": "AlexNet, CIFAR-10",
+    "vgg16_cifar10": "VGG-16, CIFAR-10",
+    "resnet18_cifar10": "ResNet-18, CIFAR-10",
+    "vgg16_cifar100": "VGG-16, CIFAR-100",
+    "resnet18_cifar100": "ResNet-18, CIFAR-100",
+    "vgg16_tinyimagenet": "VGG-16, Tiny ImageNet",
+    "resnet18_tinyimagenet": "ResNet-18, Tiny ImageNet",
+    "resnet18_imagenet32": "ResNet-18, ImageNet at 32x32",
+    "convnet_cifar10": "Small ConvNet, CIFAR-10 (our own protocol)",
+    "digits": "Small network, digits (our own protocol)",
+}
+METHODS = {
+    "dense": "dense",
+    "magnitude": "Magnitude",
+    "snip": "SNIP",
+    "synflow": "SynFlow",
+    "drive": "DRIVE",
+    "imp": "IMP",
+    "iterative_snip": "iterative SNIP",
+    "warmup_snip": "warm-up + SNIP",
+    "warmup_synflow": "warm-up + SynFlow",
+    "drive_long": "DRIVE, as long as IMP",
+}
+CONTROLS = get_args(Control)
+SECONDS = ("warmup", "pruning", "training")
+KINDS: dict[Any, Any] = {  # what JSON may hold for a field so annotated
+    str: str,
+    int: int,
+    float: float | int,
+    float | None: float | int | None,
+    Control: str,
+    dict[str, float]: dict,
+    dict[str, str]: dict,
+    list[str]: list,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of one network, as its line says.
+
+    Args:
+        experiment: A key of `EXPERIMENTS`.
+        method: A key of `METHODS`.
+        control: What was done to masks or weights before training, to see whether they matter.
+        sparsity: Fraction of the weights to remove; 0 for a dense network.
+        seed: Seed of the run.
+        data: Name of the images.
+        train_images: Number of images to train on.
+        test_images: Number of images to test on.
+        batch_size: Images in a step.
+        epochs: Epochs of the network that is tested, DRIVE's dense ones among them.
+        total_epochs: The same with IMP's cycles.
+        accuracy: Fraction of the test images that it recognises after the last epoch.
+        num_weights: Number of weights that pruning may remove.
+        num_kept: Number of those that it left.
+        effective_sparsity: Fraction of the weights that can't matter; `None` where nobody looked.
+        seconds: Durations of "warmup", "pruning" (with IMP's cycles) and "training" (after the masks).
+        digest: Fingerprint of the settings.
+        warnings: What was warned of.
+        overrides: What the command line changed in the configuration files.
+        versions: Name of a library to its version.
+        hardware: Where it ran.
+        revision: Git's name for the code.
+        date: Day of the run, as in 2026-11-25.
+
+    """
+
+    experiment: str
+    method: str
+    control: Control
+    sparsity: float
+    seed: int
+    data: str
+    train_images: int
+    test_images: int
+    batch_size: int
+    epochs: int
+    total_epochs: int
+    accuracy: float
+    num_weights: int
+    num_kept: int
+    effective_sparsity: float | None
+    seconds: dict[str, float]
+    digest: str
+    warnings: list[str]
+    overrides: list[str]
+    versions: dict[str, str]
+    hardware: str
+    revision: str
+    date: str
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Run).items():
+            if not isinstance(getattr(self, name), KINDS[hint]):
+                raise ValueError(f"`{name}` must be {getattr(hint, '__name__', hint)}, got {getattr(self, name)!r}")
+        for name, known in (("experiment", EXPERIMENTS), ("method", METHODS), ("control", CONTROLS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"`sparsity` is the fraction removed and must be in [0, 1), got {self.sparsity}")
+        if (self.method == "dense") != (self.sparsity == 0):
+            raise ValueError(f"`sparsity` must be 0 for a dense run and for no other, got {self.sparsity}")
+        if not 0 <= self.accuracy <= 1:
+            raise ValueError(f"`accuracy` is a fraction and must be in [0, 1], got {self.accuracy}")
+        if set(self.seconds) != set(SECONDS):
+            raise ValueError(f"`seconds` must have {', '.join(SECONDS)}, got {', '.join(self.seconds) or 'nothing'}")
+        if not all(isinstance(seconds, float | int) and 0 <= seconds < math.inf for seconds in self.seconds.values()):
+            raise ValueError(f"`seconds` must be finite numbers of at least 0, got {self.seconds}")
+
+    @property
+    def key(self) -> Key:
+        """What no two runs of a file share."""
+        return self.experiment, self.method, self.control, self.sparsity, self.seed
+
+    @property
+    def seconds_to_masks(self) -> float:
+        return self.seconds["warmup"] + self.seconds["pruning"]
+
+    @property
+    def total_seconds(self) -> float:
+        return self.seconds_to_masks + self.seconds["training"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What some runs that differ only in their seed have in common: in percent, or in seconds."""
+
+    mean: float
+    deviation: float | None  # of a sample; None if there is one run
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Summary":
+        return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+def accuracies(runs: Sequence[Run]) -> dict[tuple[str, Control, float], Summary]:
+    """Summarise the accuracies in percent by method, control and sparsity, in the order of tables and figures."""
+    groups: dict[tuple[str, Control, float], list[float]] = {}
+    order = {method: place for place, method in enumerate(METHODS)}
+    for run in sorted(runs, key=lambda run: (order[run.method], CONTROLS.index(run.control), run.sparsity)):
+        groups.setdefault((run.method, run.control, run.sparsity), []).append(100 * run.accuracy)
+    return {key: Summary.of(values) for key, values in groups.items()}
+
+
+def seconds(runs: Sequence[Run], measure: Callable[[Run], float]) -> dict[str, Summary]:
+    """Summarise a time by method; it hardly depends on the sparsity."""
+    found = [method for method in METHODS if any(run.method == method for run in runs)]
+    return {method: Summary.of([measure(run) for run in runs if run.method == method]) for method in found}
+
+
+def listed(values: Iterable[object]) -> str:
+    """Join what there is, each once, in the order of its first appearance."""
+    return " or ".join(dict.fromkeys(map(str, values)))
+
+
+def duration(mean: float, deviation: float | None = None) -> str:
+    digits = 0 if mean >= 100 else 1 if mean >= 1 else 2
+    spread = "" if deviation is None else f" ± {deviation:,.{digits}f}"
+    return f"{mean:,.{digits}f}{spread} s"
+
+
+def read(paths: Sequence[Path]) -> list[Run]:
+    """Read every line of some files, in their order."""
+    return [run for path in paths for run in read_file(path)]
+
+
+def append(path: Path, run: Run) -> None:
+    """Add a line, whole, though several processes write to the same file."""
+    line = json.dumps(asdict(run), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with path.open("a+b") as file, locked(file):
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
+            line = b"\n" + line  # someone was stopped within a line, which must not spoil this one
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def duplicates(runs: Sequence[Run]) -> list[Key]:
+    """List the runs that are there more than once."""
+    return [key for key, count in Counter(run.key for run in runs).items() if count > 1]
+
+
+def read_file(path: Path) -> list[Run]:
+    runs = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            raise ValueError(f"{path}, line {number}: does not end; whoever wrote it was stopped, so delete this line")
+        try:
+            runs.append(parse(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return runs
+
+
+def parse(line: bytes) -> Run:
+    """Turn a line into a run."""
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise ValueError("is not JSON") from error
+    if not isinstance(values, dict):
+        raise ValueError("is not a JSON object")
+    names = [field.name for field in fields(Run)]
+    missing = [name for name in names if name not in values]
+    if missing or len(values) > len(names):
+        unknown = [name for name in values if name not in names]
+        raise ValueError(f"lacks {', '.join(missing) or 'nothing'}, and has unknown {', '.join(unknown) or 'nothing'}")
+    return Run(**values)
+
+
+@contextlib.contextmanager
+def locked(file: IO[Any]) -> Iterator[None]:
+    """Keep other processes from writing; they wait."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX)  # closing the file lets go of it
+    yield

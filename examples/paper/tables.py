@@ -1,0 +1,277 @@
+"""Print tables of finished runs beside the paper's figures, and draw its figures from them.
+
+    python examples/paper/tables.py RESULTS.jsonl [MORE.jsonl ...]
+    python examples/paper/tables.py RESULTS.jsonl --markdown README.md    # between its marks, see MARKS
+    python examples/paper/tables.py RESULTS.jsonl --figures DIR           # convnet_cifar10_figure5.png and so on
+
+A cell has the mean of its runs, which differ in their seeds, the sample standard deviation and the number of runs;
+below stands the paper's figure, if there is one, and in brackets how far ours is above it, in bold from one percentage
+point on. Times are means over all sparsities.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import figures
+import published
+import results
+from results import CONTROLS, EXPERIMENTS, METHODS, Run, Summary
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+MARKS = (b"<!-- tables.py begins -->", b"<!-- tables.py ends -->")
+MAIN = ("dense", "magnitude", "snip", "synflow", "drive", "imp")
+ABLATIONS = ("iterative_snip", "warmup_snip", "warmup_synflow", "drive_long")
+ABLATION_ROWS = ("snip", "iterative_snip", "warmup_snip", "synflow", "warmup_synflow", "drive", "drive_long", "imp")
+BOLD = re.compile(r"\*\*(.+?)\*\*")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table before it is known where it goes. A cell may have several lines, with ``**bold**`` parts."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: Sequence[str]
+
+    def print(self, console: Console) -> None:
+        table = RichTable(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False, show_lines=True)
+        for place, heading in enumerate(self.headings):
+            table.add_column(heading, justify="right" if place else "left")
+        for row in self.rows:
+            table.add_row(*(BOLD.sub(r"[bold]\1[/bold]", escape(cell)) for cell in row))
+        console.print(f"[bold]{escape(self.title)}[/bold]")
+        console.print(table)
+        for line in self.caption:
+            console.print(escape(line), highlight=False)
+        console.print()
+
+    def markdown(self) -> str:
+        lines = [self.headings, ["---", *["---:"] * (len(self.headings) - 1)], *self.rows]
+        table = "\n".join("| " + " | ".join(line).replace("\n", "<br>") + " |" for line in lines)
+        return "\n\n".join((f"**{self.title}**", table, *self.caption))
+
+
+def all_tables(runs: Sequence[Run]) -> list[Table]:
+    tables = []
+    for experiment in EXPERIMENTS:
+        own = [run for run in runs if run.experiment == experiment]
+        main = [run for run in own if run.method in MAIN and run.control == "none"]
+        if main:
+            tables += [accuracy_table(experiment, main), time_table(experiment, main)]
+        if any(run.control != "none" for run in own):
+            tables.append(control_table(experiment, own))
+        if any(run.method in ABLATIONS for run in own):
+            tables.append(ablation_table(experiment, own))
+    return tables
+
+
+def accuracy_table(experiment: str, runs: Sequence[Run]) -> Table:
+    summaries = results.accuracies(runs)
+    paper = published.ACCURACIES.get(experiment, {})
+    columns = sparsities(runs)
+    rows = []
+    for method in MAIN[1:]:
+        ours = [summaries.get((method, "none", sparsity)) for sparsity in columns]
+        theirs = [paper.get(method, {}).get(sparsity) for sparsity in columns]
+        if any(ours) or any(theirs):
+            rows.append([METHODS[method], *map(beside_paper, ours, theirs)])
+    dense = beside_paper(summaries.get(("dense", "none", 0.0)), published.UNPRUNED.get(experiment))
+    caption = [f"Dense: {dense}".replace("\n", "; "), *measured_on(runs), *warned(runs)]
+    number = 2 if experiment == "resnet18_imagenet32" else 1
+    title = f"Table {number}. {EXPERIMENTS[experiment]}: test accuracy in % at a sparsity of"
+    return Table(title, ["", *map(percent, columns)], rows, caption)
+
+
+def time_table(experiment: str, runs: Sequence[Run]) -> Table:
+    to_masks = results.seconds(runs, lambda run: run.seconds_to_masks)
+    training = results.seconds(runs, lambda run: run.seconds["training"])
+    total = results.seconds(runs, lambda run: run.total_seconds)
+    ours = {method: summary.mean for method, summary in to_masks.items()}
+    theirs = published.PRUNING_SECONDS.get(experiment, {})
+    headings = ["", "runs", "epochs in all", "time to masks", "training", "total", "masks faster than IMP's"]
+    if theirs:
+        headings += [f"paper, {published.PRUNING_HARDWARE}: time to masks", "paper: faster than IMP's"]
+    rows = []
+    for method, summary in total.items():
+        epochs = results.listed(f"{run.total_epochs:,}" for run in runs if run.method == method)
+        times = [duration(to_masks[method]), duration(training[method]), duration(summary)]
+        rows.append([METHODS[method], str(summary.count), epochs, *times, speed_up(ours, method)])
+        if theirs:
+            rows[-1] += [f"{theirs[method]:,} s" if method in theirs else "-", speed_up(theirs, method)]
+    title = f"{EXPERIMENTS[experiment]}: time to masks (warm-up and pruning, in IMP all cycles) and in all"
+    return Table(title, headings, rows, measured_on(runs))
+
+
+def control_table(experiment: str, runs: Sequence[Run]) -> Table:
+    controlled = {(run.method, run.sparsity) for run in runs if run.control != "none"}
+    chosen = [run for run in runs if (run.method, run.sparsity) in controlled]
+    summaries = results.accuracies(chosen)
+    rows = []
+    for method in METHODS:
+        for sparsity in sparsities(chosen):
+            if (method, sparsity) in controlled:
+                cells = [summaries.get((method, control, sparsity)) for control in CONTROLS]
+                rows.append([f"{METHODS[method]}, {percent(sparsity)}", *(compared(cell, cells[0]) for cell in cells)])
+    title = f"{EXPERIMENTS[experiment]}: test accuracy in % with its masks, with shuffled ones, and from new weights"
+    note = "In brackets: difference to the masks and weights as they are (none), in percentage points."
+    return Table(title, ["", *CONTROLS], rows, [note, *measured_on(chosen)])
+
+
+def ablation_table(experiment: str, runs: Sequence[Run]) -> Table:
+    chosen = [run for run in runs if run.method in ABLATION_ROWS and run.control == "none"]
+    summaries = results.accuracies(chosen)
+    columns = sparsities(chosen)
+    drive = [summaries.get(("drive", "none", sparsity)) for sparsity in columns]
+    rows = []
+    for method in ABLATION_ROWS:
+        if any(run.method == method for run in chosen):
+            ours = [summaries.get((method, "none", sparsity)) for sparsity in columns]
+            rows.append([METHODS[method], *map(compared, ours, drive)])
+    title = f"{EXPERIMENTS[experiment]}: what DRIVE's parts do, by test accuracy in % at a sparsity of"
+    note = "In brackets: difference to DRIVE, in percentage points."
+    return Table(title, ["", *map(percent, columns)], rows, [note, *measured_on(chosen)])
+
+
+def sparsities(runs: Iterable[Run]) -> list[float]:
+    return sorted({run.sparsity for run in runs if run.sparsity})
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.10g}%"
+
+
+def shown(summary: Summary) -> str:
+    spread = "" if summary.deviation is None else f" ± {summary.deviation:.2f}"
+    return f"{summary.mean:.2f}{spread} (n={summary.count})"
+
+
+def difference(points: float) -> str:
+    text = f"({points:+.2f})"
+    return f"**{text}**" if abs(round(points, 2)) >= 1 else text
+
+
+def beside_paper(ours: Summary | None, theirs: float | None) -> str:
+    lines = [shown(ours) if ours else "not run"]
+    if theirs is not None:
+        lines.append(f"paper {theirs:.2f}" + (f" {difference(ours.mean - theirs)}" if ours else ""))
+    return "\n".join(lines)
+
+
+def compared(ours: Summary | None, base: Summary | None) -> str:
+    if ours is None:
+        return "not run"
+    if base is None or ours is base:
+        return shown(ours)
+    return f"{shown(ours)}\n{difference(ours.mean - base.mean)}"
+
+
+def duration(summary: Summary) -> str:
+    return results.duration(summary.mean, summary.deviation) if summary.mean else "-"
+
+
+def speed_up(seconds: Mapping[str, float], method: str) -> str:
+    """Say how many times faster than IMP a method finds its masks."""
+    if method == "imp" or "imp" not in seconds or not seconds.get(method):
+        return "-"
+    factor = seconds["imp"] / seconds[method]
+    return f"{factor:,.1f}x" if factor < 10 else f"{factor:,.0f}x"
+
+
+def measured_on(runs: Sequence[Run]) -> list[str]:
+    """Say in a line what these runs are, with all values where they differ."""
+    seeds = sorted({run.seed for run in runs})
+    versions: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, version in run.versions.items():
+            versions.setdefault(name, {})[version] = None
+    parts = (
+        results.listed(
+            f"{run.data}, {run.train_images:,} images to train on and {run.test_images:,} to test on" for run in runs
+        ),
+        f"batches of {results.listed(run.batch_size for run in runs)}",
+        f"{results.listed(run.epochs for run in runs)} epochs",
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
+        results.listed(run.hardware for run in runs),
+        ", ".join(f"{name} {results.listed(found)}" for name, found in versions.items()),
+        results.listed(sorted(run.date for run in runs)),
+        f"revision {results.listed(run.revision for run in runs)}",
+    )
+    return [f"Measured on {'; '.join((*parts, *changed(runs)))}."]
+
+
+def changed(runs: Sequence[Run]) -> list[str]:
+    """Say what the command line changed in the configuration, but for the place of the data."""
+    counts = Counter(each for run in runs for each in run.overrides if not each.startswith("--data.root="))
+    names = (
+        f"`{each}`" + (f" in {count} of {len(runs)} runs" if count < len(runs) else "")
+        for each, count in counts.items()
+    )
+    return [f"with {', '.join(names)}"] if counts else []
+
+
+def warned(runs: Sequence[Run]) -> list[str]:
+    """Say in a line which runs gave warnings, such as one of a layer that lost all of its weights."""
+    found = [f"{METHODS[run.method]} at {percent(run.sparsity)}, seed {run.seed}" for run in runs if run.warnings]
+    return [f"Warned of: {'; '.join(found)}."] if found else []
+
+
+def write_markdown(path: Path, tables: Sequence[Table]) -> None:
+    """Replace what stands between the marks of a file, and not a byte beside it."""
+    text = path.read_bytes()
+    begins, ends = (text.find(mark) for mark in MARKS)
+    if [text.count(mark) for mark in MARKS] != [1, 1] or begins > ends:
+        sys.exit(f"{path} must have {MARKS[0].decode()} and below it {MARKS[1].decode()}, each once.")
+    body = "\n\n".join(table.markdown() for table in tables)
+    path.write_bytes(text[: begins + len(MARKS[0])] + f"\n\n{body}\n\n".encode() + text[ends:])
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    try:
+        runs = results.read(paths)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    if not runs:
+        sys.exit(f"There is no finished run in {', '.join(map(str, paths))}.")
+    if twice := results.duplicates(runs):
+        names = "; ".join(
+            f"{experiment}, {method}, control {control}, sparsity {sparsity:g}, seed {seed}"
+            for experiment, method, control, sparsity, seed in twice
+        )
+        sys.exit(f"The same run must not be there twice, delete all but one: {names}.")
+    return runs
+
+
+def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Print tables of finished runs beside the paper's figures.")
+    add = parser.add_argument
+    add("results", metavar="RESULTS", type=Path, nargs="+", help="file with a JSON line for every run")
+    add("--markdown", metavar="FILE", type=Path, help="put the tables between the marks in this file, too")
+    add("--figures", metavar="DIR", type=Path, help="folder for the figures")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = read_options(argv)
+    runs = read_runs(options.results)
+    tables = all_tables(runs)
+    if options.markdown:
+        write_markdown(options.markdown, tables)
+    console = Console(width=None if sys.stdout.isatty() else 200)  # a file or a pipe needs no breaks
+    for table in tables:
+        table.print(console)
+    if options.figures:
+        for path in figures.save_all(runs, options.figures):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
