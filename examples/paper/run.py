@@ -157,7 +157,7 @@ def describe(cli: PaperCLI, wanted: Wanted, overrides: Sequence[str], accuracy: 
         digest=report.digest if report else "",
         warnings=list(report.warnings) if report else [],
         overrides=kept(overrides),
-        versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        versions=versions(),
         hardware=hardware(),
         revision=revision(),
         date=date.today().isoformat(),
@@ -167,6 +167,10 @@ def describe(cli: PaperCLI, wanted: Wanted, overrides: Sequence[str], accuracy: 
 def kept(overrides: Iterable[str]) -> list[str]:
     """Leave out what says only where the data is on this machine."""
     return [each for each in overrides if not each.startswith("--data.root=")]
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 def hardware() -> str:

@@ -1,0 +1,231 @@
+r"""Measure how much sooner DRIVE has its masks than IMP, under the paper's protocol, on this machine.
+
+    python examples/paper/speedup.py --experiments alexnet_cifar10 resnet18_cifar10 --results speedup.jsonl
+
+IMP's 1,000 epochs are not run. One process times, for each experiment: training steps, through Lightning's Trainer,
+data and optimizer included; DRIVE's pruning, from the start of its epoch to the first step after it, with the
+estimation of BatchNorm's statistics and all else; and one of IMP's cuts with its rewinding. Then the steps of the
+paper's epochs are multiplied out, with the paper's number of images:
+
+    DRIVE   warmup_epochs * steps * seconds per step + seconds of pruning
+    IMP     cycles * (epochs_per_cycle * steps * seconds per step + seconds per cut)
+
+The median dense step serves for both; IMP's masked steps are a little slower, which would count for DRIVE. With
+`--rounds` below 100 the median time between rounds is multiplied, too. The limit is what the protocol allows if a round
+costs as much as a step, and all else nothing.
+
+Without `--data` the images are noise: what they show costs no time.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from images import Batch, Images, Split
+from protocol import PaperCLI
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from run import Wanted, be_quiet, build, hardware, revision, versions
+from typing_extensions import override
+
+TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "tinyimagenet": 100_000, "imagenet32": 1_281_167}
+ROUNDS = 100  # in the paper
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """What was timed for an experiment, in seconds, and what follows from it."""
+
+    experiment: str
+    data: str
+    batch_size: int
+    steps_per_epoch: int  # with all of the paper's images
+    protocol: dict[str, int]
+    timed_steps: int
+    timed_rounds: int
+    seconds_per_step: float
+    seconds_per_round: float
+    seconds_of_pruning: float  # with as many rounds as were timed
+    seconds_per_cut: float
+    versions: dict[str, str]
+    hardware: str
+    revision: str
+    date: str
+
+    @property
+    def drive(self) -> float:
+        """Seconds until DRIVE has its masks."""
+        warmup = self.protocol["warmup_epochs"] * self.steps_per_epoch * self.seconds_per_step
+        return warmup + self.seconds_of_pruning + (ROUNDS - self.timed_rounds) * self.seconds_per_round
+
+    @property
+    def imp(self) -> float:
+        """Seconds until IMP has its masks."""
+        cycle = self.protocol["epochs_per_cycle"] * self.steps_per_epoch * self.seconds_per_step
+        return self.protocol["cycles"] * (cycle + self.seconds_per_cut)
+
+    @property
+    def limit(self) -> float:
+        """IMP's time over DRIVE's, if a round cost a step and all else nothing."""
+        cycles = self.protocol["cycles"] * self.protocol["epochs_per_cycle"] * self.steps_per_epoch
+        return cycles / (self.protocol["warmup_epochs"] * self.steps_per_epoch + ROUNDS)
+
+
+class Noise(Images):
+    """Images of noise."""
+
+    name = "noise"
+
+    def __init__(self, like: Images, size: int, count: int) -> None:
+        super().__init__("", batch_size=like.batch_size, padding=like.padding)
+        self.size = size
+        self.count = count
+
+    @override
+    def read(self, split: Split) -> Batch:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(256, (self.count, 3, self.size, self.size), dtype=torch.uint8, generator=generator)
+        return images, torch.randint(10, (self.count,), generator=generator)
+
+
+class Begin(pl.Callback):
+    """The first callback: when an epoch begins, before pruning, and when steps and forward passes do."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.epochs: list[float] = []
+        self.dense_steps: list[float] = []
+        self.rounds: list[float] = []  # forward passes between the beginning of an epoch and its first step
+        self._prunes = False
+        network.register_forward_pre_hook(lambda *_: self.rounds.append(now()) if self._prunes else None)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._prunes = trainer.current_epoch == 1
+        self.epochs.append(now())
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._prunes = False
+        if trainer.current_epoch == 0:
+            self.dense_steps.append(now())
+
+
+class End(pl.Callback):
+    """The last callback: when pruning, at the beginning of an epoch, is over."""
+
+    def __init__(self) -> None:
+        self.epochs: list[float] = []
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.epochs.append(now())
+
+
+def now() -> float:
+    """Give a time at which the device has done what it was told to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def differences(times: Sequence[float]) -> list[float]:
+    return [after - before for before, after in pairwise(times)]
+
+
+def time_fit(cli: PaperCLI, data: Images) -> tuple[list[float], list[float], float]:
+    """Train an epoch, prune, train another: give the seconds of dense steps, of rounds and of pruning as a whole."""
+    begin, end = Begin(cli.model.network), End()
+    cli.trainer.callbacks.insert(0, begin)
+    cli.trainer.callbacks.append(end)
+    cli.trainer.fit(cli.model, datamodule=data)
+    return differences(begin.dense_steps)[1:], differences(begin.rounds), end.epochs[1] - begin.epochs[1]
+
+
+def measure(experiment: str, steps: int, rounds: int, overrides: Sequence[str]) -> Speedup:
+    """Time DRIVE and IMP one after the other, each with dense steps of its own."""
+    protocol = dict(vars(build(Wanted(experiment, "dense", "none", 0.0, 0), overrides).config.protocol))
+    short = ["--protocol.epochs=2", "--protocol.warmup_epochs=1", f"--trainer.limit_train_batches={steps}"]
+    drive = build(Wanted(experiment, "drive", "none", 0.98, 0), [*overrides, *short, f"--pruning.rounds={rounds}"])
+    cycle = ["--protocol.cycles=1", "--protocol.epochs_per_cycle=1", "--protocol.epochs=1"]
+    imp = build(Wanted(experiment, "imp", "none", 0.98, 0), [*overrides, *short, *cycle])
+    data = drive.datamodule
+    if not any(each.startswith("--data") for each in overrides):
+        size = 64 if experiment.endswith("tinyimagenet") else 32
+        data = Noise(data, size, count=max(steps, min(rounds, 10)) * data.batch_size)
+    drive_steps, between_rounds, pruning = time_fit(drive, data)
+    imp_steps, _, cut = time_fit(imp, data)
+    num_images = TRAIN_IMAGES[experiment.rpartition("_")[2]]
+    return Speedup(
+        experiment=experiment,
+        data=data.name,
+        batch_size=data.batch_size,
+        steps_per_epoch=math.ceil(num_images / data.batch_size),
+        protocol=protocol,
+        timed_steps=len(drive_steps + imp_steps),
+        timed_rounds=rounds,
+        seconds_per_step=median(drive_steps + imp_steps),
+        seconds_per_round=median(between_rounds[: rounds - 1]),  # later passes are those for BatchNorm's statistics
+        seconds_of_pruning=pruning,
+        seconds_per_cut=cut,
+        versions=versions(),
+        hardware=hardware(),
+        revision=revision(),
+        date=date.today().isoformat(),
+    )
+
+
+def print_table(speedups: Sequence[Speedup]) -> None:
+    table = Table(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("experiment", no_wrap=True)
+    for heading in ("step", "round", "cut", "DRIVE", "IMP", "speed-up", "limit", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for each in speedups:
+        ratio = each.imp / each.drive
+        table.add_row(
+            each.experiment,
+            *(f"{seconds:.3g} s" for seconds in (each.seconds_per_step, each.seconds_per_round, each.seconds_per_cut)),
+            *(f"{seconds / 3600:.3g} h" for seconds in (each.drive, each.imp)),
+            *(f"{ratio:.0f}x", f"{each.limit:.0f}x", f"{ratio / each.limit:.1%}"),
+        )
+    Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--experiments", metavar="NAME", nargs="+", required=True, help="as for `main.py`, but those of the paper only")
+    add("--steps", metavar="N", type=int, default=10, help="training steps to time, for each of the two (default: 10)")
+    add("--rounds", metavar="N", type=int, default=ROUNDS, help="rounds of DRIVE to time (default: 100)")
+    add("--results", metavar="FILE", type=Path, help="file that a line of JSON is added to for each experiment")
+    options = parser.parse_args(argv[:split])
+    if unknown := [name for name in options.experiments if name.rpartition("_")[2] not in TRAIN_IMAGES]:
+        parser.error(f"argument --experiments: {unknown[0]} is not one of the paper's")
+    if options.steps < 3 or not 3 <= options.rounds <= ROUNDS:
+        parser.error("at least 3 steps and between 3 and 100 rounds have to be timed")
+    be_quiet()
+    speedups = []
+    for experiment in options.experiments:
+        speedups.append(measure(experiment, options.steps, options.rounds, argv[split + 1 :]))
+        print_table(speedups[-1:])
+        if options.results:
+            with options.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(speedups[-1])) + "\n")
+
+
+if __name__ == "__main__":
+    main()
