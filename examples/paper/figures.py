@@ -29,6 +29,7 @@ SIZE, DPI = (8.0, 4.8), 200  # inches, dots in one
 OURS = "ours, mean ± standard deviation"
 PAPER: dict[str, Any] = {"linestyle": "--", "marker": "o", "markerfacecolor": "white", "linewidth": 1}
 HOLLOW: dict[str, Any] = {"facecolor": "none", "linestyle": "--"}
+OPAQUE: dict[str, Any] = {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
 APART = 1.02  # factor between neighbours on the logarithmic axis, so that no whisker hides another
 LOG_FROM = 30  # times that differ by more than this factor need a logarithmic axis
 
@@ -69,7 +70,8 @@ class Comparison:
         seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
         images = results.listed(f"{run.data}, {run.train_images:,} training images" for run in self.runs)
         epochs = results.listed(run.epochs for run in self.runs)
-        return f"{images}, {epochs} epochs, {seeds} seed{'' if seeds == '1' else 's'}"
+        hardware = results.listed(run.hardware for run in self.runs)
+        return f"{images}, {epochs} epochs, {seeds} seed{'' if seeds == '1' else 's'}\n{hardware}"
 
 
 def select(runs: Iterable[Run]) -> list[Comparison]:
@@ -102,12 +104,12 @@ def draw_bars(comparison: Comparison) -> Figure:
     for place, method in enumerate(methods):
         colour = COLOURS[method]
         if method in ours:
-            left = place - width / 2 if theirs else place
+            left = place - width / 2 if method in theirs else place
             bar = axes.bar(left, ours[method].mean, width, yerr=ours[method].deviation, capsize=4, color=colour)
-            axes.bar_label(bar, fmt="%.1f", padding=2)
+            axes.bar_label(bar, fmt="%.1f", padding=3, **OPAQUE)
         if method in theirs:
             bar = axes.bar(place + width / 2, theirs[method], width * 0.94, edgecolor=colour, **HOLLOW)
-            axes.bar_label(bar, fmt="%.1f", padding=2, color=GREY)
+            axes.bar_label(bar, fmt="%.1f", padding=3, color=GREY, **OPAQUE)
     axes.set_xticks(range(len(methods)), [METHODS[method] for method in methods])
     axes.set_ylabel("test accuracy (%)")
     handles: list[Artist] = [Patch(color=GREY, label=OURS)]
@@ -132,20 +134,20 @@ def draw_differences(comparison: Comparison) -> Figure | None:
     }
     if not ours:
         return None
-    figure, axes = new_figure(comparison, "Test accuracy above (+) or below (-) that of IMP")
+    figure, axes = new_figure(comparison, "Test accuracy above (+) or below (-) that of IMP, ± standard deviation")
     handles = draw_curves(axes, ours, theirs)
     axes.axhline(0, color=COLOURS["imp"], zorder=0)
     axes.set_ylabel("difference to IMP (percentage points)")
-    finish(figure, [*handles, Line2D([], [], color=COLOURS["imp"], label="IMP")])
+    finish(figure, [*handles, Line2D([], [], color=COLOURS["imp"], label="IMP"), *paper_handle(theirs)])
     return figure
 
 
 def draw_accuracies(comparison: Comparison) -> Figure:
     """Draw accuracy over sparsity, and that of the dense network: the paper's Figure 5."""
-    figure, axes = new_figure(comparison, "Test accuracy over sparsity")
+    figure, axes = new_figure(comparison, "Test accuracy over sparsity, mean ± standard deviation")
     handles = draw_curves(axes, comparison.curves, comparison.paper)
     axes.set_ylabel("test accuracy (%)")
-    finish(figure, [*handles, *draw_dense(axes, comparison)])
+    finish(figure, [*handles, *paper_handle(comparison.paper), *draw_dense(axes, comparison)])
     return figure
 
 
@@ -154,8 +156,7 @@ def draw_times(comparison: Comparison) -> Figure:
     to_masks = results.seconds(comparison.runs, lambda run: run.seconds_to_masks)
     training = results.seconds(comparison.runs, lambda run: run.seconds["training"])
     theirs = published.PRUNING_SECONDS.get(comparison.experiment, {})
-    title = f"Time per network, mean over all sparsities, on {results.listed(run.hardware for run in comparison.runs)}"
-    figure, axes = new_figure(comparison, title)
+    figure, axes = new_figure(comparison, "Time per network, mean over all sparsities and seeds")
     lengths = []
     for place, method in enumerate(to_masks):
         colour = COLOURS[method]
@@ -179,6 +180,7 @@ def draw_times(comparison: Comparison) -> Figure:
     if max(lengths) > LOG_FROM * min(lengths):
         axes.set_xscale("log")
         axes.set_xlim(left=min(lengths) / 2)
+        axes.xaxis.set_major_formatter("{x:,g}")
     axes.set_xlabel("seconds; below the names: in all")
     handles = [
         Patch(color=GREY, label="to masks: warm-up and pruning, in IMP all cycles"),
@@ -225,10 +227,12 @@ def draw_curves(axes: Axes, ours: Curves, theirs: published.Accuracies) -> list[
             axes.errorbar(kept, means, spread, color=colour, marker=marker, capsize=3)
         if method in ours or method in theirs:
             handles.append(Line2D([], [], color=colour, marker=marker, label=METHODS[method]))
-    if theirs:
-        handles.append(Line2D([], [], color=GREY, label="paper", **PAPER))
     label_sparsities(axes, {sparsity for curves in (ours, theirs) for curve in curves.values() for sparsity in curve})
     return handles
+
+
+def paper_handle(theirs: published.Accuracies) -> list[Line2D]:
+    return [Line2D([], [], color=GREY, label="paper", **PAPER)] if theirs else []
 
 
 def label_sparsities(axes: Axes, sparsities: Iterable[float]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import figures
 import published
 import results
-from results import CONTROLS, EXPERIMENTS, METHODS, Run, Summary
+from results import CONTROLS, EXPERIMENTS, METHODS, Key, Run, Summary
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -191,8 +191,8 @@ def measured_on(runs: Sequence[Run]) -> list[str]:
     seeds = sorted({run.seed for run in runs})
     versions: dict[str, dict[str, None]] = {}
     for run in runs:
-        for name, version in run.versions.items():
-            versions.setdefault(name, {})[version] = None
+        for library, version in run.versions.items():
+            versions.setdefault(library, {})[version] = None
     parts = (
         results.listed(
             f"{run.data}, {run.train_images:,} images to train on and {run.test_images:,} to test on" for run in runs
@@ -201,7 +201,7 @@ def measured_on(runs: Sequence[Run]) -> list[str]:
         f"{results.listed(run.epochs for run in runs)} epochs",
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
         results.listed(run.hardware for run in runs),
-        ", ".join(f"{name} {results.listed(found)}" for name, found in versions.items()),
+        ", ".join(f"{library} {results.listed(found)}" for library, found in versions.items()),
         results.listed(sorted(run.date for run in runs)),
         f"revision {results.listed(run.revision for run in runs)}",
     )
@@ -211,17 +211,21 @@ def measured_on(runs: Sequence[Run]) -> list[str]:
 def changed(runs: Sequence[Run]) -> list[str]:
     """Say what the command line changed in the configuration, but for the place of the data."""
     counts = Counter(each for run in runs for each in run.overrides if not each.startswith("--data.root="))
-    names = (
+    parts = (
         f"`{each}`" + (f" in {count} of {len(runs)} runs" if count < len(runs) else "")
         for each, count in counts.items()
     )
-    return [f"with {', '.join(names)}"] if counts else []
+    return [f"with {', '.join(parts)}"] if counts else []
 
 
 def warned(runs: Sequence[Run]) -> list[str]:
     """Say in a line which runs gave warnings, such as one of a layer that lost all of its weights."""
-    found = [f"{METHODS[run.method]} at {percent(run.sparsity)}, seed {run.seed}" for run in runs if run.warnings]
-    return [f"Warned of: {'; '.join(found)}."] if found else []
+    counts = Counter(f"{METHODS[run.method]} at {percent(run.sparsity)}" for run in runs if run.warnings)
+    return (
+        [f"Runs that gave warnings: {', '.join(f'{which} ({count})' for which, count in counts.items())}."]
+        if counts
+        else []
+    )
 
 
 def write_markdown(path: Path, tables: Sequence[Table]) -> None:
@@ -242,12 +246,26 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if not runs:
         sys.exit(f"There is no finished run in {', '.join(map(str, paths))}.")
     if twice := results.duplicates(runs):
-        names = "; ".join(
-            f"{experiment}, {method}, control {control}, sparsity {sparsity:g}, seed {seed}"
-            for experiment, method, control, sparsity, seed in twice
-        )
-        sys.exit(f"The same run must not be there twice, delete all but one: {names}.")
+        sys.exit(f"The same run must not be there twice, delete all but one: {'; '.join(map(name, twice))}.")
+    if unlike := mixtures(runs):
+        sys.exit(f"Seeds of one cell must have the same data, batch size and epochs: {'; '.join(map(name, unlike))}.")
     return runs
+
+
+def mixtures(runs: Sequence[Run]) -> list[Key]:
+    """List the runs that differ from the first one of their cell in more than the seed."""
+    first: dict[tuple[object, ...], tuple[object, ...]] = {}
+    found = []
+    for run in runs:
+        sizes = (run.train_images, run.test_images, run.batch_size, run.epochs, run.total_epochs)
+        if first.setdefault(run.key[:-1], (run.data, *sizes)) != (run.data, *sizes):
+            found.append(run.key)
+    return found
+
+
+def name(key: Key) -> str:
+    experiment, method, control, sparsity, seed = key
+    return f"{experiment}, {method}, control {control}, sparsity {sparsity:g}, seed {seed}"
 
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -263,14 +281,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv)
     runs = read_runs(options.results)
     tables = all_tables(runs)
-    if options.markdown:
-        write_markdown(options.markdown, tables)
+    try:
+        if options.markdown:
+            write_markdown(options.markdown, tables)
+        drawn = figures.save_all(runs, options.figures) if options.figures else []
+    except OSError as error:
+        sys.exit(str(error))
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file or a pipe needs no breaks
     for table in tables:
         table.print(console)
-    if options.figures:
-        for path in figures.save_all(runs, options.figures):
-            print(path)
+    for path in drawn:
+        print(path)
 
 
 if __name__ == "__main__":
