@@ -28,6 +28,8 @@ import torchvision
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -170,6 +172,30 @@ def augment(images: Tensor, padding: int) -> Tensor:
     mirrored = torch.rand(count, 1, 1, 1, device=device) < 0.5
     # Channels first again: channels last, narrow layers make oneDNN overrun its memory on the CPU (oneDNN issue 6035).
     return torch.where(mirrored, shifted.flip(-1), shifted).contiguous()
+
+
+# Digits, which come with scikit-learn.
+
+
+class Digits(Images):
+    """1,797 grey images of 8x8 pixels in 10 classes, which come with scikit-learn: three quarters of them to train on.
+
+    Args:
+        settings: See `Images`.
+
+    """
+
+    name = "digits"
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__("scikit-learn", **settings)
+
+    def read(self, split: Split) -> Batch:
+        pixels, labels = load_digits(return_X_y=True)
+        parts = train_test_split(range(len(labels)), test_size=0.25, stratify=labels, random_state=0)
+        part = parts[("train", "test").index(split)]
+        images = torch.from_numpy(pixels[part].astype(np.uint8)).view(-1, 1, 8, 8)  # from 0 to 16
+        return images, torch.from_numpy(labels[part])
 
 
 # CIFAR, from the files that torchvision fetches.

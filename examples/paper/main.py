@@ -7,8 +7,8 @@ The first file says what to train and how, the second how to prune; without it t
 no file of that name, it is looked for in `configs/`, next to this script:
 
     experiments     alexnet_cifar10, vgg16_cifar10, resnet18_cifar10, vgg16_cifar100, resnet18_cifar100,
-                    vgg16_tinyimagenet, resnet18_tinyimagenet, resnet18_imagenet32; and one of our own,
-                    convnet_cifar10, that a CPU can train
+                    vgg16_tinyimagenet, resnet18_tinyimagenet, resnet18_imagenet32; and two of our own
+                    for a CPU: convnet_cifar10, and digits, which come with scikit-learn
     methods         drive, imp, snip, synflow; for comparison magnitude, iterative_snip, warmup_snip,
                     warmup_synflow, drive_long
 

@@ -1,4 +1,4 @@
-"""The networks of the paper, for images of 32x32 pixels and more, and a small one for computers without a GPU.
+"""The networks of the paper, for images of 32x32 pixels and more, and two small ones for computers without a GPU.
 
 ResNet-18 and VGG-16 are torchvision's with the usual changes for small images, and keep its names of parameters. The
 paper does not say which AlexNet it trains, and torchvision's needs images of 63 pixels: see `alexnet` for our guess.
@@ -9,6 +9,7 @@ paper does not say which AlexNet it trains, and torchvision's needs images of 63
 | vgg16 | 14,728,266 | 14,715,584 |
 | resnet18 | 11,173,962 | 11,164,352 |
 | convnet | 391,466 | 390,496 |
+| digitnet | 24,058 | 23,824 |
 """
 
 from collections.abc import Callable
@@ -18,11 +19,11 @@ import torchvision
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
-Network: TypeAlias = Literal["alexnet", "vgg16", "resnet18", "convnet"]
+Network: TypeAlias = Literal["alexnet", "vgg16", "resnet18", "convnet", "digitnet"]
 
 
 def build(network: Network, num_classes: int) -> nn.Module:
-    """Build a network for RGB images, with initial weights drawn from torch's global random state."""
+    """Build a network, with initial weights drawn from torch's global random state."""
     return NETWORKS[network](num_classes)
 
 
@@ -92,6 +93,18 @@ def convnet(num_classes: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, num_classes))
 
 
+def digitnet(num_classes: int) -> nn.Sequential:
+    """Build three convolutions with BatchNorm for grey images of 8x8 pixels. Not in the paper.
+
+    Initial weights are torch's own.
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in ((1, 16, 1), (16, 32, 2), (32, 64, 2)):
+        layers += [nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)]
+        layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+
+
 def kaiming_(module: nn.Module) -> None:
     """Draw the weights of convolutions as torchvision does for ResNet and VGG (He et al., 2015), and zero biases."""
     for layer in module.modules():
@@ -106,4 +119,5 @@ NETWORKS: dict[Network, Callable[[int], nn.Module]] = {
     "vgg16": vgg16,
     "resnet18": resnet18,
     "convnet": convnet,
+    "digitnet": digitnet,
 }

@@ -129,7 +129,11 @@ def build(wanted: Wanted, overrides: Sequence[str]) -> PaperCLI:
     if wanted.method != "dense":
         args += [f"--pruning.sparsity={wanted.sparsity}", f"--pruning.control={wanted.control}"]
     args += [f"--seed_everything={wanted.seed}", *QUIET, *overrides]
-    return PaperCLI(ImageClassifier, Images, subclass_mode_data=True, save_config_callback=None, run=False, args=args)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # meant for the other command line
+        return PaperCLI(
+            ImageClassifier, Images, subclass_mode_data=True, save_config_callback=None, run=False, args=args
+        )
 
 
 def describe(cli: PaperCLI, wanted: Wanted, overrides: Sequence[str], accuracy: float, stopwatch: Stopwatch) -> Run:

@@ -1,0 +1,268 @@
+"""The paper's experiments are what the paper prints, run to the end by every method, and can be stopped at any time."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_drive import PruningReport
+
+PAPER = Path(__file__).parents[1] / "examples" / "paper"
+
+
+def write_noise(folder: Path, num_train: int, num_test: int) -> None:
+    """Write random images of ten classes as a tree that `ImageTree` reads."""
+    noise = np.random.default_rng(0)
+    for split, count in (("train", num_train), ("test", num_test)):
+        for index in range(count):
+            path = folder / split / f"class{index % 10}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], ModuleType]:
+    """A module of the examples, imported as Python does that runs one of them: their folder comes first."""
+    monkeypatch.syspath_prepend(PAPER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that what `seed_everything` sets is put back
+    return importlib.import_module
+
+
+# The configurations say what the paper prints (design, section 7).
+
+SGD, ADAM = torch.optim.SGD, torch.optim.Adam
+ROWS: dict[str, Any] = {
+    # parameters, batch size, epochs, optimizer, {epoch: learning rate}, DRIVE's warm-up, IMP's cycles and their epochs
+    "alexnet_cifar10": (23_468_874, 256, 50, ADAM, {0: 1e-4, 49: 1e-4}, 5, 50, 20),
+    "vgg16_cifar10": (14_728_266, 128, 150, SGD, {0: 0.01, 29: 0.01, 30: 0.002, 149: 0.01 / 5**4}, 5, 50, 20),
+    "resnet18_cifar10": (11_173_962, 128, 200, SGD, {0: 0.01, 100: 0.005, 200: 0.0}, 5, 50, 20),
+    "vgg16_cifar100": (14_774_436, 128, 200, SGD, {59: 0.01, 60: 2e-3, 120: 4e-4, 160: 8e-5}, 5, 50, 20),
+    "resnet18_cifar100": (11_220_132, 128, 200, SGD, {79: 0.01, 80: 1e-3, 119: 1e-3, 120: 1e-4}, 5, 50, 20),
+    "vgg16_tinyimagenet": (14_825_736, 128, 100, SGD, {29: 0.01, 30: 1e-3, 60: 1e-4, 80: 1e-5}, 1, 50, 20),
+    "resnet18_tinyimagenet": (11_271_432, 128, 100, SGD, {29: 0.01, 30: 1e-3, 60: 1e-4, 80: 1e-5}, 1, 50, 20),
+    "resnet18_imagenet32": (11_681_832, 256, 100, SGD, {29: 0.1, 30: 0.01, 60: 1e-3, 80: 1e-4}, 1, 50, 20),
+}
+
+
+@pytest.mark.parametrize("experiment", ROWS)
+def test_experiment(paper: Callable[[str], ModuleType], experiment: str) -> None:
+    num_parameters, batch_size, epochs, optimizer_class, rates, warmup_epochs, cycles, epochs_per_cycle = ROWS[
+        experiment
+    ]
+    run = paper("run")
+    cli = run.build(run.Wanted(experiment, "dense", "none", 0.0, 0), ["--data.root=nowhere"])
+    assert sum(parameter.numel() for parameter in cli.model.parameters()) == num_parameters
+    assert cli.datamodule.batch_size == batch_size
+    assert cli.trainer.max_epochs == epochs
+    assert not any(isinstance(each, run.PruningCallback) for each in cli.trainer.callbacks)
+
+    configured = cli.model.configure_optimizers()
+    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    assert type(optimizer) is optimizer_class
+    found = []
+    for epoch in range(max(rates) + 1):
+        if epoch in rates:
+            found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if isinstance(configured, dict):
+            configured["lr_scheduler"].step()
+    assert found == pytest.approx(list(rates.values()), abs=1e-9)
+
+    protocol = cli.config.protocol
+    given = protocol.warmup_epochs, protocol.cycles, protocol.epochs_per_cycle
+    assert given == (warmup_epochs, cycles, epochs_per_cycle)
+
+
+METHODS = {
+    # class, rounds, dense epochs before pruning, epochs in all: of `convnet_cifar10`, which has 15, 2 of them dense
+    "magnitude": ("MagnitudePruningCallback", 1, 0, 15),
+    "snip": ("SNIPPruningCallback", 1, 0, 15),
+    "synflow": ("SynFlowPruningCallback", 100, 0, 15),
+    "drive": ("DRIVEPruningCallback", 100, 2, 15),
+    "imp": ("IMPPruningCallback", None, None, 5 * 4 + 15),
+    "iterative_snip": ("SNIPPruningCallback", 100, 0, 15),
+    "warmup_snip": ("SNIPPruningCallback", 1, 2, 15),
+    "warmup_synflow": ("SynFlowPruningCallback", 100, 2, 15),
+    "drive_long": ("DRIVEPruningCallback", 100, 2, 5 * 4 + 15),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method(paper: Callable[[str], ModuleType], method: str) -> None:
+    run = paper("run")
+    cli = run.build(run.Wanted("convnet_cifar10", method, "shuffle", 0.95, 3), [])
+    pruning = cli.trainer.callbacks[0]
+    rounds, warmup = (
+        (getattr(pruning, "method", None) and pruning.method.rounds),
+        getattr(pruning, "warmup_epochs", None),
+    )
+    assert (type(pruning).__name__, rounds, warmup, cli.trainer.max_epochs) == METHODS[method]
+    assert (pruning.sparsity, pruning.control, cli.config.seed_everything) == (0.95, "shuffle", 3)
+    if method == "imp":
+        assert (pruning.cycles, pruning.epochs_per_cycle) == (5, 4)
+
+
+def test_results_know_every_configuration(paper: Callable[[str], ModuleType]) -> None:
+    results = paper("results")
+    known = {*results.EXPERIMENTS, *results.METHODS} - {"dense"}
+    assert known == {path.stem for path in (PAPER / "configs").glob("*.yaml")}
+
+
+def test_find_configs(paper: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """A file where one is goes before that of the same name in `configs/`; other arguments are left alone."""
+    (tmp_path / "snip.yaml").touch()
+    configs = PAPER / "configs"
+    given = [
+        "fit",
+        "--config",
+        "drive.yaml",
+        "--config=imp.yaml",
+        "-c",
+        "snip.yaml",
+        "--x",
+        "drive.yaml",
+        "--config",
+        "no.yaml",
+    ]
+    found = paper("protocol").find_configs(given)
+    assert found == [
+        *("fit", "--config", str(configs / "drive.yaml"), f"--config={configs / 'imp.yaml'}", "-c", "snip.yaml"),
+        *("--x", "drive.yaml", "--config", "no.yaml"),
+    ]
+
+
+# What is done, and what is not done again.
+
+
+def options(run: ModuleType, line: str) -> Any:
+    return run.read_options(["--experiments", "convnet_cifar10", "--results", "r.jsonl", *line.split()])
+
+
+def test_all_wanted(paper: Callable[[str], ModuleType]) -> None:
+    """Seed by seed, and dense once for each, whatever the sparsities and controls."""
+    run = paper("run")
+    wanted = run.all_wanted(
+        options(run, "--methods dense drive --sparsities .9 .98 --controls none reinit --seeds 4 2 --jobs 2")
+    )
+    one_seed = [
+        *(("dense", "none", 0.0), ("drive", "none", 0.9), ("drive", "reinit", 0.9)),
+        *(("drive", "none", 0.98), ("drive", "reinit", 0.98)),
+    ]
+    assert [each.key for each in wanted] == [("convnet_cifar10", *each, seed) for seed in (4, 2) for each in one_seed]
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("--sparsities 98", "fractions to remove, between 0 and 1, got [98.0]"),
+        ("--jobs 0", "must be at least 1, got 0"),
+        ("--methods fancy", "invalid choice: 'fancy'"),
+        ("--results nowhere/r.jsonl", "there is no folder nowhere"),
+    ],
+)
+def test_read_options__errors(
+    paper: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str], line: str, error: str
+) -> None:
+    with pytest.raises(SystemExit):
+        options(paper("run"), line)
+    assert error in capsys.readouterr().err
+
+
+def test_phases(paper: Callable[[str], ModuleType]) -> None:
+    stopwatch = paper("run").Stopwatch()
+    stopwatch.load_state_dict({"seconds": [10.0, 11.0, 15.0, 12.0]})  # pruned in 3 s at the beginning of epoch 2
+    assert stopwatch.phases(None) == {"warmup": 0, "pruning": 0, "training": 48}
+    pruned = PruningReport("DRIVE()", (), seconds=3.0, epoch=2, step=0, digest="", warnings=())
+    assert stopwatch.phases(pruned) == {"warmup": 21, "pruning": 3, "training": 24}
+    ticket = PruningReport("IMP()", (), seconds=3.0, epoch=2, step=0, digest="", warnings=(), cycle=2)
+    assert stopwatch.phases(ticket) == {"warmup": 0, "pruning": 24, "training": 24}
+
+
+SMALL = (
+    *("--data=ImageTree", "--data.root=images", "--data.train_images=null", "--data.test_images=null"),
+    *("--protocol.epochs=6", "--protocol.warmup_epochs=1", "--protocol.cycles=2", "--protocol.epochs_per_cycle=2"),
+    *("--data.batch_size=16", "--data.name=noise"),
+)
+
+
+def start(folder: Path, results: str, *methods: str, more: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Start `run.py` as a user does."""
+    options = ["--experiments", "convnet_cifar10", "--methods", *methods, "--sparsities", "0.9", "--seeds", "0"]
+    return subprocess.Popen(
+        [sys.executable, PAPER / "run.py", *options, "--jobs", "2", "--results", results, "--", *SMALL, *more],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(PAPER.parents[1]), "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def read(path: Path) -> dict[str, Any]:
+    return {line["method"]: line for line in map(json.loads, path.read_text().splitlines())}
+
+
+@pytest.mark.slow
+def test_run__killed(tmp_path: Path) -> None:
+    """What was done is kept, and what was under way goes on: as if nothing had happened."""
+    write_noise(tmp_path / "images", num_train=48, num_test=20)
+    whole = start(tmp_path, "whole.jsonl", "dense", "imp")
+    assert whole.wait(timeout=120) == 0, whole.stderr and whole.stderr.read()
+
+    killed = start(tmp_path, "killed.jsonl", "dense", "imp")
+    checkpoints = tmp_path / "killed.jsonl.checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("*imp*/epoch=[2-9].ckpt")):
+        assert time.monotonic() < deadline
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    before = read(tmp_path / "killed.jsonl") if (tmp_path / "killed.jsonl").exists() else {}
+    assert "imp" not in before
+
+    again = start(tmp_path, "killed.jsonl", "dense", "imp")
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert f"{2 - len(before)} runs to do" in output
+    assert not checkpoints.exists()
+    found, expected = read(tmp_path / "killed.jsonl"), read(tmp_path / "whole.jsonl")
+    assert found.keys() == {"dense", "imp"}
+    for method, line in found.items():
+        assert {name: line[name] for name in ("accuracy", "digest", "num_kept", "total_epochs")} == {
+            name: expected[method][name] for name in ("accuracy", "digest", "num_kept", "total_epochs")
+        }
+    assert found["imp"]["total_epochs"] == 2 * 2 + 6
+    assert found["imp"]["num_kept"] == 39_050
+    assert (found["imp"]["data"], found["imp"]["train_images"], found["imp"]["test_images"]) == ("noise", 48, 20)
+    assert found["imp"]["overrides"] == [each for each in SMALL if "root" not in each]
+
+    other = start(tmp_path, "killed.jsonl", "dense", "imp", more=("--protocol.epochs=7",))
+    _, errors = other.communicate(timeout=120)
+    assert other.returncode == 1
+    assert "Give the same, or another --results." in errors
+
+
+@pytest.mark.slow
+def test_run__failure(tmp_path: Path) -> None:
+    """A run that fails is told, and the others are done."""
+    write_noise(tmp_path / "images", num_train=32, num_test=10)
+    some = start(tmp_path, "r.jsonl", "dense", "snip", more=("--pruning.include=[fancy.*]",))
+    output, errors = some.communicate(timeout=120)
+    assert some.returncode == 1
+    assert "1 runs failed" in errors
+    assert "matches no parameter" in output
