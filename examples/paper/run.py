@@ -42,6 +42,7 @@ from images import Images
 from lightning.pytorch.callbacks import ModelCheckpoint
 from protocol import CONFIGS, PaperCLI
 from results import Control, Run
+from torch import Tensor
 
 from lightning_drive import PruningReport
 from lightning_drive.prunable import prunable_parameters
@@ -75,11 +76,22 @@ class Wanted:
 
 
 class Stopwatch(pl.Callback):
-    """Measure epochs: the first callback to see them begin, and ahead of checkpoints when they end."""
+    """Measure epochs: the first callback to see them begin, and ahead of checkpoints when they end.
+
+    What checkpoints lack for going on as if nothing had happened is kept here, too: the state of torch's generators,
+    by which images are shuffled and augmented.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._start = 0.0
+        self._random: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if "cpu" in self._random:
+            torch.set_rng_state(self._random["cpu"])
+        if "cuda" in self._random:
+            torch.cuda.set_rng_state(self._random["cuda"])
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -90,10 +102,13 @@ class Stopwatch(pl.Callback):
         self.seconds.append(time.perf_counter() - self._start)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": list(self.seconds)}
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        return {"seconds": list(self.seconds), "random": random}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds = list(state_dict["seconds"])
+        self.seconds, self._random = list(state_dict["seconds"]), state_dict["random"]
 
     def phases(self, report: PruningReport | None) -> dict[str, float]:
         """Divide what was measured into what came before the masks, the search for them, and what came after."""
