@@ -2,17 +2,22 @@
 
 import importlib
 import json
+import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import paper_images
 import pytest
 import torch
 from PIL import Image
@@ -33,12 +38,16 @@ def write_noise(folder: Path, num_train: int, num_test: int) -> None:
 
 
 @pytest.fixture
-def paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], ModuleType]:
+def paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], ModuleType]]:
     """A module of the examples, imported as Python does that runs one of them: their folder comes first."""
     monkeypatch.syspath_prepend(PAPER)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that what `seed_everything` sets is put back
-    return importlib.import_module
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield importlib.import_module
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 # The configurations say what the paper prints (design, section 7).
@@ -269,3 +278,114 @@ def test_run__failure(tmp_path: Path) -> None:
     assert "magnitude, 90%, seed 0: failed" in output
     assert "exclude" in errors  # which that callback does not have
     assert read(tmp_path / "r.jsonl").keys() == {"snip"}
+
+
+# Every experiment runs to the end by every method of the paper.
+
+KEPT = {  # a tenth of the prunable weights
+    "alexnet_cifar10": 2_345_952,
+    "vgg16_cifar10": 1_471_558,
+    "resnet18_cifar10": 1_116_435,
+    "vgg16_cifar100": 1_476_166,
+    "resnet18_cifar100": 1_121_043,
+    "vgg16_tinyimagenet": 1_481_286,
+    "resnet18_tinyimagenet": 1_126_163,
+    "resnet18_imagenet32": 1_167_123,
+}
+FEW = (
+    *("--protocol.epochs=2", "--protocol.warmup_epochs=1", "--protocol.cycles=1", "--protocol.epochs_per_cycle=1"),
+    *("--pruning.sparsity=0.9", "--data.root=here", "--data.batch_size=2", "--trainer.limit_train_batches=2"),
+    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=1"),
+    *("--trainer.enable_checkpointing=false", "--trainer.accelerator=cpu"),
+)
+
+
+def write_images(experiment: str, monkeypatch: pytest.MonkeyPatch, source: Any) -> None:
+    """Write a few images in the layout in which the experiment's data is published."""
+    root = Path("here")
+    if source is not None:
+        for name, value in paper_images.write_cifar(root, source).items():
+            monkeypatch.setattr(source, name, value)
+    elif experiment.endswith("tinyimagenet"):
+        paper_images.write_tiny_imagenet(root)
+    else:
+        root.mkdir()
+        for name in ("train_data_batch_1", "val_data"):
+            batch = {"data": paper_images.rows_of([0, 7, 3, 5]), "labels": [1, 8, 4, 6]}
+            (root / name).write_bytes(pickle.dumps(batch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ROWS)
+def test_end_to_end(
+    paper: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    experiment: str,
+) -> None:
+    """The command of `main.py` trains, prunes exactly, trains on with the masks, and measures accuracy."""
+    main, images = paper("main"), paper("images")
+    cifar = {"cifar10": images.CIFAR10, "cifar100": images.CIFAR100}.get(experiment.rpartition("_")[2])
+    write_images(experiment, monkeypatch, cifar and cifar.source)
+    for method in ("drive", "snip", "synflow", "imp"):
+        more = [] if method in ("snip", "imp") else ["--pruning.rounds=2"]
+        configs = ["--config", f"{experiment}.yaml", "--config", f"{method}.yaml"]
+        monkeypatch.setattr(sys, "argv", ["main.py", "fit", *configs, *FEW, *more])
+        cli = main.main()
+        assert cli.trainer.current_epoch == (3 if method == "imp" else 2)
+        pruning = cli.trainer.callbacks[0]
+        assert pruning.report.method.lower().startswith(method)
+        assert pruning.report.epoch == (1 if method in ("drive", "imp") else 0)
+        assert pruning.masks.num_kept == KEPT[experiment]
+        weights = dict(cli.model.named_parameters())
+        assert all(not weights[name][~mask].any() for name, mask in pruning.masks.items())
+        assert sum(int(weights[name].count_nonzero()) for name in pruning.masks) > 0.9 * KEPT[experiment]
+        assert 0 <= cli.trainer.callback_metrics["val_accuracy"] <= 1
+
+
+# Speed-up over IMP.
+
+
+def test_speedup(paper: Callable[[str], ModuleType]) -> None:
+    """Where a round costs a step and all else nothing, it is the protocol's limit, as the design has it."""
+    speedup = paper("speedup")
+    rows = {name: (row[1], row[5:]) for name, row in ROWS.items()}
+    limits = {}
+    for name, (batch_size, (warmup_epochs, cycles, epochs_per_cycle)) in rows.items():
+        steps = -(-speedup.TRAIN_IMAGES[name.rpartition("_")[2]] // batch_size)
+        protocol = {"warmup_epochs": warmup_epochs, "cycles": cycles, "epochs_per_cycle": epochs_per_cycle}
+        ideal = speedup.Speedup(
+            *(name, "noise", batch_size, steps, protocol, 8, 10),
+            seconds_per_step=0.5,
+            seconds_per_round=0.5,
+            seconds_of_pruning=5.0,
+            seconds_per_cut=0.0,
+            **{"versions": {}, "hardware": "", "revision": "", "date": ""},
+        )
+        assert ideal.imp / ideal.drive == pytest.approx(ideal.limit)
+        limits[name] = round(ideal.limit)
+        slow = replace(ideal, seconds_of_pruning=5.0 + 100.0)
+        assert slow.drive == pytest.approx(ideal.drive + 100)
+        assert replace(ideal, seconds_per_cut=2.0).imp == pytest.approx(ideal.imp + 2 * cycles)
+    assert limits["resnet18_cifar10"] == 190
+    assert limits["resnet18_imagenet32"] == 980
+
+
+@pytest.mark.slow
+def test_speedup__measured(
+    paper: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speedup = paper("speedup")
+    few = ["--experiments", "alexnet_cifar10", "--steps", "4", "--rounds", "3", "--results", "s.jsonl"]
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        speedup.main([*few, "--", "--data.batch_size=8", "--trainer.accelerator=cpu"])
+    seconds = time.perf_counter() - start
+    found = speedup.Speedup(**json.loads((tmp_path / "s.jsonl").read_text()))
+    assert (found.timed_steps, found.timed_rounds, found.data) == (2 * (4 - 2), 3, "noise")
+    assert found.protocol == {"epochs": 50, "warmup_epochs": 5, "cycles": 50, "epochs_per_cycle": 20}
+    assert found.steps_per_epoch == 6250
+    assert 0 < found.seconds_per_round < found.seconds_of_pruning < seconds
+    assert 0 < found.seconds_per_step < seconds
+    assert 0 < found.seconds_per_cut < seconds
+    assert f"{found.imp / found.drive:.0f}x" in capsys.readouterr().out

@@ -14,7 +14,7 @@ The median dense step serves for both; IMP's masked steps are a little slower, w
 `--rounds` below 100 the median time between rounds is multiplied, too. The limit is what the protocol allows if a round
 costs as much as a step, and all else nothing.
 
-Without `--data` the images are noise: what they show costs no time.
+Unless `--data.root` says where images are they are noise: what they show costs no time.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def measure(experiment: str, steps: int, rounds: int, overrides: Sequence[str]) 
     cycle = ["--protocol.cycles=1", "--protocol.epochs_per_cycle=1", "--protocol.epochs=1"]
     imp = build(Wanted(experiment, "imp", "none", 0.98, 0), [*overrides, *short, *cycle])
     data = drive.datamodule
-    if not any(each.startswith("--data") for each in overrides):
+    if not any(each.startswith(("--data=", "--data.root=")) for each in overrides):
         size = 64 if experiment.endswith("tinyimagenet") else 32
         data = Noise(data, size, count=max(steps, min(rounds, 10)) * data.batch_size)
     drive_steps, between_rounds, pruning = time_fit(drive, data)
