@@ -5,7 +5,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -108,6 +108,7 @@ def convnet(seeds: Callable[..., list[Any]]) -> list[Any]:
         *seeds("drive", 0.98, [60.1], **own, control="reinit"),
         *seeds("snip", 0.9, [63.0], **own),
         *seeds("snip", 0.9, [62.5], **own, control="shuffle"),
+        *seeds("synflow", 0.98, [50.0], **own, control="shuffle"),
         *seeds("iterative_snip", 0.98, [58.5], **own, epochs=50),
         *seeds("drive_long", 0.98, [62.0], **own, epochs=150, total_epochs=150),
     ]
@@ -137,8 +138,19 @@ def test_append(results: ModuleType, make: Callable[..., Any], tmp_path: Path) -
     for run, path in zip(runs, (first, second, first), strict=True):
         results.append(path, run)
     line = first.read_text(encoding="utf-8").splitlines()[0]
+    assert '"data": "Übung"' in line
     assert list(json.loads(line)) == list(LINE) == [field.name for field in fields(results.Run)]
     assert results.read([first, second]) == [runs[0], runs[2], runs[1]]
+
+
+def test_append__reaches_the_disk(
+    results: ModuleType, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system is told to keep the line when it has all of it."""
+    path, sizes = tmp_path / "a.jsonl", []
+    monkeypatch.setattr("os.fsync", lambda _: sizes.append(path.stat().st_size))
+    results.append(path, make())
+    assert sizes == [path.stat().st_size]
 
 
 def test_append__no_nan(results: ModuleType, make: Callable[..., Any], tmp_path: Path) -> None:
@@ -327,6 +339,7 @@ def test_control_table(tables: ModuleType, convnet: list[Any]) -> None:
     assert "shuffled" in table.title
     assert rows(table) == {
         "SNIP, 90%": {"none": "63.00 (n=1)", "shuffle": "62.50 (n=1)\n(-0.50)", "reinit": "not run"},
+        "SynFlow, 98%": {"none": "not run", "shuffle": "50.00 (n=1)", "reinit": "not run"},
         "DRIVE, 98%": {
             "none": "60.50 ± 0.71 (n=2)",
             "shuffle": "56.50 ± 0.71 (n=2)\n**(-4.00)**",
@@ -385,6 +398,7 @@ def test_measured_on__differences(tables: ModuleType, make: Callable[..., Any]) 
 
 def test_main(tables: ModuleType, alexnet: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All of several files is printed: cells line by line, without marks of Markdown."""
+    alexnet[:2] = [replace(run, overrides=["--x=[red]"]) for run in alexnet[:2]]
     files = [write(tmp_path / "a.jsonl", alexnet[:4]), write(tmp_path / "b.jsonl", alexnet[4:])]
     tables.main([str(file) for file in files])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -394,6 +408,7 @@ def test_main(tables: ModuleType, alexnet: list[Any], tmp_path: Path, capsys: py
     assert "Dense: 84.50 ± 0.71 (n=2); paper 84.20 (+0.30)" in lines
     assert "AlexNet, CIFAR-10: time to masks (warm-up and pruning, in IMP all cycles) and in all" in lines
     assert sum(line.startswith("Measured on CIFAR-10 (JPEG), 50,000 images") for line in lines) == 2
+    assert " ".join(lines).count("with `--x=[red]` in 2 of 11 runs.") == 2
 
 
 def test_main__only_dense(
@@ -416,6 +431,7 @@ def test_main__markdown(tables: ModuleType, alexnet: list[Any], tmp_path: Path) 
     assert written.startswith(before + b"\n\n**Table 1. AlexNet, CIFAR-10: test")
     assert written.endswith(b".\n\n" + after)
     assert b"old" not in written
+    assert b"revision f9ea891.\n\n**AlexNet, CIFAR-10: time to masks" in written
     lines = written[len(before) : -len(after)].decode().splitlines()
     assert lines[4:6] == ["|  | 98% | 99.3% |", "| --- | ---: | ---: |"]
     cells = ["81.00 ± 1.41 (n=2)<br>paper 80.57 (+0.43)", "77.24 (n=1)<br>paper 76.24 **(+1.00)**"]

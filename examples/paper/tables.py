@@ -23,7 +23,6 @@ import results
 from results import CONTROLS, EXPERIMENTS, METHODS, Key, Run, Summary
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as RichTable
 
 MARKS = (b"<!-- tables.py begins -->", b"<!-- tables.py ends -->")
@@ -47,11 +46,11 @@ class Table:
         for place, heading in enumerate(self.headings):
             table.add_column(heading, justify="right" if place else "left")
         for row in self.rows:
-            table.add_row(*(BOLD.sub(r"[bold]\1[/bold]", escape(cell)) for cell in row))
-        console.print(f"[bold]{escape(self.title)}[/bold]")
+            table.add_row(*(BOLD.sub(r"[bold]\1[/bold]", cell) for cell in row))
+        console.print(self.title, style="bold", highlight=False)
         console.print(table)
         for line in self.caption:
-            console.print(escape(line), highlight=False)
+            console.print(line, markup=False, highlight=False)
         console.print()
 
     def markdown(self) -> str:
