@@ -594,10 +594,10 @@ def test_select(figures: ModuleType, alexnet: list[Any], convnet: list[Any], see
 
 def test_styles(figures: ModuleType) -> None:
     """No two methods share a colour or a marker."""
-    assert list(figures.STYLES) == ["magnitude", "snip", "synflow", "drive", "imp"]
+    assert list(figures.STYLES) == ["snip", "synflow", "drive", "imp"]
     colours, markers = zip(*figures.STYLES.values(), strict=True)
-    assert len({figures.GREY, *colours}) == 6
-    assert len(set(markers)) == 5
+    assert len({figures.GREY, *colours}) == 5
+    assert len(set(markers)) == 4
 
 
 def test_draw_bars(figures: ModuleType, alexnet: list[Any]) -> None:

@@ -18,7 +18,6 @@ from results import EXPERIMENTS, METHODS, Run, Summary
 GREY = "#555555"
 # Okabe and Ito's colours, which colour-blind readers can tell apart, each with a marker of its own.
 STYLES = {
-    "magnitude": ("#56B4E9", "o"),
     "snip": ("#E69F00", "s"),
     "synflow": ("#0072B2", "^"),
     "drive": ("#D55E00", "D"),
@@ -75,7 +74,7 @@ class Comparison:
 
 
 def select(runs: Iterable[Run]) -> list[Comparison]:
-    """Sort the runs that figures show by experiment: the paper's methods, without controls."""
+    """Sort the runs that figures show by experiment: the methods of the paper, without controls."""
     chosen = [run for run in runs if run.method in COLOURS and run.control == "none"]
     groups = [(experiment, [run for run in chosen if run.experiment == experiment]) for experiment in EXPERIMENTS]
     return [Comparison(experiment, own) for experiment, own in groups if any(run.sparsity for run in own)]
@@ -221,7 +220,7 @@ def draw_curves(axes: Axes, ours: Curves, theirs: published.Accuracies) -> list[
             kept = [100 * (1 - sparsity) for sparsity in theirs[method]]
             axes.plot(kept, list(theirs[method].values()), color=colour, **{**PAPER, "marker": marker})
         if method in ours:
-            kept = [100 * (1 - sparsity) * APART ** (2 - place) for sparsity in ours[method]]
+            kept = [100 * (1 - sparsity) * APART ** (1.5 - place) for sparsity in ours[method]]
             means = [summary.mean for summary in ours[method].values()]
             spread = [math.nan if summary.deviation is None else summary.deviation for summary in ours[method].values()]
             axes.errorbar(kept, means, spread, color=colour, marker=marker, capsize=3)
