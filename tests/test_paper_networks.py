@@ -80,16 +80,18 @@ def test_shapes(build: Build, network: str) -> None:
         assert module(torch.empty(3, 3, size, size, device="meta")).shape == (3, 7)
 
 
-@pytest.mark.parametrize(("network", "widest", "last"), [("vgg16", 32, 2), ("resnet18", 32, 4)])
-def test_shapes__resolution(build: Build, network: str, widest: int, last: int) -> None:
-    """The first convolution keeps all pixels of 32x32, and the last one has as many places as is usual."""
+@pytest.mark.parametrize(
+    ("network", "first", "last"), [("alexnet", 16, 4), ("vgg16", 32, 2), ("resnet18", 32, 4), ("convnet", 16, 2)]
+)
+def test_shapes__resolution(build: Build, network: str, first: int, last: int) -> None:
+    """Of 32x32 pixels, the first convolution and the last one have as many places as the docstrings say."""
     sizes = []
     module = build(network, 10).to("meta")
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(lambda _layer, _inputs, output: sizes.append(output.shape[-1]))
     module(torch.empty(1, 3, 32, 32, device="meta"))
-    assert (sizes[0], sizes[-1]) == (widest, last)
+    assert (sizes[0], sizes[-1]) == (first, last)
 
 
 def test_names__resnet18(build: Build) -> None:

@@ -30,10 +30,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 Split: TypeAlias = Literal["train", "test"]
 Batch: TypeAlias = tuple[Tensor, Tensor]
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"}
 
 
 class InMemory(Dataset[Batch]):
@@ -244,23 +244,36 @@ class DecodedImages(Images):
         return torch.from_numpy(np.array(pixels)).movedim(-1, 0)
 
     def _by_class(self, folder: Path) -> tuple[list[Path], list[int]]:
-        """List the images in a folder that has a folder for each class; classes are numbered by their names."""
-        classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-        found = [(file, label) for label, each in enumerate(classes) for file in images_below(folder / each)]
+        """List the images in a folder that has a folder for each class."""
+        found = [(file, name) for name in folders_in(folder) for file in images_below(folder / name)]
         if not found:
             raise MisconfigurationException(
                 f"There are no images in {folder.absolute()}: {self.name} needs `{folder.name}/<class>/<image>` in the"
                 f" folder that `--data.root` names, for each class. {self.help}"
             )
-        files, labels = zip(*found, strict=True)
-        return list(files), list(labels)
+        return self._numbered(found)
+
+    def _numbered(self, found: list[tuple[Path, str]]) -> tuple[list[Path], list[int]]:
+        """Give files and labels; classes are numbered by their names, and are those of the training images."""
+        numbers = {name: number for number, name in enumerate(folders_in(self.root / "train"))}
+        for file, name in found:
+            if name not in numbers:
+                raise MisconfigurationException(
+                    f"Every class must have a folder in {self.root.absolute() / 'train'}, which has none for {name!r},"
+                    f" the class of {file}. Add that, or remove the image. {self.help}"
+                )
+        return [file for file, _ in found], [numbers[name] for _, name in found]
 
     help = ""
     """Where the data is to be had."""
 
 
+def folders_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
 def images_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
 
 
 def store(images: Tensor, path: Path) -> None:
@@ -312,12 +325,11 @@ class TinyImageNet(DecodedImages):
     def files(self, split: Split) -> tuple[list[Path], list[int]]:
         if split == "train":
             return self._by_class(self.root / "train")
-        table = self.root / "val" / "val_annotations.txt"
-        if not table.is_file():
+        folder, table = self.root / "val" / "images", self.root / "val" / "val_annotations.txt"
+        if not table.is_file() or not images_below(folder):
             return self._by_class(self.root / "val")  # sorted into classes afterwards, as many people do
-        names = sorted(path.name for path in (self.root / "train").iterdir() if path.is_dir())
         rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
-        return [self.root / "val" / "images" / row[0] for row in rows], [names.index(row[1]) for row in rows]
+        return self._numbered([(folder / row[0], row[1]) for row in rows])
 
 
 # ImageNet.
