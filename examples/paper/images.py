@@ -16,9 +16,11 @@ import os
 import pickle
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from uuid import uuid4
 
 import lightning.pytorch as pl
 import numpy as np
@@ -237,8 +239,11 @@ class DecodedImages(Images):
         return images, torch.tensor(labels)
 
     def _decode(self, file: Path) -> Tensor:
-        with Image.open(file) as image:
-            pixels = image.convert("RGB")
+        try:
+            with Image.open(file) as image:
+                pixels = image.convert("RGB")
+        except OSError as error:
+            raise MisconfigurationException(f"{file} must be an image, but cannot be read: {error}") from error
         if pixels.size != (self.size, self.size):
             pixels = pixels.resize((self.size, self.size), Image.Resampling.BOX)
         return torch.from_numpy(np.array(pixels)).movedim(-1, 0)
@@ -278,13 +283,14 @@ def images_below(folder: Path) -> list[Path]:
 
 def store(images: Tensor, path: Path) -> None:
     """Write a whole file or none, since several processes may do so at once."""
-    part = path.with_suffix(f".{os.getpid()}")
+    part = path.with_suffix(f".{uuid4().hex}")  # not the process's number, which two machines may share
     try:
         path.parent.mkdir(exist_ok=True)
         torch.save(images, part)
         part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch has the latter for folders that it cannot write, or full disks
+        with suppress(OSError):
+            part.unlink()
         rank_zero_warn(f"Decoded images cannot be kept for the next time: {error}")
 
 
