@@ -11,9 +11,9 @@ not say what it does. `test` images serve for validation, too: nothing is select
 """
 
 import hashlib
-import io
 import os
 import pickle
+import zipfile
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
@@ -92,6 +92,7 @@ class Images(pl.LightningDataModule):
         self.augment = augment
         self.padding = padding
         self.limits: dict[Split, int | None] = {"train": train_images, "test": test_images}
+        self.prepared: dict[Split, Batch] = {}
         self.splits: dict[Split, InMemory] = {}
         self.mean = self.std = torch.empty(0)  # of each channel over all training images
 
@@ -100,17 +101,17 @@ class Images(pl.LightningDataModule):
         """Give all images of a part, uint8 of shape (N, 3, H, W), and their labels, int64 of shape (N,)."""
 
     def prepare_data(self) -> None:
-        """Decode everything once, in one process; the others find it decoded."""
-        for split in ("train", "test"):
-            self.read(split)
+        """Decode everything once, in one process, which goes on with that; the others find it decoded."""
+        if not self.splits:
+            self.prepared = {split: self.read(split) for split in ("train", "test")}
 
     def setup(self, stage: str) -> None:
         """Take the images into memory, on the device that they are needed on."""
-        if self.splits:
-            return
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if self.splits and self.mean.device == device:
+            return
         for split in ("train", "test"):
-            images, labels = self.read(split)
+            images, labels = self.prepared.pop(split, None) or self.read(split)
             self._check(split, len(images), int(labels.max()) + 1)
             if split == "train":
                 self.mean, self.std = (value.to(device) for value in mean_and_std(images))
@@ -152,11 +153,15 @@ class Images(pl.LightningDataModule):
 
 
 def mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Measure each channel of uint8 images, exactly: give float32 tensors of shape (3, 1, 1), in units of a byte."""
+    """Measure each channel of uint8 images, exactly: give float32 tensors of shape (3, 1, 1), in units of a byte.
+
+    A channel that is the same everywhere has a standard deviation of 1, by which one can divide.
+    """
     counts = torch.stack([channel.reshape(-1).bincount(minlength=256) for channel in images.unbind(1)]).double()
     share, value = counts / counts.sum(1, keepdim=True), torch.arange(256.0, dtype=torch.float64)
     mean = (share * value).sum(1, keepdim=True)
     variance = (share * (value - mean).square()).sum(1, keepdim=True)
+    variance[variance == 0] = 1
     return mean.float().unsqueeze(-1), variance.sqrt().float().unsqueeze(-1)
 
 
@@ -195,13 +200,14 @@ class CIFAR10(Images):
         self.download = download
 
     def read(self, split: Split) -> Batch:
-        if not self.download and not (self.root / self.source.base_folder).is_dir():
+        try:
+            dataset = self.source(str(self.root), train=split == "train", download=self.download)
+        except RuntimeError as error:  # what torchvision has for files that are missing or not the published ones
             raise MisconfigurationException(
-                f"There is no {self.source.base_folder}/ in {self.root.absolute()}, where {self.name} is looked for."
-                f" Add `--data.download=true` to fetch it, unpack {self.source.url} there, or name its folder by"
+                f"There is no whole {self.source.base_folder}/ in {self.root.absolute()}, where {self.name} is looked"
+                f" for. Add `--data.download=true` to fetch it, unpack {self.source.url} there, or name its folder by"
                 " `--data.root`. A tree of images is read by `--data=ImageTree`."
-            )
-        dataset = self.source(str(self.root), train=split == "train", download=self.download)
+            ) from error
         return torch.from_numpy(dataset.data).movedim(-1, 1).contiguous(), torch.tensor(dataset.targets)
 
 
@@ -354,17 +360,41 @@ class ImageNet32(DecodedImages):
     help = "Or put train_data_batch_1 ... 10 and val_data there, from https://image-net.org/download-images.php."
 
     def read(self, split: Split) -> Batch:
-        stem = {"train": "train_data_batch_", "test": "val_data"}[split]
-        paths = sorted(path for path in self.root.rglob(f"{stem}*") if path.suffix in ("", ".npz"))
-        if not paths:
+        if not self._batches("train_data_batch_"):
             return super().read(split)
-        parts = [read_npz(path) if path.suffix else read_pickle(path) for path in paths]
-        pixels = np.concatenate([np.asarray(part["data"], dtype=np.uint8) for part in parts])
-        labels = np.concatenate([np.asarray(part["labels"], dtype=np.int64) for part in parts])
-        return torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), torch.from_numpy(labels - 1)  # labels count from 1
+        stem = {"train": "train_data_batch_", "test": "val_data"}[split]
+        paths = self._batches(stem)
+        if len({path.stem for path in paths}) != max(len(paths), 1):
+            raise MisconfigurationException(
+                f"{self.root.absolute()}, or a folder in it, must hold each {stem}* once, as it is or as .npz, got"
+                f" {[str(path.relative_to(self.root)) for path in paths]}."
+            )
+        pixels, labels = zip(*(read_batch(path) for path in paths), strict=True)
+        return torch.cat(pixels), torch.cat(labels)
+
+    def _batches(self, stem: str) -> list[Path]:
+        found = [*self.root.glob(f"{stem}*"), *self.root.glob(f"*/{stem}*")]
+        return sorted(path for path in found if path.suffix in ("", ".npz") and path.is_file())
 
     def files(self, split: Split) -> tuple[list[Path], list[int]]:
         return self._by_class(self.root / {"train": "train", "test": "val"}[split])
+
+
+def read_batch(path: Path) -> Batch:
+    """Read one of the published files, whose rows are images and whose labels count from 1."""
+    try:
+        part = read_npz(path) if path.suffix else read_pickle(path)
+        pixels, labels = np.asarray(part["data"]), np.asarray(part["labels"])
+    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+        raise MisconfigurationException(
+            f"{path} must be a batch of downsampled ImageNet, but it is not: {error}"
+        ) from error
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3 * 32 * 32) or labels.min() < 1:
+        raise MisconfigurationException(
+            f"{path} must have rows of 3,072 bytes, which are images of 32x32 pixels, and as many labels from 1, got"
+            f" {pixels.dtype} of shape {pixels.shape} and {len(labels)} labels from {labels.min()}."
+        )
+    return torch.from_numpy(pixels).view(-1, 3, 32, 32), torch.from_numpy(labels.astype(np.int64) - 1)
 
 
 def read_npz(path: Path) -> dict[str, Any]:
@@ -384,4 +414,5 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    return ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    with path.open("rb") as file:
+        return ArraysOnly(file, encoding="latin1").load()
