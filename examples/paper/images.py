@@ -11,14 +11,16 @@ not say what it does. `test` images serve for validation, too: nothing is select
 """
 
 import hashlib
-import io
 import os
 import pickle
+import zipfile
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from uuid import uuid4
 
 import lightning.pytorch as pl
 import numpy as np
@@ -32,10 +34,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 Split: TypeAlias = Literal["train", "test"]
 Batch: TypeAlias = tuple[Tensor, Tensor]
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"}
 
 
 class InMemory(Dataset[Batch]):
@@ -92,6 +94,7 @@ class Images(pl.LightningDataModule):
         self.augment = augment
         self.padding = padding
         self.limits: dict[Split, int | None] = {"train": train_images, "test": test_images}
+        self.prepared: dict[Split, Batch] = {}
         self.splits: dict[Split, InMemory] = {}
         self.mean = self.std = torch.empty(0)  # of each channel over all training images
 
@@ -100,17 +103,17 @@ class Images(pl.LightningDataModule):
         """Give all images of a part, uint8 of shape (N, 3, H, W), and their labels, int64 of shape (N,)."""
 
     def prepare_data(self) -> None:
-        """Decode everything once, in one process; the others find it decoded."""
-        for split in ("train", "test"):
-            self.read(split)
+        """Decode everything once, in one process, which goes on with that; the others find it decoded."""
+        if not self.splits:
+            self.prepared = {split: self.read(split) for split in ("train", "test")}
 
     def setup(self, stage: str) -> None:
         """Take the images into memory, on the device that they are needed on."""
-        if self.splits:
-            return
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if self.splits and self.mean.device == device:
+            return
         for split in ("train", "test"):
-            images, labels = self.read(split)
+            images, labels = self.prepared.pop(split, None) or self.read(split)
             self._check(split, len(images), int(labels.max()) + 1)
             if split == "train":
                 self.mean, self.std = (value.to(device) for value in mean_and_std(images))
@@ -152,11 +155,15 @@ class Images(pl.LightningDataModule):
 
 
 def mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Measure each channel of uint8 images, exactly: give float32 tensors of shape (3, 1, 1), in units of a byte."""
+    """Measure each channel of uint8 images, exactly: give float32 tensors of shape (3, 1, 1), in units of a byte.
+
+    A channel that is the same everywhere has a standard deviation of 1, by which one can divide.
+    """
     counts = torch.stack([channel.reshape(-1).bincount(minlength=256) for channel in images.unbind(1)]).double()
     share, value = counts / counts.sum(1, keepdim=True), torch.arange(256.0, dtype=torch.float64)
     mean = (share * value).sum(1, keepdim=True)
     variance = (share * (value - mean).square()).sum(1, keepdim=True)
+    variance[variance == 0] = 1
     return mean.float().unsqueeze(-1), variance.sqrt().float().unsqueeze(-1)
 
 
@@ -219,13 +226,14 @@ class CIFAR10(Images):
         self.download = download
 
     def read(self, split: Split) -> Batch:
-        if not self.download and not (self.root / self.source.base_folder).is_dir():
+        try:
+            dataset = self.source(str(self.root), train=split == "train", download=self.download)
+        except RuntimeError as error:  # what torchvision has for files that are missing or not the published ones
             raise MisconfigurationException(
-                f"There is no {self.source.base_folder}/ in {self.root.absolute()}, where {self.name} is looked for."
-                f" Add `--data.download=true` to fetch it, unpack {self.source.url} there, or name its folder by"
+                f"There is no whole {self.source.base_folder}/ in {self.root.absolute()}, where {self.name} is looked"
+                f" for. Add `--data.download=true` to fetch it, unpack {self.source.url} there, or name its folder by"
                 " `--data.root`. A tree of images is read by `--data=ImageTree`."
-            )
-        dataset = self.source(str(self.root), train=split == "train", download=self.download)
+            ) from error
         return torch.from_numpy(dataset.data).movedim(-1, 1).contiguous(), torch.tensor(dataset.targets)
 
 
@@ -263,41 +271,58 @@ class DecodedImages(Images):
         return images, torch.tensor(labels)
 
     def _decode(self, file: Path) -> Tensor:
-        with Image.open(file) as image:
-            pixels = image.convert("RGB")
+        try:
+            with Image.open(file) as image:
+                pixels = image.convert("RGB")
+        except OSError as error:
+            raise MisconfigurationException(f"{file} must be an image, but cannot be read: {error}") from error
         if pixels.size != (self.size, self.size):
             pixels = pixels.resize((self.size, self.size), Image.Resampling.BOX)
         return torch.from_numpy(np.array(pixels)).movedim(-1, 0)
 
     def _by_class(self, folder: Path) -> tuple[list[Path], list[int]]:
-        """List the images in a folder that has a folder for each class; classes are numbered by their names."""
-        classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-        found = [(file, label) for label, each in enumerate(classes) for file in images_below(folder / each)]
+        """List the images in a folder that has a folder for each class."""
+        found = [(file, name) for name in folders_in(folder) for file in images_below(folder / name)]
         if not found:
             raise MisconfigurationException(
                 f"There are no images in {folder.absolute()}: {self.name} needs `{folder.name}/<class>/<image>` in the"
                 f" folder that `--data.root` names, for each class. {self.help}"
             )
-        files, labels = zip(*found, strict=True)
-        return list(files), list(labels)
+        return self._numbered(found)
+
+    def _numbered(self, found: list[tuple[Path, str]]) -> tuple[list[Path], list[int]]:
+        """Give files and labels; classes are numbered by their names, and are those of the training images."""
+        numbers = {name: number for number, name in enumerate(folders_in(self.root / "train"))}
+        for file, name in found:
+            if name not in numbers:
+                raise MisconfigurationException(
+                    f"Every class must have a folder in {self.root.absolute() / 'train'}, which has none for {name!r},"
+                    f" the class of {file}. Add that, or remove the image. {self.help}"
+                )
+        return [file for file, _ in found], [numbers[name] for _, name in found]
 
     help = ""
     """Where the data is to be had."""
 
 
+def folders_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
 def images_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
 
 
 def store(images: Tensor, path: Path) -> None:
     """Write a whole file or none, since several processes may do so at once."""
-    part = path.with_suffix(f".{os.getpid()}")
+    part = path.with_suffix(f".{uuid4().hex}")  # not the process's number, which two machines may share
     try:
         path.parent.mkdir(exist_ok=True)
         torch.save(images, part)
         part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch has the latter for folders that it cannot write, or full disks
+        with suppress(OSError):
+            part.unlink()
         rank_zero_warn(f"Decoded images cannot be kept for the next time: {error}")
 
 
@@ -338,12 +363,11 @@ class TinyImageNet(DecodedImages):
     def files(self, split: Split) -> tuple[list[Path], list[int]]:
         if split == "train":
             return self._by_class(self.root / "train")
-        table = self.root / "val" / "val_annotations.txt"
-        if not table.is_file():
+        folder, table = self.root / "val" / "images", self.root / "val" / "val_annotations.txt"
+        if not table.is_file() or not images_below(folder):
             return self._by_class(self.root / "val")  # sorted into classes afterwards, as many people do
-        names = sorted(path.name for path in (self.root / "train").iterdir() if path.is_dir())
         rows = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
-        return [self.root / "val" / "images" / row[0] for row in rows], [names.index(row[1]) for row in rows]
+        return self._numbered([(folder / row[0], row[1]) for row in rows])
 
 
 # ImageNet.
@@ -362,17 +386,41 @@ class ImageNet32(DecodedImages):
     help = "Or put train_data_batch_1 ... 10 and val_data there, from https://image-net.org/download-images.php."
 
     def read(self, split: Split) -> Batch:
-        stem = {"train": "train_data_batch_", "test": "val_data"}[split]
-        paths = sorted(path for path in self.root.rglob(f"{stem}*") if path.suffix in ("", ".npz"))
-        if not paths:
+        if not self._batches("train_data_batch_"):
             return super().read(split)
-        parts = [read_npz(path) if path.suffix else read_pickle(path) for path in paths]
-        pixels = np.concatenate([np.asarray(part["data"], dtype=np.uint8) for part in parts])
-        labels = np.concatenate([np.asarray(part["labels"], dtype=np.int64) for part in parts])
-        return torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), torch.from_numpy(labels - 1)  # labels count from 1
+        stem = {"train": "train_data_batch_", "test": "val_data"}[split]
+        paths = self._batches(stem)
+        if len({path.stem for path in paths}) != max(len(paths), 1):
+            raise MisconfigurationException(
+                f"{self.root.absolute()}, or a folder in it, must hold each {stem}* once, as it is or as .npz, got"
+                f" {[str(path.relative_to(self.root)) for path in paths]}."
+            )
+        pixels, labels = zip(*(read_batch(path) for path in paths), strict=True)
+        return torch.cat(pixels), torch.cat(labels)
+
+    def _batches(self, stem: str) -> list[Path]:
+        found = [*self.root.glob(f"{stem}*"), *self.root.glob(f"*/{stem}*")]
+        return sorted(path for path in found if path.suffix in ("", ".npz") and path.is_file())
 
     def files(self, split: Split) -> tuple[list[Path], list[int]]:
         return self._by_class(self.root / {"train": "train", "test": "val"}[split])
+
+
+def read_batch(path: Path) -> Batch:
+    """Read one of the published files, whose rows are images and whose labels count from 1."""
+    try:
+        part = read_npz(path) if path.suffix else read_pickle(path)
+        pixels, labels = np.asarray(part["data"]), np.asarray(part["labels"])
+    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+        raise MisconfigurationException(
+            f"{path} must be a batch of downsampled ImageNet, but it is not: {error}"
+        ) from error
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3 * 32 * 32) or labels.min() < 1:
+        raise MisconfigurationException(
+            f"{path} must have rows of 3,072 bytes, which are images of 32x32 pixels, and as many labels from 1, got"
+            f" {pixels.dtype} of shape {pixels.shape} and {len(labels)} labels from {labels.min()}."
+        )
+    return torch.from_numpy(pixels).view(-1, 3, 32, 32), torch.from_numpy(labels.astype(np.int64) - 1)
 
 
 def read_npz(path: Path) -> dict[str, Any]:
@@ -392,4 +440,5 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    return ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    with path.open("rb") as file:
+        return ArraysOnly(file, encoding="latin1").load()

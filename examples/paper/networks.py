@@ -1,7 +1,8 @@
 """The networks of the paper, for images of 32x32 pixels and more, and two small ones for computers without a GPU.
 
-ResNet-18 and VGG-16 are torchvision's with the usual changes for small images, and keep its names of parameters. The
-paper does not say which AlexNet it trains, and torchvision's needs images of 63 pixels: see `alexnet` for our guess.
+ResNet-18 and VGG-16 are torchvision's with the usual changes for small images, and keep its names of parameters; only
+VGG-16's three linear layers have become one, `classifier`. The paper does not say which AlexNet it trains, and
+torchvision's needs images of 63 pixels: see `alexnet` for our guess.
 
 | network | parameters (10 classes) | prunable weights |
 | --- | --- | --- |
@@ -12,6 +13,7 @@ paper does not say which AlexNet it trains, and torchvision's needs images of 63
 | digitnet | 24,058 | 23,824 |
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
@@ -64,7 +66,9 @@ def vgg16(num_classes: int) -> nn.Sequential:
     kaiming_(features)
     nn.init.normal_(classifier.weight, 0, 0.01)
     nn.init.zeros_(classifier.bias)
-    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
+    return nn.Sequential(
+        OrderedDict(features=features, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), classifier=classifier)
+    )
 
 
 def resnet18(num_classes: int) -> nn.Module:
