@@ -316,6 +316,7 @@ def write_images(experiment: str, monkeypatch: pytest.MonkeyPatch, source: Any) 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Layer collapse:UserWarning", "ignore:The network is cut off:UserWarning")
 @pytest.mark.parametrize("experiment", ROWS)
 def test_end_to_end(
     paper: Callable[[str], ModuleType],

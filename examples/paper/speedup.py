@@ -157,6 +157,7 @@ def measure(experiment: str, steps: int, rounds: int, overrides: Sequence[str]) 
     """Time DRIVE and IMP one after the other, each with dense steps of its own."""
     protocol = dict(vars(build(Wanted(experiment, "dense", "none", 0.0, 0), overrides).config.protocol))
     short = ["--protocol.epochs=2", "--protocol.warmup_epochs=1", f"--trainer.limit_train_batches={steps}"]
+    short += [f"--trainer.max_steps={steps + 1}"]  # a single step after pruning
     drive = build(Wanted(experiment, "drive", "none", 0.98, 0), [*overrides, *short, f"--pruning.rounds={rounds}"])
     cycle = ["--protocol.cycles=1", "--protocol.epochs_per_cycle=1", "--protocol.epochs=1"]
     imp = build(Wanted(experiment, "imp", "none", 0.98, 0), [*overrides, *short, *cycle])
