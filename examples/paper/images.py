@@ -398,7 +398,7 @@ def read_batch(path: Path) -> Batch:
 
 
 def read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # NumPy leaves broken files open
         return {name: arrays[name] for name in ("data", "labels")}
 
 
