@@ -357,7 +357,7 @@ def write_batch(path: Path, classes: list[int], start: int, kind: str, **changes
 
 
 @pytest.mark.parametrize("kind", ["pickle 2", "pickle 4", "npz"])
-@pytest.mark.parametrize("folders", [("", ""), ("Imagenet32_train", "Imagenet32_val")])
+@pytest.mark.parametrize("folders", [("", ""), ("Imagenet32_train", "val_data")])
 def test_imagenet32__batches(images: ModuleType, tmp_path: Path, kind: str, folders: tuple[str, str]) -> None:
     train, val = (tmp_path / folder for folder in folders)
     write_batch(train / "train_data_batch_1", [0, 2], 0, kind)
@@ -415,7 +415,7 @@ def test_imagenet32__content_error(
 
 
 @pytest.mark.parametrize("name", ["train_data_batch_1", "train_data_batch_1.npz"])
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", pickle.dumps({"data": 1})])
+@pytest.mark.parametrize("content", [b"", b"PK\3\4", b"<html>not found</html>", pickle.dumps({"data": 1})])
 def test_imagenet32__damaged_error(images: ModuleType, tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(MisconfigurationException, match=f"{name} must be a batch"):
