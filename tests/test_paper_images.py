@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from paper_images import Watcher, classes_of, numbers_of, paint, rows_of, save, trainer, write_tree
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 
@@ -55,6 +56,25 @@ def ready(data: Any) -> Any:
     data.prepare_data()
     data.setup("fit")
     return data
+
+
+# Digits
+
+
+def test_digits(images: ModuleType) -> None:
+    """What scikit-learn has, each image once, and every class in the same share of both parts."""
+    data = images.Digits()
+    (train, train_labels), (test, test_labels) = data.read("train"), data.read("test")
+    assert (train.shape, test.shape, train.dtype) == ((1347, 1, 8, 8), (450, 1, 8, 8), torch.uint8)
+    pixels, labels = load_digits(return_X_y=True)
+    rows = {(*row.astype(int).tolist(), label) for row, label in zip(pixels, labels.tolist(), strict=True)}
+    found = [
+        (*image.flatten().tolist(), label)
+        for image, label in zip(torch.cat([train, test]), torch.cat([train_labels, test_labels]).tolist(), strict=True)
+    ]
+    assert set(found) == rows
+    assert len(found) == len(labels)
+    assert (train_labels.bincount() / 1347 - test_labels.bincount() / 450).abs().max() < 0.002
 
 
 # CIFAR

@@ -39,7 +39,7 @@ def count(parameters: dict[str, nn.Parameter]) -> int:
 
 def test_build__knows_all(networks: ModuleType) -> None:
     """What a configuration may ask for is what can be built, and what is tested here."""
-    assert tuple(networks.NETWORKS) == NETWORKS == networks.Network.__args__
+    assert tuple(networks.NETWORKS) == (*NETWORKS, "digitnet") == networks.Network.__args__
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,7 @@ def test_build__knows_all(networks: ModuleType) -> None:
         ("resnet18", 200, 11_271_432, 11_261_632),
         ("resnet18", 1000, 11_681_832, 11_671_232),  # 1,728 of the stem instead of torchvision's 9,408
         ("convnet", 10, 391_466, 390_496),
+        ("digitnet", 10, 24_058, 23_824),
     ],
 )
 def test_counts(build: Build, network: str, num_classes: int, all_parameters: int, prunable: int) -> None:

@@ -16,25 +16,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import paper_images
 import pytest
 import torch
-from PIL import Image
 
 from lightning_drive import PruningReport
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
-
-
-def write_noise(folder: Path, num_train: int, num_test: int) -> None:
-    """Write random images of ten classes as a tree that `ImageTree` reads."""
-    noise = np.random.default_rng(0)
-    for split, count in (("train", num_train), ("test", num_test)):
-        for index in range(count):
-            path = folder / split / f"class{index % 10}" / f"{index}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(noise.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(path)
 
 
 @pytest.fixture
@@ -190,6 +178,14 @@ def test_read_options__errors(
     assert error in capsys.readouterr().err
 
 
+def test_kept(paper: Callable[[str], ModuleType]) -> None:
+    """Where the data is on a machine says nothing about results."""
+    assert paper("run").kept(["--data=ImageTree", "--data.root=here", "--data.name=x"]) == [
+        "--data=ImageTree",
+        "--data.name=x",
+    ]
+
+
 def test_phases(paper: Callable[[str], ModuleType]) -> None:
     stopwatch = paper("run").Stopwatch()
     stopwatch.seconds = [10.0, 11.0, 15.0, 12.0]  # pruned in 3 s at the beginning of epoch 2
@@ -200,18 +196,17 @@ def test_phases(paper: Callable[[str], ModuleType]) -> None:
     assert stopwatch.phases(ticket) == {"warmup": 0, "pruning": 24, "training": 24}
 
 
-SMALL = (
-    *("--data=ImageTree", "--data.root=images", "--data.train_images=null", "--data.test_images=null"),
+SHORT = (
     *("--protocol.epochs=6", "--protocol.warmup_epochs=1", "--protocol.cycles=2", "--protocol.epochs_per_cycle=2"),
-    *("--data.batch_size=16", "--data.name=noise"),
+    "--data.train_images=600",
 )
 
 
 def start(folder: Path, results: str, *methods: str, more: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """Start `run.py` as a user does."""
-    options = ["--experiments", "convnet_cifar10", "--methods", *methods, "--sparsities", "0.9", "--seeds", "0"]
+    options = ["--experiments", "digits", "--methods", *methods, "--sparsities", "0.9", "--seeds", "0"]
     return subprocess.Popen(
-        [sys.executable, PAPER / "run.py", *options, "--jobs", "2", "--results", results, "--", *SMALL, *more],
+        [sys.executable, PAPER / "run.py", *options, "--jobs", "2", "--results", results, "--", *SHORT, *more],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(PAPER.parents[1]), "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -228,7 +223,6 @@ def read(path: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_run__killed(tmp_path: Path) -> None:
     """What was done is kept, and what was under way goes on: as if nothing had happened."""
-    write_noise(tmp_path / "images", num_train=48, num_test=20)
     whole = start(tmp_path, "whole.jsonl", "dense", "imp")
     _, errors = whole.communicate(timeout=120)
     assert whole.returncode == 0, errors
@@ -257,9 +251,10 @@ def test_run__killed(tmp_path: Path) -> None:
             name: expected[method][name] for name in ("accuracy", "digest", "num_kept", "total_epochs")
         }
     assert found["imp"]["total_epochs"] == 2 * 2 + 6
-    assert found["imp"]["num_kept"] == 39_050
-    assert (found["imp"]["data"], found["imp"]["train_images"], found["imp"]["test_images"]) == ("noise", 48, 20)
-    assert found["imp"]["overrides"] == [each for each in SMALL if "root" not in each]
+    assert found["imp"]["num_kept"] == 2_382
+    assert (found["imp"]["data"], found["imp"]["train_images"], found["imp"]["test_images"]) == ("digits", 600, 450)
+    assert found["imp"]["overrides"] == list(SHORT)
+    assert all(line["accuracy"] > 0.3 for line in found.values())  # chance is 0.1
 
     other = start(tmp_path, "killed.jsonl", "dense", "imp", more=("--protocol.epochs=7",))
     _, errors = other.communicate(timeout=120)
@@ -270,8 +265,9 @@ def test_run__killed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_run__failure(tmp_path: Path) -> None:
     """A run that fails is told, and the others are done."""
-    write_noise(tmp_path / "images", num_train=32, num_test=10)
-    some = start(tmp_path, "r.jsonl", "snip", "magnitude", more=("--pruning.exclude=[network.0.weight]",))
+    some = start(
+        tmp_path, "r.jsonl", "snip", "magnitude", more=("--pruning.exclude=[network.0.weight]", "--data.batch_size=600")
+    )
     output, errors = some.communicate(timeout=120)
     assert some.returncode == 1
     assert "1 runs failed" in errors

@@ -140,7 +140,7 @@ def test_append(results: ModuleType, make: Callable[..., Any], tmp_path: Path) -
     line = first.read_text(encoding="utf-8").splitlines()[0]
     assert '"data": "Übung"' in line
     assert list(json.loads(line)) == list(LINE) == [field.name for field in fields(results.Run)]
-    assert results.read([first, second]) == [runs[0], runs[2], runs[1]]
+    assert results.read([first, second], results.Run) == [runs[0], runs[2], runs[1]]
 
 
 def test_append__reaches_the_disk(
@@ -170,7 +170,7 @@ def test_append__waits(results: ModuleType, make: Callable[..., Any], tmp_path: 
         assert writer.is_alive()
         assert not path.read_bytes()
     writer.join(timeout=10)
-    assert results.read([path]) == [make()]
+    assert results.read([path], results.Run) == [make()]
 
 
 def test_append__after_a_torn_line(results: ModuleType, make: Callable[..., Any], tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_append__after_a_torn_line(results: ModuleType, make: Callable[..., Any]
     path.write_bytes(b'{"experiment": "alex')
     results.append(path, make())
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: is not JSON"):
-        results.read([path])
+        results.read([path], results.Run)
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
-    assert results.read([path]) == [make()]
+    assert results.read([path], results.Run) == [make()]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_read__bad_value_error(results: ModuleType, tmp_path: Path, changes: dic
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(LINE) + "\n" + json.dumps({**LINE, **changes}) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: {message}"):
-        results.read([path])
+        results.read([path], results.Run)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_read__bad_line_error(results: ModuleType, tmp_path: Path, text: str, me
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(LINE) + "\n" + text, encoding="utf-8")
     with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: {message}"):
-        results.read([path])
+        results.read([path], results.Run)
 
 
 def test_published(results: ModuleType, published: ModuleType) -> None:
@@ -742,3 +742,60 @@ def test_figures__fit(figures: ModuleType, alexnet: list[Any], seeds: Callable[.
     for names in named:
         boxes = [name.get_window_extent() for name in names]
         assert not any(one.overlaps(other) for index, one in enumerate(boxes) for other in boxes[:index])
+
+
+# What speedup.py and collapse.py found.
+
+MEASURED = {
+    **{"experiment": "resnet18_cifar10", "data": "noise", "batch_size": 128, "hardware": "a CPU"},
+    **{"versions": {"torch": "2.0"}, "revision": "abc", "date": "2026-01-02"},
+}
+
+
+def test_speedup_table(results: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
+    """Rows have what follows from seconds, beside the limit, and what the paper says: 21,000 s over 270 s."""
+    protocol = {"epochs": 200, "warmup_epochs": 5, "cycles": 50, "epochs_per_cycle": 20}
+    seconds = {"seconds_per_step": 3.6, "seconds_per_round": 7.2, "seconds_of_pruning": 72.0, "seconds_per_cut": 36.0}
+    counts = {"steps_per_epoch": 391, "timed_steps": 8, "timed_rounds": 10}
+    results.append(tmp_path / "s.jsonl", results.Speedup(**MEASURED, **counts, **seconds, protocol=protocol))
+    table = tables.speedup_table(results.read([tmp_path / "s.jsonl"], results.Speedup))
+    # DRIVE: 5 * 391 steps of 3.6 s, 72 s, and 90 rounds more of 7.2 s; IMP: 50 times 20 * 391 steps, and 36 s
+    [row] = rows(table).values()
+    assert (row["DRIVE"], row["IMP"]) == ("2.2 h", "391.5 h")
+    assert (row["speed-up"], row["limit"], row["share"], row["paper"]) == ("182x", "190x", "95.5%", "78x")
+    assert (row["step"], row["round"], row["cut"], row["steps per epoch"]) == ("3.6 s", "7.2 s", "36.0 s", "391")
+    assert table.caption[0].startswith("Timed: 8 steps, 10 rounds and a cut;")
+    assert table.caption[1] == "Measured on noise; batches of 128; a CPU; torch 2.0; 2026-01-02; revision abc."
+
+
+def test_collapse_table(results: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
+    for sparsity, seed, effective in ((0.98, 0, 0.981), (0.993, 0, 1.0), (0.993, 1, 0.9975), (0.993, 2, 1.0)):
+        own = {"method": "SNIP", "sparsity": sparsity, "seed": seed, "effective_sparsity": effective, "num_kept": 5}
+        results.append(tmp_path / "c.jsonl", results.Collapse(**MEASURED, **own, empty_layers=[], overrides=[]))
+    unknown = {"method": "SynFlow", "sparsity": 0.98, "seed": 0, "effective_sparsity": None, "num_kept": 5}
+    results.append(tmp_path / "c.jsonl", results.Collapse(**MEASURED, **unknown, empty_layers=[], overrides=[]))
+    table = tables.collapse_table(results.read([tmp_path / "c.jsonl"], results.Collapse))
+    assert rows(table) == {
+        "ResNet-18, CIFAR-10: SNIP": {"98%": "0 of 1 (98.10% to 98.10%)", "99.3%": "2 of 3 (99.75% to 100.00%)"},
+        "ResNet-18, CIFAR-10: SynFlow": {"98%": "0 of 1", "99.3%": "not run"},
+    }
+    assert table.caption[1].startswith("Seeds 0, 1, 2. Measured on noise;")
+
+
+def test_main__more(
+    results: ModuleType, tables: ModuleType, seeds: Callable[..., list[Any]], tmp_path: Path, capsys: Any
+) -> None:
+    """Both come after the tables of runs; other lines are refused."""
+    for run in [*seeds("snip", 0.9, [62.0]), *seeds("warmup_snip", 0.9, [62.0])]:
+        results.append(tmp_path / "r.jsonl", run)
+    own = {"method": "SNIP", "sparsity": 0.5, "seed": 0, "effective_sparsity": 1.0, "num_kept": 5}
+    results.append(tmp_path / "c.jsonl", results.Collapse(**MEASURED, **own, empty_layers=[], overrides=[]))
+    brief = [str(tmp_path / "r.jsonl"), "--brief"]
+    tables.main([*brief, "--collapses", str(tmp_path / "c.jsonl")])
+    shown = capsys.readouterr().out
+    assert shown.count("Table 1. ") == shown.count("Networks cut off") == 1
+    assert shown.index("Table 1. ") < shown.index("Networks cut off")
+    assert "DRIVE's parts" not in shown
+    assert "time to masks" not in shown
+    with pytest.raises(SystemExit, match=r"c\.jsonl, line 1: lacks"):
+        tables.main([*brief, "--speedups", str(tmp_path / "c.jsonl")])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
-from typing import IO, Any, Literal, get_args, get_type_hints
+from typing import IO, Any, Literal, TypeVar, get_args, get_type_hints
 
 try:
     import fcntl
@@ -44,6 +44,7 @@ METHODS = {
     "drive_long": "DRIVE, as long as IMP",
 }
 CONTROLS = get_args(Control)
+PAPER_ROUNDS = 100  # of DRIVE
 SECONDS = ("warmup", "pruning", "training")
 KINDS: dict[Any, Any] = {  # what JSON may hold for a field so annotated
     str: str,
@@ -78,7 +79,7 @@ class Run:
         num_kept: Number of those that it left.
         effective_sparsity: Fraction of the weights that can't matter; `None` where nobody looked.
         seconds: Durations of "warmup", "pruning" (with IMP's cycles) and "training" (after the masks).
-        digest: Fingerprint of the settings.
+        digest: Fingerprint of the masks.
         warnings: What was warned of.
         overrides: What the command line changed in the configuration files.
         versions: Name of a library to its version.
@@ -145,6 +146,72 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Collapse:
+    """What a method left of a network."""
+
+    experiment: str
+    method: str
+    sparsity: float
+    seed: int
+    data: str
+    batch_size: int
+    num_kept: int
+    effective_sparsity: float | None
+    empty_layers: list[str]
+    overrides: list[str]
+    versions: dict[str, str]
+    hardware: str
+    revision: str
+    date: str
+
+    @property
+    def is_cut_off(self) -> bool:
+        return self.effective_sparsity == 1
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """What was timed for an experiment, in seconds, and what follows from it."""
+
+    experiment: str
+    data: str
+    batch_size: int
+    steps_per_epoch: int  # with all of the paper's images
+    protocol: dict[str, int]
+    timed_steps: int
+    timed_rounds: int
+    seconds_per_step: float
+    seconds_per_round: float
+    seconds_of_pruning: float  # with as many rounds as were timed
+    seconds_per_cut: float
+    versions: dict[str, str]
+    hardware: str
+    revision: str
+    date: str
+
+    @property
+    def drive(self) -> float:
+        """Seconds until DRIVE has its masks."""
+        warmup = self.protocol["warmup_epochs"] * self.steps_per_epoch * self.seconds_per_step
+        return warmup + self.seconds_of_pruning + (PAPER_ROUNDS - self.timed_rounds) * self.seconds_per_round
+
+    @property
+    def imp(self) -> float:
+        """Seconds until IMP has its masks."""
+        cycle = self.protocol["epochs_per_cycle"] * self.steps_per_epoch * self.seconds_per_step
+        return self.protocol["cycles"] * (cycle + self.seconds_per_cut)
+
+    @property
+    def limit(self) -> float:
+        """IMP's time over DRIVE's, if a round cost a step and all else nothing."""
+        cycles = self.protocol["cycles"] * self.protocol["epochs_per_cycle"] * self.steps_per_epoch
+        return cycles / (self.protocol["warmup_epochs"] * self.steps_per_epoch + PAPER_ROUNDS)
+
+
+Line = TypeVar("Line", Run, Collapse, Speedup)
+
+
+@dataclass(frozen=True)
 class Summary:
     """What some runs that differ only in their seed have in common: in percent, or in seconds."""
 
@@ -183,12 +250,12 @@ def duration(mean: float, deviation: float | None = None) -> str:
     return f"{mean:,.{digits}f}{spread} s"
 
 
-def read(paths: Sequence[Path]) -> list[Run]:
+def read(paths: Sequence[Path], kind: type[Line]) -> list[Line]:
     """Read every line of some files, in their order."""
-    return [run for path in paths for run in read_file(path)]
+    return [line for path in paths for line in read_file(path, kind)]
 
 
-def append(path: Path, run: Run) -> None:
+def append(path: Path, run: Run | Collapse | Speedup) -> None:
     """Add a line, whole, though several processes write to the same file."""
     line = json.dumps(asdict(run), ensure_ascii=False, allow_nan=False).encode() + b"\n"
     with path.open("a+b") as file, locked(file):
@@ -204,32 +271,32 @@ def duplicates(runs: Sequence[Run]) -> list[Key]:
     return [key for key, count in Counter(run.key for run in runs).items() if count > 1]
 
 
-def read_file(path: Path) -> list[Run]:
-    runs = []
+def read_file(path: Path, kind: type[Line]) -> list[Line]:
+    lines = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
             raise ValueError(f"{path}, line {number}: does not end; whoever wrote it was stopped, so delete this line")
         try:
-            runs.append(parse(line))
+            lines.append(parse(line, kind))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-    return runs
+    return lines
 
 
-def parse(line: bytes) -> Run:
-    """Turn a line into a run."""
+def parse(line: bytes, kind: type[Line]) -> Line:
+    """Turn a line into what it says."""
     try:
         values = json.loads(line)
     except ValueError as error:
         raise ValueError("is not JSON") from error
     if not isinstance(values, dict):
         raise ValueError("is not a JSON object")
-    names = [field.name for field in fields(Run)]
+    names = [field.name for field in fields(kind)]
     missing = [name for name in names if name not in values]
     if missing or len(values) > len(names):
         unknown = [name for name in values if name not in names]
         raise ValueError(f"lacks {', '.join(missing) or 'nothing'}, and has unknown {', '.join(unknown) or 'nothing'}")
-    return Run(**values)
+    return kind(**values)
 
 
 @contextlib.contextmanager

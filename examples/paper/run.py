@@ -87,13 +87,13 @@ class Stopwatch(pl.Callback):
         self._start = 0.0
         self._random: dict[str, Tensor] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if "cpu" in self._random:
             torch.set_rng_state(self._random["cpu"])
+            torch.empty((), dtype=torch.int64).random_()  # as the epoch's iterator does, which is there already
         if "cuda" in self._random:
             torch.cuda.set_rng_state(self._random["cuda"])
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._random = {}
         self._start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -229,7 +229,7 @@ def all_wanted(options: argparse.Namespace) -> list[Wanted]:
 
 def missing(wanted: Sequence[Wanted], path: Path, overrides: Sequence[str]) -> list[Wanted]:
     """Leave out what is in the results; refuse to go on where that was made by other settings."""
-    done = {run.key: run for run in results.read_file(path)} if path.is_file() else {}
+    done = {run.key: run for run in results.read_file(path, Run)} if path.is_file() else {}
     given = kept(overrides)
     for each in wanted:
         if each.key in done and done[each.key].overrides != given:

@@ -18,12 +18,10 @@ Unless `--data.root` says where images are they are noise: what they show costs 
 """
 
 import argparse
-import json
 import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -31,56 +29,17 @@ from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
+import results
+import tables
 import torch
 from images import Batch, Images, Split
 from protocol import PaperCLI
-from rich import box
+from results import PAPER_ROUNDS, Speedup
 from rich.console import Console
-from rich.table import Table
 from run import Wanted, be_quiet, build, hardware, revision, versions
 from typing_extensions import override
 
 TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "tinyimagenet": 100_000, "imagenet32": 1_281_167}
-ROUNDS = 100  # in the paper
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """What was timed for an experiment, in seconds, and what follows from it."""
-
-    experiment: str
-    data: str
-    batch_size: int
-    steps_per_epoch: int  # with all of the paper's images
-    protocol: dict[str, int]
-    timed_steps: int
-    timed_rounds: int
-    seconds_per_step: float
-    seconds_per_round: float
-    seconds_of_pruning: float  # with as many rounds as were timed
-    seconds_per_cut: float
-    versions: dict[str, str]
-    hardware: str
-    revision: str
-    date: str
-
-    @property
-    def drive(self) -> float:
-        """Seconds until DRIVE has its masks."""
-        warmup = self.protocol["warmup_epochs"] * self.steps_per_epoch * self.seconds_per_step
-        return warmup + self.seconds_of_pruning + (ROUNDS - self.timed_rounds) * self.seconds_per_round
-
-    @property
-    def imp(self) -> float:
-        """Seconds until IMP has its masks."""
-        cycle = self.protocol["epochs_per_cycle"] * self.steps_per_epoch * self.seconds_per_step
-        return self.protocol["cycles"] * (cycle + self.seconds_per_cut)
-
-    @property
-    def limit(self) -> float:
-        """IMP's time over DRIVE's, if a round cost a step and all else nothing."""
-        cycles = self.protocol["cycles"] * self.protocol["epochs_per_cycle"] * self.steps_per_epoch
-        return cycles / (self.protocol["warmup_epochs"] * self.steps_per_epoch + ROUNDS)
 
 
 class Noise(Images):
@@ -187,22 +146,6 @@ def measure(experiment: str, steps: int, rounds: int, overrides: Sequence[str]) 
     )
 
 
-def print_table(speedups: Sequence[Speedup]) -> None:
-    table = Table(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("experiment", no_wrap=True)
-    for heading in ("step", "round", "cut", "DRIVE", "IMP", "speed-up", "limit", "share"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for each in speedups:
-        ratio = each.imp / each.drive
-        table.add_row(
-            each.experiment,
-            *(f"{seconds:.3g} s" for seconds in (each.seconds_per_step, each.seconds_per_round, each.seconds_per_cut)),
-            *(f"{seconds / 3600:.3g} h" for seconds in (each.drive, each.imp)),
-            *(f"{ratio:.0f}x", f"{each.limit:.0f}x", f"{ratio / each.limit:.1%}"),
-        )
-    Console().print(table)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
@@ -211,21 +154,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--experiments", metavar="NAME", nargs="+", required=True, help="as for `main.py`, but those of the paper only")
     add("--steps", metavar="N", type=int, default=10, help="training steps to time, for each of the two (default: 10)")
-    add("--rounds", metavar="N", type=int, default=ROUNDS, help="rounds of DRIVE to time (default: 100)")
+    add("--rounds", metavar="N", type=int, default=PAPER_ROUNDS, help="rounds of DRIVE to time (default: 100)")
     add("--results", metavar="FILE", type=Path, help="file that a line of JSON is added to for each experiment")
     options = parser.parse_args(argv[:split])
     if unknown := [name for name in options.experiments if name.rpartition("_")[2] not in TRAIN_IMAGES]:
         parser.error(f"argument --experiments: {unknown[0]} is not one of the paper's")
-    if options.steps < 3 or not 3 <= options.rounds <= ROUNDS:
+    if options.steps < 3 or not 3 <= options.rounds <= PAPER_ROUNDS:
         parser.error("at least 3 steps and between 3 and 100 rounds have to be timed")
     be_quiet()
     speedups = []
     for experiment in options.experiments:
         speedups.append(measure(experiment, options.steps, options.rounds, argv[split + 1 :]))
-        print_table(speedups[-1:])
+        tables.speedup_table(speedups[-1:]).print(Console())
         if options.results:
-            with options.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(speedups[-1])) + "\n")
+            results.append(options.results, speedups[-1])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
     python examples/paper/tables.py RESULTS.jsonl [MORE.jsonl ...]
     python examples/paper/tables.py RESULTS.jsonl --markdown README.md    # between its marks, see MARKS
+    python examples/paper/tables.py RESULTS.jsonl --brief --markdown README.md      # only the tables of accuracies
     python examples/paper/tables.py RESULTS.jsonl --figures DIR           # convnet_cifar10_figure5.png and so on
+    python examples/paper/tables.py RESULTS.jsonl --speedups FILE --collapses FILE  # of speedup.py and collapse.py
 
 A cell has the mean of its runs, which differ in their seeds, the sample standard deviation and the number of runs;
 below stands the paper's figure, if there is one, and in brackets how far ours is above it, in bold from one percentage
@@ -20,7 +22,7 @@ from pathlib import Path
 import figures
 import published
 import results
-from results import CONTROLS, EXPERIMENTS, METHODS, Key, Run, Summary
+from results import CONTROLS, EXPERIMENTS, METHODS, Collapse, Key, Run, Speedup, Summary
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -59,13 +61,17 @@ class Table:
         return "\n\n".join((f"**{self.title}**", table, *self.caption))
 
 
-def all_tables(runs: Sequence[Run]) -> list[Table]:
+def all_tables(runs: Sequence[Run], brief: bool = False) -> list[Table]:
     tables = []
     for experiment in EXPERIMENTS:
         own = [run for run in runs if run.experiment == experiment]
         main = [run for run in own if run.method in MAIN and run.control == "none"]
         if main:
-            tables += [accuracy_table(experiment, main), time_table(experiment, main)]
+            tables.append(accuracy_table(experiment, main))
+        if brief:
+            continue
+        if main:
+            tables.append(time_table(experiment, main))
         if any(run.control != "none" for run in own):
             tables.append(control_table(experiment, own))
         if any(run.method in ABLATIONS for run in own):
@@ -138,6 +144,69 @@ def ablation_table(experiment: str, runs: Sequence[Run]) -> Table:
     title = f"{EXPERIMENTS[experiment]}: what DRIVE's parts do, by test accuracy in % at a sparsity of"
     note = "In brackets: difference to DRIVE, in percentage points."
     return Table(title, ["", *map(percent, columns)], rows, [note, *measured_on(chosen)])
+
+
+def speedup_table(speedups: Sequence[Speedup]) -> Table:
+    headings = ["", "steps per epoch", "step", "round", "cut", "DRIVE", "IMP", "speed-up", "limit", "share", "paper"]
+    rows = []
+    for each in speedups:
+        paper = published.PRUNING_SECONDS.get(each.experiment, {})
+        measured = (each.seconds_per_step, each.seconds_per_round, each.seconds_per_cut)
+        rows.append(
+            [
+                EXPERIMENTS[each.experiment],
+                f"{each.steps_per_epoch:,}",
+                *(results.duration(seconds) for seconds in measured),
+                *(f"{seconds / 3600:,.1f} h" for seconds in (each.drive, each.imp)),
+                f"{each.imp / each.drive:.0f}x",
+                f"{each.limit:.0f}x",
+                f"{each.imp / each.drive / each.limit:.1%}",
+                speed_up({method: float(seconds) for method, seconds in paper.items()}, "drive"),
+            ]
+        )
+    timed = f"{results.listed(each.timed_steps for each in speedups)} steps, "
+    timed += f"{results.listed(each.timed_rounds for each in speedups)} rounds and a cut"
+    caption = [
+        f"Timed: {timed}; the rest is multiplied out, with the paper's epochs and 100 rounds. The limit is IMP's time"
+        " over DRIVE's if a round cost a step and all else nothing.",
+        measured_with(speedups),
+    ]
+    return Table("Time to masks under the paper's protocol, DRIVE against IMP", headings, rows, caption)
+
+
+def collapse_table(collapses: Sequence[Collapse]) -> Table:
+    """Count the networks without a path from input to output, which give every image the same answer."""
+    columns = sorted({each.sparsity for each in collapses})
+    groups: dict[tuple[str, str], dict[float, list[Collapse]]] = {}
+    for each in collapses:
+        groups.setdefault((each.experiment, each.method), {}).setdefault(each.sparsity, []).append(each)
+    rows = [
+        [f"{EXPERIMENTS[experiment]}: {method}", *(collapsed(own.get(sparsity, ())) for sparsity in columns)]
+        for (experiment, method), own in groups.items()
+    ]
+    note = "In brackets: their sparsity when what is kept but on no such path is counted as removed, lowest to highest."
+    seeds = ", ".join(map(str, sorted({each.seed for each in collapses})))
+    title = "Networks cut off from input to output before training, at a sparsity of"
+    return Table(title, ["", *map(percent, columns)], rows, [note, f"Seeds {seeds}. {measured_with(collapses)}"])
+
+
+def collapsed(found: Sequence[Collapse]) -> str:
+    if not found:
+        return "not run"
+    effective = [each.effective_sparsity for each in found if each.effective_sparsity is not None]
+    spread = f" ({min(effective):.2%} to {max(effective):.2%})" if effective else ""
+    return f"{sum(each.is_cut_off for each in found)} of {len(found)}{spread}"
+
+
+def measured_with(lines: Sequence[Speedup | Collapse]) -> str:
+    versions = results.listed(", ".join(f"{name} {number}" for name, number in each.versions.items()) for each in lines)
+    parts = (
+        results.listed(each.data for each in lines),
+        f"batches of {results.listed(each.batch_size for each in lines)}",
+        *(results.listed(each.hardware for each in lines), versions, results.listed(each.date for each in lines)),
+        f"revision {results.listed(each.revision for each in lines)}",
+    )
+    return f"Measured on {'; '.join(parts)}."
 
 
 def sparsities(runs: Iterable[Run]) -> list[float]:
@@ -239,7 +308,7 @@ def write_markdown(path: Path, tables: Sequence[Table]) -> None:
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     try:
-        runs = results.read(paths)
+        runs = results.read(paths, Run)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     if not runs:
@@ -271,6 +340,9 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Print tables of finished runs beside the paper's figures.")
     add = parser.add_argument
     add("results", metavar="RESULTS", type=Path, nargs="+", help="file with a JSON line for every run")
+    add("--brief", action="store_true", help="only the tables of accuracies")
+    add("--speedups", metavar="FILE", type=Path, help="results of speedup.py")
+    add("--collapses", metavar="FILE", type=Path, help="results of collapse.py")
     add("--markdown", metavar="FILE", type=Path, help="put the tables between the marks in this file, too")
     add("--figures", metavar="DIR", type=Path, help="folder for the figures")
     return parser.parse_args(argv)
@@ -279,12 +351,16 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv)
     runs = read_runs(options.results)
-    tables = all_tables(runs)
+    tables = all_tables(runs, options.brief)
     try:
+        if options.speedups:
+            tables.append(speedup_table(results.read([options.speedups], Speedup)))
+        if options.collapses:
+            tables.append(collapse_table(results.read([options.collapses], Collapse)))
         if options.markdown:
             write_markdown(options.markdown, tables)
         drawn = figures.save_all(runs, options.figures) if options.figures else []
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file or a pipe needs no breaks
     for table in tables:

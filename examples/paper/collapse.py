@@ -1,0 +1,77 @@
+r"""See which methods cut a network off at initialisation: no path is left from its input to its output.
+
+    python examples/paper/collapse.py --experiments vgg16_cifar10 --results collapse.jsonl -- --data.root=DIR
+
+Such a network gives the same answer to every image, and no training will change that: its accuracy is that of chance.
+Nothing is trained here; a seed sets the initial weights and the batches that a method reads. What follows `--` goes to
+every run as to `main.py`. "effective sparsity" counts as removed what is kept but on no such path.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import date
+from itertools import product
+from pathlib import Path
+
+import results
+from results import Collapse
+from run import Wanted, be_quiet, build, hardware, kept, revision, versions
+
+METHODS = {  # what to call them, and what they add to a method's file
+    "SNIP": ("snip", []),
+    "SNIP, BatchNorm by running statistics": ("snip", ["--pruning.mode=eval"]),
+    "iterative SNIP, 20 rounds": ("iterative_snip", ["--pruning.rounds=20"]),
+    "SynFlow": ("synflow", []),
+    "Magnitude": ("magnitude", []),
+}
+
+
+def prune(experiment: str, method: str, sparsity: float, seed: int, overrides: Sequence[str]) -> Collapse:
+    """Prune before the first step, and stop after it."""
+    name, more = METHODS[method]
+    cli = build(Wanted(experiment, name, "none", sparsity, seed), [*overrides, *more, "--trainer.max_steps=1"])
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    report = cli.config_init.pruning.report
+    return Collapse(
+        experiment=experiment,
+        method=method,
+        sparsity=sparsity,
+        seed=seed,
+        data=cli.datamodule.name,
+        batch_size=cli.datamodule.batch_size,
+        num_kept=report.num_kept,
+        effective_sparsity=report.effective_sparsity,
+        empty_layers=[layer.name for layer in report.layers if not layer.num_kept],
+        overrides=kept(overrides),
+        versions=versions(),
+        hardware=hardware(),
+        revision=revision(),
+        date=date.today().isoformat(),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--experiments", metavar="NAME", nargs="+", required=True, help="as for `main.py`")
+    add("--methods", metavar="NAME", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
+    add("--sparsities", metavar="S", nargs="+", type=float, default=[0.95, 0.98, 0.993], help="fractions to remove")
+    add("--seeds", metavar="N", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--results", metavar="FILE", type=Path, required=True, help="file that a line is added to for each network")
+    options = parser.parse_args(argv[:split])
+    be_quiet()
+    for experiment, method, sparsity, seed in product(
+        options.experiments, options.methods, options.sparsities, options.seeds
+    ):
+        found = prune(experiment, method, sparsity, seed, argv[split + 1 :])
+        results.append(options.results, found)
+        state = "cut off" if found.is_cut_off else f"effective sparsity {found.effective_sparsity}"
+        print(f"{experiment}, {method}, {sparsity:.1%}, seed {seed}: {state}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
