@@ -161,6 +161,16 @@ def test_all_wanted(paper: Callable[[str], ModuleType]) -> None:
     assert [each.key for each in wanted] == [("convnet_cifar10", *each, seed) for seed in (4, 2) for each in one_seed]
 
 
+def test_all_wanted__sparsities_of_the_paper(paper: Callable[[str], ModuleType]) -> None:
+    run = paper("run")
+    both = run.read_options(["--experiments", "vgg16_cifar10", "resnet18_imagenet32", "--results", "r.jsonl"])
+    found: dict[str, set[float]] = {}
+    for each in run.all_wanted(both):
+        found.setdefault(each.experiment, set()).add(each.sparsity)
+    assert found["vgg16_cifar10"] == {0.0, 0.9, 0.95, 0.98, 0.993}
+    assert found["resnet18_imagenet32"] == {0.0, 0.7, 0.8, 0.9, 0.95}
+
+
 @pytest.mark.parametrize(
     ("line", "error"),
     [

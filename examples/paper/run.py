@@ -52,7 +52,7 @@ QUIET = (
     *("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"),
     *("--trainer.enable_model_summary=false", "--trainer.limit_val_batches=0"),
 )
-SPARSITIES = (0.9, 0.95, 0.98, 0.993)
+SPARSITIES, IMAGENET_SPARSITIES = (0.9, 0.95, 0.98, 0.993), (0.7, 0.8, 0.9, 0.95)  # of the paper's tables
 LIBRARIES = ("torch", "torchvision", "lightning", "lightning-drive")
 
 
@@ -217,13 +217,13 @@ def revision() -> str:
 def all_wanted(options: argparse.Namespace) -> list[Wanted]:
     """List all runs; dense is dense, whatever the sparsity and the control."""
     found: dict[Wanted, None] = {}  # as an ordered set
-    for seed, experiment, sparsity, control, method in product(
-        options.seeds, options.experiments, options.sparsities, options.controls, options.methods
-    ):
-        if method == "dense":
-            found[Wanted(experiment, method, "none", 0.0, seed)] = None
-        else:
-            found[Wanted(experiment, method, control, sparsity, seed)] = None
+    for seed, experiment in product(options.seeds, options.experiments):
+        papers = IMAGENET_SPARSITIES if experiment == "resnet18_imagenet32" else SPARSITIES
+        for sparsity, control, method in product(options.sparsities or papers, options.controls, options.methods):
+            if method == "dense":
+                found[Wanted(experiment, method, "none", 0.0, seed)] = None
+            else:
+                found[Wanted(experiment, method, control, sparsity, seed)] = None
     return list(found)
 
 
@@ -284,48 +284,19 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
         usage="%(prog)s --experiments NAME [NAME ...] --results FILE [options] [-- what every run is given]",
         description=__doc__.splitlines()[0],
     )
-    add = parser.add_argument
-    add(
-        "--experiments",
-        metavar="NAME",
-        nargs="+",
-        required=True,
-        choices=results.EXPERIMENTS,
-        help=listed(results.EXPERIMENTS),
-    )
-    add(
-        "--methods",
-        metavar="NAME",
-        nargs="+",
-        choices=results.METHODS,
-        default=["dense", "snip", "synflow", "drive", "imp"],
-        help=listed(results.METHODS) + " (default: dense, snip, synflow, drive, imp)",
-    )
-    add(
-        "--sparsities",
-        metavar="S",
-        nargs="+",
-        type=float,
-        default=SPARSITIES,
-        help="fractions to remove (default: the paper's, 0.9 0.95 0.98 0.993)",
-    )
+    add, names = parser.add_argument, ", ".join
+    usual = ["dense", "snip", "synflow", "drive", "imp"]
+    known = results.EXPERIMENTS
+    add("--experiments", metavar="NAME", nargs="+", required=True, choices=known, help=names(known))
+    explained = f"{names(results.METHODS)} (default: {names(usual)})"
+    add("--methods", metavar="NAME", nargs="+", choices=results.METHODS, default=usual, help=explained)
+    explained = "fractions to remove (default: the paper's, 0.9 0.95 0.98 0.993; for ImageNet 0.7 0.8 0.9 0.95)"
+    add("--sparsities", metavar="S", nargs="+", type=float, default=[], help=explained)
     add("--seeds", metavar="N", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
-    add(
-        "--controls",
-        metavar="NAME",
-        nargs="+",
-        choices=results.CONTROLS,
-        default=["none"],
-        help="none, shuffle, reinit (default: none)",
-    )
+    explained = f"{names(results.CONTROLS)} (default: none)"
+    add("--controls", metavar="NAME", nargs="+", choices=results.CONTROLS, default=["none"], help=explained)
     add("--jobs", metavar="N", type=int, default=1, help="how many runs at once (default: 1)")
-    add(
-        "--results",
-        metavar="FILE",
-        type=Path,
-        required=True,
-        help="file that a line is added to for each run that is done",
-    )
+    add("--results", metavar="FILE", type=Path, required=True, help="file that gets a line for each run that is done")
     options = parser.parse_args(argv[:split])
     options.overrides = argv[split + 1 :]
     if not all(0 < sparsity < 1 for sparsity in options.sparsities):
@@ -335,10 +306,6 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     if not options.results.absolute().parent.is_dir():
         parser.error(f"argument --results: there is no folder {options.results.parent}")
     return options
-
-
-def listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
