@@ -396,3 +396,35 @@ def test_speedup__measured(
     assert 0 < found.seconds_per_step < seconds
     assert 0 < found.seconds_per_cut < seconds
     assert f"{found.imp / found.drive:.0f}x" in capsys.readouterr().out
+
+
+# Who cuts a network off.
+
+
+def test_collapse(paper: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The largest initial weights are those of layers with few inputs, so that others lose all of theirs."""
+    collapse, results = paper("collapse"), paper("results")
+    few = ["--experiments", "digits", "--sparsities", "0.5", "0.98", "--seeds", "4", "--results", "c.jsonl"]
+    with warnings.catch_warnings():
+        collapse.main([*few, "--methods", "SNIP", "Magnitude", "--", "--data.batch_size=32"])
+    found = results.read_file(tmp_path / "c.jsonl", results.Collapse)
+    assert [(each.method, each.sparsity, each.num_kept, each.is_cut_off) for each in found] == [
+        ("SNIP", 0.5, 11_912, False),
+        ("SNIP", 0.98, 476, False),
+        ("Magnitude", 0.5, 11_912, False),
+        ("Magnitude", 0.98, 476, True),
+    ]
+    assert [bool(each.empty_layers) for each in found] == [False, False, False, True]
+    assert {(each.seed, each.data, each.batch_size) for each in found} == {(4, "digits", 32)}
+    assert "digits, Magnitude, 98.0%, seed 4: cut off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["SNIP", "SNIP, BatchNorm by running statistics", "iterative SNIP, 20 rounds"])
+def test_collapse__methods(paper: Callable[[str], ModuleType], method: str) -> None:
+    """What a method is called is what it does."""
+    collapse, run = paper("collapse"), paper("run")
+    name, more = collapse.METHODS[method]
+    pruning = run.build(run.Wanted("digits", name, "none", 0.9, 0), more).config_init.pruning
+    assert (pruning.method.mode == "eval") == ("running" in method)
+    assert pruning.method.rounds == (20 if "20" in method else 1)
+    assert pruning.warmup_epochs == 0
