@@ -10,13 +10,12 @@ every run as to `main.py`. "effective sparsity" counts as removed what is kept b
 import argparse
 import sys
 from collections.abc import Sequence
-from datetime import date
 from itertools import product
 from pathlib import Path
 
 import results
 from results import Collapse
-from run import Wanted, be_quiet, build, hardware, kept, revision, versions
+from run import Wanted, be_quiet, build, circumstances, kept
 
 METHODS = {  # what to call them, and what they add to a method's file
     "SNIP": ("snip", []),
@@ -44,10 +43,7 @@ def prune(experiment: str, method: str, sparsity: float, seed: int, overrides: S
         effective_sparsity=report.effective_sparsity,
         empty_layers=[layer.name for layer in report.layers if not layer.num_kept],
         overrides=kept(overrides),
-        versions=versions(),
-        hardware=hardware(),
-        revision=revision(),
-        date=date.today().isoformat(),
+        **circumstances(),
     )
 
 

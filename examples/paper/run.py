@@ -176,10 +176,7 @@ def describe(cli: PaperCLI, wanted: Wanted, overrides: Sequence[str], accuracy: 
         digest=report.digest if report else "",
         warnings=list(report.warnings) if report else [],
         overrides=kept(overrides),
-        versions=versions(),
-        hardware=hardware(),
-        revision=revision(),
-        date=date.today().isoformat(),
+        **circumstances(),
     )
 
 
@@ -188,8 +185,11 @@ def kept(overrides: Iterable[str]) -> list[str]:
     return [each for each in overrides if not each.startswith("--data.root=")]
 
 
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+def circumstances() -> dict[str, Any]:
+    """Say under what circumstances a result came about."""
+    versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    today = date.today().isoformat()
+    return {"versions": versions, "hardware": hardware(), "revision": revision(), "date": today}
 
 
 def hardware() -> str:

@@ -22,7 +22,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -36,7 +35,7 @@ from images import Batch, Images, Split
 from protocol import PaperCLI
 from results import PAPER_ROUNDS, Speedup
 from rich.console import Console
-from run import Wanted, be_quiet, build, hardware, revision, versions
+from run import Wanted, be_quiet, build, circumstances
 from typing_extensions import override
 
 TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "tinyimagenet": 100_000, "imagenet32": 1_281_167}
@@ -139,10 +138,7 @@ def measure(experiment: str, steps: int, rounds: int, overrides: Sequence[str]) 
         seconds_per_round=median(between_rounds[: rounds - 1]),  # later passes are those for BatchNorm's statistics
         seconds_of_pruning=pruning,
         seconds_per_cut=cut,
-        versions=versions(),
-        hardware=hardware(),
-        revision=revision(),
-        date=date.today().isoformat(),
+        **circumstances(),
     )
 
 
