@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
@@ -785,17 +786,21 @@ def test_collapse_table(results: ModuleType, tables: ModuleType, tmp_path: Path)
 def test_main__more(
     results: ModuleType, tables: ModuleType, seeds: Callable[..., list[Any]], tmp_path: Path, capsys: Any
 ) -> None:
-    """Both come after the tables of runs; other lines are refused."""
+    """Both come after the tables of runs, which the brief page has fewer of; other lines are refused."""
     for run in [*seeds("snip", 0.9, [62.0]), *seeds("warmup_snip", 0.9, [62.0])]:
         results.append(tmp_path / "r.jsonl", run)
     own = {"method": "SNIP", "sparsity": 0.5, "seed": 0, "effective_sparsity": 1.0, "num_kept": 5}
     results.append(tmp_path / "c.jsonl", results.Collapse(**MEASURED, **own, empty_layers=[], overrides=[]))
-    brief = [str(tmp_path / "r.jsonl"), "--brief"]
-    tables.main([*brief, "--collapses", str(tmp_path / "c.jsonl")])
-    shown = capsys.readouterr().out
-    assert shown.count("Table 1. ") == shown.count("Networks cut off") == 1
-    assert shown.index("Table 1. ") < shown.index("Networks cut off")
-    assert "DRIVE's parts" not in shown
-    assert "time to masks" not in shown
+    page, readme = tmp_path / "page.md", tmp_path / "readme.md"
+    for path in (page, readme):
+        path.write_bytes(b"\n".join(tables.MARKS))
+    runs = [str(tmp_path / "r.jsonl"), "--markdown", str(page), "--brief", str(readme)]
+    tables.main([*runs, "--collapses", str(tmp_path / "c.jsonl")])
+    for shown in (page.read_text(), capsys.readouterr().out):
+        places = [shown.index(text) for text in ("Table 1. ", "time to masks", "DRIVE's parts", "Networks cut off")]
+        assert places == sorted(places)
+    assert re.findall(r"^\*\*(.*)\*\*$", readme.read_text(), re.MULTILINE) == [
+        "Table 1. AlexNet, CIFAR-10: test accuracy in % at a sparsity of"
+    ]
     with pytest.raises(SystemExit, match=r"c\.jsonl, line 1: lacks"):
-        tables.main([*brief, "--speedups", str(tmp_path / "c.jsonl")])
+        tables.main([*runs, "--speedups", str(tmp_path / "c.jsonl")])

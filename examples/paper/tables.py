@@ -1,8 +1,8 @@
 """Print tables of finished runs beside the paper's figures, and draw its figures from them.
 
     python examples/paper/tables.py RESULTS.jsonl [MORE.jsonl ...]
-    python examples/paper/tables.py RESULTS.jsonl --markdown README.md    # between its marks, see MARKS
-    python examples/paper/tables.py RESULTS.jsonl --brief --markdown README.md      # only the tables of accuracies
+    python examples/paper/tables.py RESULTS.jsonl --markdown PAGE.md      # between its marks, see MARKS
+    python examples/paper/tables.py RESULTS.jsonl --brief README.md       # the same, with the accuracies only
     python examples/paper/tables.py RESULTS.jsonl --figures DIR           # convnet_cifar10_figure5.png and so on
     python examples/paper/tables.py RESULTS.jsonl --speedups FILE --collapses FILE  # of speedup.py and collapse.py
 
@@ -340,10 +340,10 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Print tables of finished runs beside the paper's figures.")
     add = parser.add_argument
     add("results", metavar="RESULTS", type=Path, nargs="+", help="file with a JSON line for every run")
-    add("--brief", action="store_true", help="only the tables of accuracies")
     add("--speedups", metavar="FILE", type=Path, help="results of speedup.py")
     add("--collapses", metavar="FILE", type=Path, help="results of collapse.py")
     add("--markdown", metavar="FILE", type=Path, help="put the tables between the marks in this file, too")
+    add("--brief", metavar="FILE", type=Path, help="put the tables of accuracies between the marks in this file, too")
     add("--figures", metavar="DIR", type=Path, help="folder for the figures")
     return parser.parse_args(argv)
 
@@ -351,7 +351,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = read_options(argv)
     runs = read_runs(options.results)
-    tables = all_tables(runs, options.brief)
+    tables = all_tables(runs)
     try:
         if options.speedups:
             tables.append(speedup_table(results.read([options.speedups], Speedup)))
@@ -359,6 +359,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             tables.append(collapse_table(results.read([options.collapses], Collapse)))
         if options.markdown:
             write_markdown(options.markdown, tables)
+        if options.brief:
+            write_markdown(options.brief, all_tables(runs, brief=True))
         drawn = figures.save_all(runs, options.figures) if options.figures else []
     except (OSError, ValueError) as error:
         sys.exit(str(error))
