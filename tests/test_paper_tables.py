@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
@@ -804,3 +805,19 @@ def test_main__more(
     ]
     with pytest.raises(SystemExit, match=r"c\.jsonl, line 1: lacks"):
         tables.main([*runs, "--speedups", str(tmp_path / "c.jsonl")])
+
+
+def test_committed_pages(tables: ModuleType, tmp_path: Path) -> None:
+    """What README and the page of results say between the marks is what the committed results say."""
+    root = PAPER.parents[1]
+    folder = PAPER / "results"
+    shutil.copy(root / "README.md", tmp_path / "readme.md")
+    shutil.copy(folder / "README.md", tmp_path / "page.md")
+    measured = ["--speedups", str(folder / "speedup.jsonl"), "--collapses", str(folder / "collapse.jsonl")]
+    pages = ["--markdown", str(tmp_path / "page.md"), "--brief", str(tmp_path / "readme.md")]
+    tables.main([str(folder / "convnet_cifar10.jsonl"), *measured, *pages])
+    assert (tmp_path / "readme.md").read_text() == (root / "README.md").read_text()
+    assert (tmp_path / "page.md").read_text() == (folder / "README.md").read_text()
+    for path in (root / "README.md", folder / "README.md"):
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", path.read_text()):
+            assert (path.parent / picture).is_file(), picture

@@ -209,7 +209,7 @@ def new_figure(comparison: Comparison, title: str) -> tuple[Figure, Axes]:
 
 
 def finish(figure: Figure, handles: Sequence[Artist]) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
 
 
 def draw_curves(axes: Axes, ours: Curves, theirs: published.Accuracies) -> list[Line2D]:
