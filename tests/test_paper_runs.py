@@ -226,31 +226,44 @@ def start(folder: Path, results: str, *methods: str, more: tuple[str, ...] = ())
     )
 
 
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[str, str]:
+    """Wait for output and errors, and leave nothing running."""
+    try:
+        return process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def read(path: Path) -> dict[str, Any]:
     return {line["method"]: line for line in map(json.loads, path.read_text().splitlines())}
+
+
+def wait_for(folder: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
 def test_run__killed(tmp_path: Path) -> None:
     """What was done is kept, and what was under way goes on: as if nothing had happened."""
     whole = start(tmp_path, "whole.jsonl", "dense", "imp")
-    _, errors = whole.communicate(timeout=120)
+    _, errors = finish(whole)
     assert whole.returncode == 0, errors
 
-    killed = start(tmp_path, "killed.jsonl", "dense", "imp")
     checkpoints = tmp_path / "killed.jsonl.checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("*imp*/epoch=[2-9].ckpt")):
-        assert time.monotonic() < deadline
-        assert killed.poll() is None
-        time.sleep(0.01)
+    killed = start(tmp_path, "killed.jsonl", "dense", "imp")
+    wait_for(checkpoints, "*imp*/epoch=[2-9].ckpt", killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     before = read(tmp_path / "killed.jsonl") if (tmp_path / "killed.jsonl").exists() else {}
     assert "imp" not in before
 
     again = start(tmp_path, "killed.jsonl", "dense", "imp")
-    output, errors = again.communicate(timeout=120)
+    output, errors = finish(again)
     assert again.returncode == 0, errors
     assert f"{2 - len(before)} runs to do" in output
     assert not checkpoints.exists()
@@ -267,9 +280,21 @@ def test_run__killed(tmp_path: Path) -> None:
     assert all(line["accuracy"] > 0.3 for line in found.values())  # chance is 0.1
 
     other = start(tmp_path, "killed.jsonl", "dense", "imp", more=("--protocol.epochs=7",))
-    _, errors = other.communicate(timeout=120)
+    _, errors = finish(other)
     assert other.returncode == 1
     assert "Give the same, or another --results." in errors
+
+
+@pytest.mark.slow
+def test_run__interrupted(tmp_path: Path) -> None:
+    """Ctrl+C ends what is under way at once, and what waits for its turn is not begun."""
+    started = start(tmp_path, "r.jsonl", "dense", "snip", "synflow", "imp", more=("--protocol.epochs=5000",))
+    wait_for(tmp_path / "r.jsonl.checkpoints", "*dense*/epoch=[2-9].ckpt", started)
+    os.killpg(started.pid, signal.SIGINT)
+    _, errors = finish(started, timeout=30)
+    assert started.returncode == 1
+    assert "The same command goes on from here." in errors
+    assert not (tmp_path / "r.jsonl").exists()
 
 
 @pytest.mark.slow
@@ -278,7 +303,7 @@ def test_run__failure(tmp_path: Path) -> None:
     some = start(
         tmp_path, "r.jsonl", "snip", "magnitude", more=("--pruning.exclude=[network.0.weight]", "--data.batch_size=600")
     )
-    output, errors = some.communicate(timeout=120)
+    output, errors = finish(some)
     assert some.returncode == 1
     assert "1 runs failed" in errors
     assert "magnitude, 90%, seed 0: failed" in output

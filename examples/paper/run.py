@@ -269,7 +269,8 @@ def do_all(wanted: Sequence[Wanted], options: argparse.Namespace) -> int:
                     seconds = f"{run.seconds_to_masks:.1f} s to the masks, {run.total_seconds:.0f} s in all"
                     print(f"{head} {run.accuracy:.2%}, {seconds}", flush=True)
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()  # or else it would go on with what waits for its turn
             sys.exit("Stopped. The same command goes on from here.")
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -34,7 +34,6 @@ import torch
 from images import Batch, Images, Split
 from protocol import PaperCLI
 from results import PAPER_ROUNDS, Speedup
-from rich.console import Console
 from run import Wanted, be_quiet, build, circumstances
 from typing_extensions import override
 
@@ -161,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     speedups = []
     for experiment in options.experiments:
         speedups.append(measure(experiment, options.steps, options.rounds, argv[split + 1 :]))
-        tables.speedup_table(speedups[-1:]).print(Console())
+        tables.speedup_table(speedups[-1:]).print()
         if options.results:
             results.append(options.results, speedups[-1])
 

@@ -43,7 +43,8 @@ class Table:
     rows: Sequence[Sequence[str]]
     caption: Sequence[str]
 
-    def print(self, console: Console) -> None:
+    def print(self) -> None:
+        console = Console(width=None if sys.stdout.isatty() else 200)  # a file or a pipe needs no breaks
         table = RichTable(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False, show_lines=True)
         for place, heading in enumerate(self.headings):
             table.add_column(heading, justify="right" if place else "left")
@@ -364,9 +365,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         drawn = figures.save_all(runs, options.figures) if options.figures else []
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    console = Console(width=None if sys.stdout.isatty() else 200)  # a file or a pipe needs no breaks
     for table in tables:
-        table.print(console)
+        table.print()
     for path in drawn:
         print(path)
 
