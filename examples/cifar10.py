@@ -8,7 +8,10 @@ r"""Compare a dense ResNet-18 with ones pruned by DRIVE, on CIFAR-10.
 `DIR/test/<class>/*`. Networks and data are those of `paper/`, where the paper's own experiments are, too: the settings
 here are ours, not the paper's, which trains for 200 epochs from a learning rate of 0.01.
 
-MEASURED
+Measured on 2026-11-25 with Python 3.11, torch 2.14 and Lightning 2.6.6, on two very busy cores of an AMD EPYC: the
+second command took 4 minutes of processor time with seed 0 on CIFAR-10 stored as JPEG. Dense, the small network
+recognises 54.5 % of the test images; with 2 % of its weights, 49.7 %. One seed says little after so short a training.
+The first command, and a GPU, are not measured.
 """
 
 import argparse
@@ -120,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no list of devices
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # there is nothing for them to do
+    warnings.filterwarnings("ignore", message=".*have no `validation_step`")  # a network is tested once, at the end
 
     data = load(options)
     try:
