@@ -309,7 +309,7 @@ def test_decoded__at_once(tree: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert [stored for _, stored in partial] == [[], []]
     assert torch.equal(*found)
     [stored] = (tmp_path / "decoded").iterdir()
-    assert torch.equal(torch.load(stored), found[0])
+    assert torch.equal(torch.load(stored, weights_only=True), found[0])
 
 
 # Tiny ImageNet
@@ -640,7 +640,7 @@ def test_two_processes(tmp_path: Path) -> None:
     """Two ranks that decode at once share the training images of every epoch, without one left out or shown twice."""
     write_tree(tmp_path)
     processes.run(paper_images.both_ranks, tmp_path, log=tmp_path / "log.txt")
-    ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
     assert len(list((tmp_path / "decoded").iterdir())) == 2
     for epochs in zip(*ranks, strict=True):
         assert [len(epoch) for epoch in epochs] == [6, 6]

@@ -29,14 +29,15 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
 import results
 import torch
+import torchvision
 from classifier import ImageClassifier
 from images import Images
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -44,6 +45,7 @@ from protocol import CONFIGS, PaperCLI
 from results import Control, Run
 from torch import Tensor
 
+import lightning_drive
 from lightning_drive import PruningReport
 from lightning_drive.prunable import prunable_parameters
 from lightning_drive.pruning import PruningCallback
@@ -53,7 +55,7 @@ QUIET = (
     *("--trainer.enable_model_summary=false", "--trainer.limit_val_batches=0"),
 )
 SPARSITIES, IMAGENET_SPARSITIES = (0.9, 0.95, 0.98, 0.993), (0.7, 0.8, 0.9, 0.95)  # of the paper's tables
-LIBRARIES = ("torch", "torchvision", "lightning", "lightning-drive")
+LIBRARIES = (torch, torchvision, lightning, lightning_drive)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class Stopwatch(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if "cpu" in self._random:
             torch.set_rng_state(self._random["cpu"])
-            torch.empty((), dtype=torch.int64).random_()  # as the epoch's iterator does, which is there already
+            if getattr(trainer.fit_loop, "is_resuming", False):  # Lightning 2.6 has this epoch's iterator already,
+                torch.empty((), dtype=torch.int64).random_()  # which draws a number where it is made
         if "cuda" in self._random:
             torch.cuda.set_rng_state(self._random["cuda"])
         self._random = {}
@@ -187,7 +190,7 @@ def kept(overrides: Iterable[str]) -> list[str]:
 
 def circumstances() -> dict[str, Any]:
     """Say under what circumstances a result came about."""
-    versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    versions = {"python": platform.python_version(), **{each.__name__: str(each.__version__) for each in LIBRARIES}}
     today = date.today().isoformat()
     return {"versions": versions, "hardware": hardware(), "revision": revision(), "date": today}
 
