@@ -8,14 +8,13 @@ every run as to `main.py`. "effective sparsity" counts as removed what is kept b
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 import results
 from results import Collapse
-from run import Wanted, be_quiet, build, circumstances, kept
+from run import Wanted, be_quiet, build, circumstances, divided, kept
 
 METHODS = {  # what to call them, and what they add to a method's file
     "SNIP": ("snip", []),
@@ -48,8 +47,7 @@ def prune(experiment: str, method: str, sparsity: float, seed: int, overrides: S
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    split = argv.index("--") if "--" in argv else len(argv)
+    own, overrides = divided(argv)
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -58,12 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--sparsities", metavar="S", nargs="+", type=float, default=[0.95, 0.98, 0.993], help="fractions to remove")
     add("--seeds", metavar="N", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--results", metavar="FILE", type=Path, required=True, help="file that a line is added to for each network")
-    options = parser.parse_args(argv[:split])
+    options = parser.parse_args(own)
     be_quiet()
     for experiment, method, sparsity, seed in product(
         options.experiments, options.methods, options.sparsities, options.seeds
     ):
-        found = prune(experiment, method, sparsity, seed, argv[split + 1 :])
+        found = prune(experiment, method, sparsity, seed, overrides)
         results.append(options.results, found)
         state = "cut off" if found.is_cut_off else f"effective sparsity {found.effective_sparsity}"
         print(f"{experiment}, {method}, {sparsity:.1%}, seed {seed}: {state}", flush=True)

@@ -27,7 +27,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -71,6 +71,10 @@ class Wanted:
     @property
     def key(self) -> results.Key:
         return self.experiment, self.method, self.control, self.sparsity, self.seed
+
+    @property
+    def folder(self) -> str:
+        return "_".join(map(str, self.key))
 
     def __str__(self) -> str:
         parts = [self.experiment, self.method, f"{100 * self.sparsity:g}%", f"seed {self.seed}"]
@@ -126,18 +130,15 @@ class Stopwatch(pl.Callback):
 # One run.
 
 
-def do(wanted: Wanted, overrides: Sequence[str], folder: Path) -> Run:
+def do(wanted: Wanted, overrides: Sequence[str], checkpoints: Path) -> Run:
     """Train and test a network, from the beginning or from where an earlier process left it."""
-    cli = build(wanted, overrides)
-    stopwatch, checkpoints = Stopwatch(), folder / "_".join(map(str, wanted.key))
+    cli, stopwatch = build(wanted, overrides), Stopwatch()
     cli.trainer.callbacks.insert(0, stopwatch)
     cli.trainer.callbacks.append(ModelCheckpoint(checkpoints, filename="{epoch}"))  # the last epoch's alone
     saved = sorted(checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=saved[-1] if saved else None)
     metrics = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    run = describe(cli, wanted, overrides, metrics[0]["test_accuracy"], stopwatch)
-    shutil.rmtree(checkpoints)
-    return run
+    return describe(cli, wanted, overrides, metrics[0]["test_accuracy"], stopwatch)
 
 
 def build(wanted: Wanted, overrides: Sequence[str]) -> PaperCLI:
@@ -160,11 +161,7 @@ def describe(cli: PaperCLI, wanted: Wanted, overrides: Sequence[str], accuracy: 
     num_weights = sum(weight.numel() for weight in prunable_parameters(cli.model).values())
     data = cli.datamodule
     return Run(
-        experiment=wanted.experiment,
-        method=wanted.method,
-        control=wanted.control,
-        sparsity=wanted.sparsity,
-        seed=wanted.seed,
+        **asdict(wanted),
         data=data.name,
         train_images=len(data.splits["train"]),
         test_images=len(data.splits["test"]),
@@ -259,7 +256,7 @@ def do_all(wanted: Sequence[Wanted], options: argparse.Namespace) -> int:
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     spawn = multiprocessing.get_context("spawn")  # CUDA cannot be used in forked processes
     with ProcessPoolExecutor(options.jobs, spawn, start_worker, (threads,)) as pool:
-        jobs = {pool.submit(do, each, options.overrides, folder): each for each in wanted}
+        jobs = {pool.submit(do, each, options.overrides, folder / each.folder): each for each in wanted}
         try:
             for number, job in enumerate(as_completed(jobs), start=1):
                 head = f"[{number} of {len(jobs)}, {time.monotonic() - start:.0f} s] {jobs[job]}:"
@@ -269,6 +266,7 @@ def do_all(wanted: Sequence[Wanted], options: argparse.Namespace) -> int:
                 else:
                     run = job.result()
                     results.append(options.results, run)
+                    shutil.rmtree(folder / jobs[job].folder)  # not before the line is there
                     seconds = f"{run.seconds_to_masks:.1f} s to the masks, {run.total_seconds:.0f} s in all"
                     print(f"{head} {run.accuracy:.2%}, {seconds}", flush=True)
         except KeyboardInterrupt:
@@ -280,10 +278,16 @@ def do_all(wanted: Sequence[Wanted], options: argparse.Namespace) -> int:
     return failed
 
 
-def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    assert __doc__
+def divided(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Divide the command line into what stands before `--` and what every run is given."""
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
+    return argv[:split], argv[split + 1 :]
+
+
+def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    assert __doc__
+    own, overrides = divided(argv)
     parser = argparse.ArgumentParser(
         usage="%(prog)s --experiments NAME [NAME ...] --results FILE [options] [-- what every run is given]",
         description=__doc__.splitlines()[0],
@@ -301,8 +305,8 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--controls", metavar="NAME", nargs="+", choices=results.CONTROLS, default=["none"], help=explained)
     add("--jobs", metavar="N", type=int, default=1, help="how many runs at once (default: 1)")
     add("--results", metavar="FILE", type=Path, required=True, help="file that gets a line for each run that is done")
-    options = parser.parse_args(argv[:split])
-    options.overrides = argv[split + 1 :]
+    options = parser.parse_args(own)
+    options.overrides = overrides
     if not all(0 < sparsity < 1 for sparsity in options.sparsities):
         parser.error(f"argument --sparsities: these are fractions to remove, between 0 and 1, got {options.sparsities}")
     if options.jobs < 1:

@@ -19,7 +19,6 @@ Unless `--data.root` says where images are they are noise: what they show costs 
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -34,7 +33,7 @@ import torch
 from images import Batch, Images, Split
 from protocol import PaperCLI
 from results import PAPER_ROUNDS, Speedup
-from run import Wanted, be_quiet, build, circumstances
+from run import Wanted, be_quiet, build, circumstances, divided
 from typing_extensions import override
 
 TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "tinyimagenet": 100_000, "imagenet32": 1_281_167}
@@ -142,8 +141,7 @@ def measure(experiment: str, steps: int, rounds: int, overrides: Sequence[str]) 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    split = argv.index("--") if "--" in argv else len(argv)
+    own, overrides = divided(argv)
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -151,18 +149,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--steps", metavar="N", type=int, default=10, help="training steps to time, for each of the two (default: 10)")
     add("--rounds", metavar="N", type=int, default=PAPER_ROUNDS, help="rounds of DRIVE to time (default: 100)")
     add("--results", metavar="FILE", type=Path, help="file that a line of JSON is added to for each experiment")
-    options = parser.parse_args(argv[:split])
+    options = parser.parse_args(own)
     if unknown := [name for name in options.experiments if name.rpartition("_")[2] not in TRAIN_IMAGES]:
         parser.error(f"argument --experiments: {unknown[0]} is not one of the paper's")
     if options.steps < 3 or not 3 <= options.rounds <= PAPER_ROUNDS:
         parser.error("at least 3 steps and between 3 and 100 rounds have to be timed")
     be_quiet()
-    speedups = []
     for experiment in options.experiments:
-        speedups.append(measure(experiment, options.steps, options.rounds, argv[split + 1 :]))
-        tables.speedup_table(speedups[-1:]).print()
+        found = measure(experiment, options.steps, options.rounds, overrides)
+        tables.speedup_table([found]).print()
         if options.results:
-            results.append(options.results, speedups[-1])
+            results.append(options.results, found)
 
 
 if __name__ == "__main__":
