@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import flow, gradients, prunable, ranking, schedules, shards
+from lightning_drive import flow, gradients, masking, prunable, ranking, schedules, shards
 from lightning_drive import sparsity as measures
 from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
@@ -234,7 +234,7 @@ def _starting_masks(
 @torch.no_grad()
 def _mask_(weights: Mapping[str, Tensor], masks: Masks) -> None:
     for name, mask in masks.items():
-        weights[name].masked_fill_(~mask, 0)
+        masking.zero_(weights[name], ~mask)
 
 
 def _prune(

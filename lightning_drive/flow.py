@@ -71,46 +71,70 @@ _ARITHMETIC = {
 }
 
 
-def synaptic_flow(
-    module: nn.Module, parameters: Mapping[str, nn.Parameter], example_input: Tensor
-) -> tuple[dict[str, Tensor], float]:
-    r"""Gradients of the synaptic flow :math:`R = \mathbf{1}^T f(|\theta|; \mathbf{1})` (Tanaka et al., 2020).
+class SynapticFlow:
+    r"""The synaptic flow :math:`R = \mathbf{1}^T f(|\theta|; \mathbf{1})` of a network (Tanaka et al., 2020).
 
     The network runs in float64 on an input of ones, with absolute weights, and with all that would break its
     homogeneity removed: biases, BatchNorm's shift and running mean are zero; its absolute scale and its running
     variance stay. In a feed-forward network the scores :math:`|\theta \odot \partial R / \partial |\theta||` of every
     layer then sum to :math:`R`.
 
-    Call it in eval mode with autocast off (:func:`lightning_drive.gradients.undisturbed`).
+    Use it in eval mode with autocast off (:func:`lightning_drive.gradients.undisturbed`).
 
     Args:
         module: The network; its ``forward`` takes one tensor.
-        parameters: Parameter name to the live prunable parameters, already masked.
-        example_input: Any input of the right shape, batch dimension first; only the shape and device of its first
-            sample matter (and the values, where they are integers, such as token ids).
-
-    Returns:
-        Parameter name to :math:`\partial R / \partial |\theta|` in float64, and :math:`R`.
+        parameters: Parameter name to the live prunable parameters. They may change from one use to the next, by
+            masks, say; memory for them in float64 is kept.
 
     Raises:
         ValueError: If a parameter, prunable or not, is complex.
 
     """
-    for name, parameter in module.named_parameters():
-        if parameter.is_complex():
-            raise ValueError(f"SynFlow is not defined for complex parameters ({name!r}). Use another method.")
-    tensors = {
-        name: _flow_value(name, value).requires_grad_(name in parameters)
-        for name, value in (*module.named_parameters(), *module.named_buffers())
-    }
-    total = _sum_of_outputs(functional_call(module, tensors, (_ones(example_input, torch.float64),)))
-    leaves = [tensors[name] for name in parameters]
-    gradients = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
-    flow = {
-        name: torch.zeros_like(leaf) if gradient is None else gradient
-        for name, leaf, gradient in zip(parameters, leaves, gradients, strict=True)
-    }
-    return flow, total.item()
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in module.named_parameters():
+            if parameter.is_complex():
+                raise ValueError(f"SynFlow is not defined for complex parameters ({name!r}). Use another method.")
+        self._module = module
+        self._parameters = parameters
+        self._leaves = {
+            name: torch.empty_like(parameter, dtype=torch.float64, requires_grad=True)
+            for name, parameter in parameters.items()
+        }
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        r"""Prunable parameter name to :math:`|\theta|` in float64, as of the last call of :meth:`gradients`."""
+        return {name: leaf.detach() for name, leaf in self._leaves.items()}
+
+    def gradients(self, example_input: Tensor) -> tuple[dict[str, Tensor], float]:
+        r"""Compute the gradients of the flow with respect to the absolute weights.
+
+        Args:
+            example_input: Any input of the right shape, batch dimension first; only the shape and device of its first
+                sample matter (and the values, where they are integers, such as token ids).
+
+        Returns:
+            Parameter name to :math:`\partial R / \partial |\theta|` in float64, and :math:`R`.
+
+        """
+        for name, weight in self.weights.items():
+            weight.copy_(self._parameters[name].detach()).abs_()
+        others = {
+            name: _flow_value(name, value)
+            for name, value in (*self._module.named_parameters(), *self._module.named_buffers())
+            if name not in self._leaves
+        }
+        outputs = functional_call(self._module, others | self._leaves, (_ones(example_input, torch.float64),))
+        total = _sum_of_outputs(outputs)
+        if not total.requires_grad:
+            return {name: torch.zeros_like(weight) for name, weight in self.weights.items()}, total.item()
+        gradients = torch.autograd.grad(total, list(self._leaves.values()), allow_unused=True)
+        found = {
+            name: torch.zeros_like(weight) if gradient is None else gradient
+            for (name, weight), gradient in zip(self.weights.items(), gradients, strict=True)
+        }
+        return found, total.item()
 
 
 def layers_without_flow(module: nn.Module, example_input: Tensor) -> list[str]:

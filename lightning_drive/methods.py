@@ -45,7 +45,7 @@ class Network:
         self._loss_fn = loss_fn
         self._example_input = example_input
         self.warnings: list[str] = []
-        self._flow_checked = False
+        self._flow: flow.SynapticFlow | None = None
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -99,8 +99,11 @@ class Network:
             self._ranks.mean_(found.values())
         return found
 
-    def synaptic_flow(self) -> tuple[dict[str, Tensor], float]:
-        """Compute the gradients of the synaptic flow, and the flow; see :func:`lightning_drive.flow.synaptic_flow`.
+    def synaptic_flow(self) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+        """Compute the synaptic flow, see :class:`lightning_drive.flow.SynapticFlow`.
+
+        Returns:
+            Parameter name to absolute weights and to the gradients of the flow, which the caller owns; and the flow.
 
         Raises:
             ValueError: If the flow is not defined for much of the network. For a few layers it is a warning.
@@ -111,10 +114,11 @@ class Network:
                 "SynFlow runs the network with absolute weights, which cannot be put in while they are sharded over"
                 " ranks. Use DRIVE or SNIP, or find the masks before `fully_shard`."
             )
-        if not self._flow_checked:
+        if self._flow is None:
             self._check_flow()
-            self._flow_checked = True
-        return flow.synaptic_flow(self.module, self._parameters, self.example_input())
+            self._flow = flow.SynapticFlow(self.module, self._parameters)
+        found, total = self._flow.gradients(self.example_input())
+        return self._flow.weights, found, total
 
     def _check_flow(self) -> None:
         layers = flow.layers_without_flow(self.module, self.example_input())
@@ -242,7 +246,7 @@ class SynFlow:
 
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.scores.synflow` in float64."""
-        found, total = network.synaptic_flow()
+        weights, found, total = network.synaptic_flow()
         if total == 0 or not any(gradient.any() for gradient in found.values()):
             cause = " ".join(network.warnings) or (
                 "A layer is zero-initialised or empty, or the input is integer-valued; start from weights that are not"
@@ -250,7 +254,7 @@ class SynFlow:
             )
             where = "no signal reaches the output" if total == 0 else "but it does not depend on any weight"
             raise ValueError(f"The synaptic flow R is {total:g}: {where}. {cause}")
-        return {name: scores.synflow(weight.detach(), found.pop(name)) for name, weight in network.weights.items()}
+        return {name: scores.synflow(weight, found[name], out=found[name]) for name, weight in weights.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,12 @@
 """Scores in, keep masks out: the exact number of highest scores, with ties settled by position.
 
 Non-negative floats sort like their bit patterns read as integers. So the k-th highest score of any number of
-tensors is found digit by digit from histograms (a radix select): three passes for float32, five for float64, most
-of them over a small remainder, and the scores of different tensors are never joined into one.
+tensors is found digit by digit from histograms (a radix select): two passes for float32, four for float64. The scores
+of different tensors are never joined into one, and nothing of their size is kept but the masks.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -13,14 +14,19 @@ from torch import Tensor
 
 from lightning_drive.ranks import ALONE, Ranks
 
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 """Entries looked at together: temporaries stay this small however large a tensor is."""
 
-_SHIFTS = {torch.int32: (20, 10, 0), torch.int64: (52, 39, 26, 13, 0)}
-"""Where each digit starts. The first digit is 12 bits wide: the sign, the exponent and what fits of the mantissa."""
+_DIGIT = 16
+"""Bits of a digit. The first one has the sign, the exponent and what fits of the mantissa."""
 
-_FIRST_NON_FINITE = {torch.int32: 0x7F8, torch.int64: 0x7FF}
-_FIRST_NEGATIVE = 0x800
+_BINS = 1 << _DIGIT
+_FIRST_NON_FINITE = {torch.float32: 0x7F80, torch.float64: 0x7FF0}
+_FEW = 8
+"""Entries are copied out where they are at most one in so many, so that copies take no more memory than the masks."""
+
+_PRUNED = _BINS - 1
+"""Where entries are counted that are pruned already: their bits are all set, as those of a negative NaN are."""
 
 
 class Ranking(NamedTuple):
@@ -72,13 +78,15 @@ def keep_highest(
 
     """
     alive = alive or {}
-    own = sum(int(alive[name].count_nonzero()) if name in alive else score.numel() for name, score in scores.items())
-    total = int(ranks.sum(torch.tensor(own)))
+    counts = {
+        name: int(alive[name].count_nonzero()) if name in alive else score.numel() for name, score in scores.items()
+    }
+    total = int(ranks.sum(torch.tensor(sum(counts.values()))))
     if not 1 <= num_kept <= total:
         raise ValueError(f"`num_kept` must be in 1..{total}, the number of scores to choose from, got {num_kept}.")
     dtype = torch.float64 if any(score.dtype == torch.float64 for score in scores.values()) else torch.float32
     scores = {name: score.detach().to(dtype).contiguous() for name, score in scores.items()}
-    threshold, ties_kept, num_tied = _cut(scores, num_kept, alive, dtype, ranks)
+    threshold, ties_kept, num_tied = _cut(scores, num_kept, alive, counts, ranks)
     masks = _masks(scores, alive, threshold, ties_kept if ties_kept < num_tied else None, ranks)
     return Ranking(masks, threshold, num_kept - ties_kept, num_tied, num_kept)
 
@@ -115,47 +123,71 @@ def keep_highest_each(
     }
 
 
+class _Part(NamedTuple):
+    """What there is to rank in a tensor."""
+
+    scores: Tensor
+    alive: Tensor | None
+    num_pruned: int
+
+    @classmethod
+    def of(cls, scores: Tensor, alive: Tensor | None, count: int) -> "_Part":
+        """Drop what is pruned already where that is most; to mark it costs less where it is not."""
+        scores = scores.view(-1)
+        if alive is None or count == len(scores):
+            return cls(scores, None, 0)
+        alive = alive.reshape(-1)
+        if count * _FEW > len(scores):
+            return cls(scores, alive, len(scores) - count)
+        pairs = zip(torch.split(scores, CHUNK), torch.split(alive, CHUNK), strict=True)
+        return cls(torch.cat([chunk[mask] for chunk, mask in pairs]), None, 0)
+
+    def keys(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Go through the bit patterns, some at a time; those of pruned entries have all bits set."""
+        masks = repeat(None) if self.alive is None else torch.split(self.alive, CHUNK)
+        for chunk, mask in zip(torch.split(self.scores, CHUNK), masks):  # noqa: B905
+            key = (chunk + 0.0).view(dtype)  # adding 0.0 makes -0.0, whose sign bit is set, a zero
+            yield key if mask is None else key.bitwise_or_(mask.view(torch.int8) - 1)
+
+
 def _cut(
-    scores: Mapping[str, Tensor], num_kept: int, alive: Mapping[str, Tensor], dtype: torch.dtype, ranks: Ranks
+    scores: Mapping[str, Tensor],
+    num_kept: int,
+    alive: Mapping[str, Tensor],
+    counts: Mapping[str, int],
+    ranks: Ranks,
 ) -> tuple[float, int, int]:
     """Find the threshold, how many scores equal to it are kept, and how many there are."""
+    dtype = next(iter(scores.values())).dtype
     key_dtype = torch.int64 if dtype == torch.float64 else torch.int32
-    first, *others = _SHIFTS[key_dtype]
-    histogram = _histogram((key >> first & 0xFFF for key in _keys(scores, alive, dtype)), 0x1000, ranks)
-    if histogram[_FIRST_NON_FINITE[key_dtype] :].any():
-        raise ValueError(_unrankable(scores, alive))
-    digit, remaining = _digit(histogram, num_kept)
-    prefix = digit
-    candidates = [key[key >> first == digit] for key in _keys(scores, alive, dtype)]
-    shift = first
-    for next_shift in others:
-        bins = 1 << (shift - next_shift)
-        histogram = _histogram((key >> next_shift & bins - 1 for key in candidates), bins, ranks)
+    parts = [_Part.of(score, alive.get(name), counts[name]) for name, score in scores.items()]
+    first = dtype.itemsize * 8 - _DIGIT
+    prefix, remaining = 0, num_kept
+    candidates: list[Tensor] = []
+    for shift in range(first, -1, -_DIGIT):
+        keys: Iterable[Tensor] = candidates or (key for part in parts for key in part.keys(key_dtype))
+        if shift < first:
+            keys = (key[key >> shift + _DIGIT == prefix] for key in keys)
+            if own[digit] * _FEW < sum(counts.values()):
+                keys = candidates = list(keys)
+        own = _histogram((key >> shift).to(torch.int32).bitwise_and_(_BINS - 1) for key in keys)
+        if shift == first:
+            own[_PRUNED] -= sum(part.num_pruned for part in parts)
+        histogram = ranks.sum(own)
+        if shift == first and histogram[_FIRST_NON_FINITE[dtype] :].any():
+            raise ValueError(_unrankable(scores, alive))
         digit, remaining = _digit(histogram, remaining)
-        prefix, shift = prefix * bins + digit, next_shift
-        if next_shift:
-            candidates = [key[key >> next_shift == prefix] for key in candidates]
+        prefix = prefix << _DIGIT | digit
     threshold = torch.tensor(prefix, dtype=key_dtype).view(dtype).item()
     return threshold, remaining, int(histogram[digit])
 
 
-def _keys(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Go through the bit patterns of all scores that may be kept, some at a time."""
-    key_dtype = torch.int64 if dtype == torch.float64 else torch.int32
-    for name, score in scores.items():
-        chunks = torch.split(score.reshape(-1), CHUNK)
-        kept = torch.split(alive[name].reshape(-1), CHUNK) if name in alive else [None] * len(chunks)
-        for chunk, mask in zip(chunks, kept, strict=True):
-            live = chunk if mask is None else chunk[mask]
-            yield (live + 0.0).view(key_dtype)  # adding 0.0 makes -0.0, whose sign bit is set, a zero
-
-
-def _histogram(digits: Iterator[Tensor], bins: int, ranks: Ranks) -> Tensor:
+def _histogram(digits: Iterator[Tensor]) -> Tensor:
     """Count the digits of all chunks where they are, and bring only the sum to the CPU."""
-    total = torch.zeros(bins, dtype=torch.int64)
+    total = torch.zeros(_BINS, dtype=torch.int64)
     for digit in digits:
-        total = total.to(digit.device) + torch.bincount(digit, minlength=bins)
-    return ranks.sum(total).cpu()
+        total = total.to(digit.device) + torch.bincount(digit, minlength=_BINS)
+    return total.cpu()
 
 
 def _digit(histogram: Tensor, num_kept: int) -> tuple[int, int]:

@@ -47,18 +47,19 @@ def snip(weight: Tensor, gradient: Tensor) -> Tensor:
     return (_full(weight) * _full(gradient)).abs_()
 
 
-def synflow(weight: Tensor, gradient: Tensor) -> Tensor:
+def synflow(weight: Tensor, gradient: Tensor, *, out: Tensor | None = None) -> Tensor:
     r"""Synaptic flow, :math:`|\theta \odot \partial R / \partial \theta|` (SynFlow, Tanaka et al., 2020).
 
     Args:
         weight: Effective weights, of any shape.
         gradient: Gradient of :math:`R = \mathbf{1}^T f(|\theta|; \mathbf{1})`, see :mod:`lightning_drive.flow`.
+        out: Where to write the scores, such as the gradient itself; by default into new memory.
 
     Returns:
         Scores of the same shape and device, in the gradient's precision (float64 from :mod:`lightning_drive.flow`).
 
     """
-    return (weight.to(gradient.dtype) * gradient).abs_()
+    return torch.mul(weight.detach().to(gradient.dtype), gradient, out=out).abs_()
 
 
 def drive(weight: Tensor, gradient: Tensor) -> Tensor:

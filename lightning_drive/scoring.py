@@ -47,8 +47,7 @@ class TrainingBatches:
             self._loader = _independent(_live(self._trainer))
         length = self._trainer.num_training_batches  # the loop, not the loader, counts up to `limit_train_batches`
         for batch, _, _ in islice(iter(self._loader), int(length) if math.isfinite(length) else None):
-            if True:
-                yield self._transferred(batch)
+            yield self._transferred(batch)
 
     def _transferred(self, batch: Any) -> Any:
         batch = self._trainer.precision_plugin.convert_input(batch)

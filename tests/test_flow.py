@@ -69,7 +69,7 @@ def apply(masks: dict[str, Tensor], module: nn.Module) -> None:
 
 def flow_scores(module: nn.Module, example_input: Tensor) -> tuple[dict[str, Tensor], float]:
     parameters = prunable.prunable_parameters(module)
-    found, total = flow.synaptic_flow(module, parameters, example_input)
+    found, total = flow.SynapticFlow(module, parameters).gradients(example_input)
     return {name: scores.synflow(parameters[name].detach(), found[name]) for name in parameters}, total
 
 
@@ -85,7 +85,7 @@ def test_synaptic_flow__by_hand() -> None:
     module = models.InnerProduct(4)
     with torch.no_grad():
         module.layer.weight[0, 2] = -2.0
-    found, total = flow.synaptic_flow(module, prunable.prunable_parameters(module), torch.zeros(7, 4))
+    found, total = flow.SynapticFlow(module, prunable.prunable_parameters(module)).gradients(torch.zeros(7, 4))
     assert total == 6.0
     assert found["layer.weight"].tolist() == [[1.0, 1.0, 1.0, 1.0]]
 
@@ -136,7 +136,7 @@ def test_synaptic_flow__complex_error() -> None:
     """Also where the complex layer itself is not to be pruned: the flow runs through it."""
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"not defined for complex parameters \('1\.weight'\)"):
-        flow.synaptic_flow(module, {"0.weight": module[0].weight}, torch.ones(1, 3))
+        flow.SynapticFlow(module, {"0.weight": module[0].weight}).gradients(torch.ones(1, 3))
 
 
 @EACH_NETWORK
@@ -158,10 +158,10 @@ def test_synaptic_flow__only_the_shape_matters() -> None:
 def test_synaptic_flow__unused_and_cut_off() -> None:
     module = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
     module.forward = lambda x: module["used"](x)
-    found, total = flow.synaptic_flow(module, dict(module.named_parameters()), torch.zeros(1, 2))
+    found, total = flow.SynapticFlow(module, dict(module.named_parameters())).gradients(torch.zeros(1, 2))
     assert found["unused.weight"].tolist() == [[0.0, 0.0]]
     module.forward = lambda x: x
-    found, total = flow.synaptic_flow(module, dict(module.named_parameters()), torch.zeros(1, 2))
+    found, total = flow.SynapticFlow(module, dict(module.named_parameters())).gradients(torch.zeros(1, 2))
     assert total == 2.0
     assert found["used.weight"].tolist() == [[0.0, 0.0]]
 
