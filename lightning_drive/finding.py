@@ -234,14 +234,14 @@ def _starting_masks(
 @torch.no_grad()
 def _mask_(weights: Mapping[str, Tensor], masks: Masks) -> None:
     for name, mask in masks.items():
-        masking.zero_(weights[name], ~mask)
+        masking.zero_(weights[name], mask)
 
 
 def _prune(
     scores: dict[str, Tensor], masks: Masks, sizes: Mapping[str, int], density: float, scope: str, holders: Ranks
 ) -> tuple[Masks, dict[str, ranking.Ranking]]:
     """Do one cut: keep the highest of the survivors, counted from all prunable weights."""
-    alive = dict(zip(masks, holders.sum(ranking.count_each(masks.values())).tolist(), strict=True))
+    alive = dict(zip(masks, ranking.count_each(masks.values(), holders), strict=True))
     if scope == "global":
         num_kept = min(schedules.num_kept(sum(sizes.values()), density), sum(alive.values()))
         rankings = {"": ranking.keep_highest(scores, num_kept, masks, holders)}

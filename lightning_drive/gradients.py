@@ -1,5 +1,6 @@
 """Gradients of a loss over batches, taken so that the module never notices."""
 
+import math
 import random
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -61,16 +62,18 @@ def loss_gradients(
         ValueError: If there is no batch, or the loss is not a scalar tensor, not finite or without a gradient.
 
     """
-    count = 0
-    for count, batch in enumerate(batches, 1):  # noqa: B007
+    losses = []
+    for batch in batches:
         loss = loss_fn(module, _batch_in_float32(batch))
         _check_loss(loss)
+        losses.append(loss.detach().reshape(()))
         if hookless:
             _accumulate(loss, parameters)
         else:
             loss.backward()  # type: ignore[no-untyped-call]
-    if not count:
+    if not losses:
         raise ValueError("There is nothing to score on: `batches` is empty.")
+    _check_finite(torch.stack(losses).tolist())  # at the end, where there is something to wait for anyway
     if all(parameter.grad is None for parameter in parameters.values()):
         raise ValueError(
             f"The loss does not depend on any prunable parameter ({listed(parameters)}): all gradients are None."
@@ -251,8 +254,12 @@ def _check_loss(loss: object) -> None:
         raise ValueError(f"The loss must be a scalar tensor, got {shape}.")
     if not loss.requires_grad:
         raise ValueError("The loss has no gradient (`requires_grad` is False): it must depend on trainable parameters.")
-    if not loss.isfinite():
-        raise ValueError(f"The loss must be finite, got {loss.item()}: check the batch and the weights.")
+
+
+def _check_finite(losses: list[float]) -> None:
+    for loss in losses:
+        if not math.isfinite(loss):
+            raise ValueError(f"The loss must be finite, got {loss}: check the batch and the weights.")
 
 
 @contextmanager

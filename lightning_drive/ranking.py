@@ -78,9 +78,9 @@ def keep_highest(
 
     """
     alive = alive or {}
-    counts = {
-        name: int(alive[name].count_nonzero()) if name in alive else score.numel() for name, score in scores.items()
-    }
+    sizes = {name: score.numel() for name, score in scores.items()}
+    pruned = [name for name in scores if name in alive]
+    counts = sizes | dict(zip(pruned, count_each(alive[name] for name in pruned), strict=True))
     total = int(ranks.sum(torch.tensor(sum(counts.values()))))
     if not 1 <= num_kept <= total:
         raise ValueError(f"`num_kept` must be in 1..{total}, the number of scores to choose from, got {num_kept}.")
@@ -139,13 +139,13 @@ class _Part(NamedTuple):
         alive = alive.reshape(-1)
         if count * _FEW > len(scores):
             return cls(scores, alive, len(scores) - count)
-        pairs = zip(torch.split(scores, CHUNK), torch.split(alive, CHUNK), strict=True)
+        pairs = zip(_chunks(scores), _chunks(alive), strict=True)
         return cls(torch.cat([chunk[mask] for chunk, mask in pairs]), None, 0)
 
     def keys(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Go through the bit patterns, some at a time; those of pruned entries have all bits set."""
-        masks = repeat(None) if self.alive is None else torch.split(self.alive, CHUNK)
-        for chunk, mask in zip(torch.split(self.scores, CHUNK), masks):  # noqa: B905
+        masks = repeat(None) if self.alive is None else _chunks(self.alive)
+        for chunk, mask in zip(_chunks(self.scores), masks):  # noqa: B905
             key = (chunk + 0.0).view(dtype)  # adding 0.0 makes -0.0, whose sign bit is set, a zero
             yield key if mask is None else key.bitwise_or_(mask.view(torch.int8) - 1)
 
@@ -162,14 +162,15 @@ def _cut(
     key_dtype = torch.int64 if dtype == torch.float64 else torch.int32
     parts = [_Part.of(score, alive.get(name), counts[name]) for name, score in scores.items()]
     first = dtype.itemsize * 8 - _DIGIT
-    prefix, remaining = 0, num_kept
+    prefix = digit = 0
+    remaining, own = num_kept, torch.zeros(_BINS, dtype=torch.int64)
     candidates: list[Tensor] = []
     for shift in range(first, -1, -_DIGIT):
-        keys: Iterable[Tensor] = candidates or (key for part in parts for key in part.keys(key_dtype))
+        keys: Iterable[Tensor] = candidates or _joined(key for part in parts for key in part.keys(key_dtype))
         if shift < first:
             keys = (key[key >> shift + _DIGIT == prefix] for key in keys)
             if own[digit] * _FEW < sum(counts.values()):
-                keys = candidates = list(keys)
+                keys = candidates = list(_joined(keys))
         own = _histogram((key >> shift).to(torch.int32).bitwise_and_(_BINS - 1) for key in keys)
         if shift == first:
             own[_PRUNED] -= sum(part.num_pruned for part in parts)
@@ -180,6 +181,26 @@ def _cut(
         prefix = prefix << _DIGIT | digit
     threshold = torch.tensor(prefix, dtype=key_dtype).view(dtype).item()
     return threshold, remaining, int(histogram[digit])
+
+
+def _chunks(flat: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(flat, _chunk_size(flat.device))
+
+
+def _chunk_size(device: torch.device) -> int:
+    return CHUNK if device.type == "cpu" else CHUNK << 5  # where starting an operation is what takes the time
+
+
+def _joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Join small tensors of a device up to the size of a chunk, since every histogram has a price of its own."""
+    waiting: list[Tensor] = []
+    for tensor in tensors:
+        size = sum(map(len, waiting)) + len(tensor)
+        if waiting and (tensor.device != waiting[0].device or size > _chunk_size(tensor.device)):
+            yield torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+            waiting = []
+        waiting.append(tensor)
+    yield from [torch.cat(waiting)] if waiting else []
 
 
 def _histogram(digits: Iterator[Tensor]) -> Tensor:
@@ -198,15 +219,19 @@ def _digit(histogram: Tensor, num_kept: int) -> tuple[int, int]:
     return len(histogram) - 1 - position, num_kept - above
 
 
-def count_each(masks: Iterable[Tensor]) -> Tensor:
-    """Count what every mask keeps, with a single result on a single device.
+def count_each(masks: Iterable[Tensor], ranks: Ranks = ALONE) -> list[int]:
+    """Count what every mask keeps, waiting for the devices only once.
 
     Args:
-        masks: Boolean masks, at least one.
+        masks: Boolean masks.
+        ranks: Processes that each hold a part of every mask.
 
     """
     counts = [mask.count_nonzero() for mask in masks]
-    return torch.stack([count.to(counts[0].device) for count in counts])
+    if not counts:
+        return []
+    found: list[int] = ranks.sum(torch.stack([count.to(counts[0].device) for count in counts])).tolist()
+    return found
 
 
 def _masks(
@@ -216,7 +241,7 @@ def _masks(
     if ties_kept is None:
         return {name: _alive(score >= threshold, alive.get(name)) for name, score in scores.items()}
     masks = {name: _alive(score > threshold, alive.get(name)) for name, score in scores.items()}
-    num_tied = count_each(_alive(score == threshold, alive.get(name)) for name, score in scores.items())
+    num_tied = torch.tensor(count_each(_alive(score == threshold, alive.get(name)) for name, score in scores.items()))
     for (name, score), share in zip(scores.items(), _shares(num_tied, ties_kept, ranks), strict=True):
         if share:  # the ties are looked for again: to keep them would take as much memory as the masks
             tied = _alive(score == threshold, alive.get(name))
