@@ -89,11 +89,11 @@ def loss_gradients(
 
 def _accumulate(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
     """Add to ``.grad`` what a backward pass would, without a backward pass."""
-    for parameter, gradient in zip(
-        parameters.values(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True
-    ):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    gradients = list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
+    for parameter in reversed(list(parameters.values())):
+        gradient = gradients.pop()
+        if gradient is not None:  # which may be another parameter's, too, or an expanded one
+            parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
 
 
 @contextmanager

@@ -39,14 +39,15 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def figure(benchmark: Any) -> Callable[..., Figure]:
+def figure(benchmark: Any, capfd: pytest.CaptureFixture[str]) -> Callable[..., Figure]:
     """Give a function that takes measurements and puts them down as a line of the table."""
 
     def record(group: str, case: str, unit: str, take: Callable[[], Taken], **more: Any) -> Figure:
         ours, peers = benchmark.pedantic(take)
         found = Figure(group, case, unit, ours, peers, **more)
         benchmark.extra_info.update(found.to_dict())
-        print(f"\n{group}: {page.sentence(found)}", file=sys.__stderr__)
+        with capfd.disabled():
+            print(f"\n{group}: {page.sentence(found)}")
         return found
 
     return record

@@ -6,11 +6,13 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from lightning_drive import finding, prunable
 from lightning_drive.methods import Method
@@ -92,24 +94,31 @@ def scores(size: int) -> Tensor:
     return found
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Measure by how much the memory of this process grows at most while work is done (Linux)."""
-    with peak() as found:
-        result = work()
-        del result
-    return found[0]
-
-
-@contextmanager
-def peak() -> Iterator[list[int]]:
-    """Give a list that holds, in the end, by how many bytes this process has grown at most within the context."""
+def peak_growth(work: Callable[[], object]) -> int:
+    """Measure by how many bytes this process grows at most while work is done (Linux)."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _status("VmRSS")
+    result = work()
+    after = _status("VmHWM")
+    del result
+    return after - before
+
+
+@contextmanager
+def peak_of_tensors() -> Iterator[list[int]]:
+    """Give a list that holds, in the end, how many bytes of tensors were at most there beyond those at the beginning.
+
+    This asks torch's own allocator, which is exact where the size of a process is not: freed memory may stay with it.
+    """
     found: list[int] = []
-    yield found
-    found.append(_status("VmHWM") - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield found
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    found.append(max(accumulate(change for _, change in changes)))
 
 
 def _status(field: str) -> int:

@@ -52,6 +52,7 @@ class Block(nn.Module):
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "MLP 3072-300-100-10": mlp,
     "ResNet-18": lambda: paper.resnet18(10),
+    "AlexNet": lambda: paper.alexnet(10),
     "VGG-16-BN": lambda: paper.vgg16(10),
     "ResNet-50": lambda: torchvision.models.resnet50(num_classes=10),
     "Transformer": Transformer,

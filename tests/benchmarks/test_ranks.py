@@ -40,7 +40,6 @@ def test_round(figure: Callable[..., Figure], name: str, batch_size: int) -> Non
         f"DRIVE over two processes, {name}, batches of {batch_size} each",
         "s",
         take,
-        goal=1.10,
         note="gloo, one thread per process",
     )
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from benchmarks.measure import in_turn, peak_bytes, scores, seconds
+from benchmarks.measure import in_turn, peak_growth, scores, seconds
 from benchmarks.page import Figure
 from torch import Tensor
 
@@ -75,7 +75,7 @@ def test_memory(figure: Callable[..., Figure], size: int) -> None:
     values = scores(size)
 
     def extra(work: Callable[[Tensor], Tensor]) -> list[float]:
-        return [max(0.0, peak_bytes(lambda: work(values)) / size - 1)]
+        return [max(0.0, peak_growth(lambda: work(values)) / size - 1)]
 
     def take() -> tuple[list[float], dict[str, list[float]]]:
         return extra(ours), {"one byte": [1.0], **{name: extra(peer) for name, peer in peers_at(size).items()}}
