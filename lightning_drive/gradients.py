@@ -265,6 +265,9 @@ def _check_finite(losses: list[float]) -> None:
 @contextmanager
 def _uncompiled(module: nn.Module) -> Generator[None]:
     """Run the originals of compiled modules, methods and functions; what is compiled already stays for later."""
+    if "torch._dynamo" not in sys.modules:  # whose import takes a second; nothing was compiled without it
+        yield
+        return
     if hasattr(torch.compiler, "set_stance"):
         with torch.compiler.set_stance("force_eager"):
             yield

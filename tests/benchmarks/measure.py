@@ -45,12 +45,11 @@ def rounds_and_passes(
     bare_pass: Callable[[], object],
     clock: Callable[[], float] = time.perf_counter,
     **settings: Any,
-) -> tuple[list[float], list[float]]:
+) -> tuple[list[float], list[float], float]:
     """Time the rounds of a search, with a bare pass after every one.
 
     Returns:
-        Seconds of every round, what the search does once before and after them spread evenly over them, and seconds of
-        every pass.
+        Seconds of every round, seconds of every pass, and seconds of what the search does once, before and after.
 
     """
     passes: list[float] = []
@@ -72,8 +71,12 @@ def rounds_and_passes(
         on_round=on_round,
         **settings,
     )
-    once = clock() - begin - sum(rounds) - sum(passes)
-    return [each + once / len(rounds) for each in rounds], passes
+    return rounds, passes, clock() - begin - sum(rounds) - sum(passes)
+
+
+def with_once(rounds: list[float], once: float) -> list[float]:
+    """Spread what is done once evenly over the rounds."""
+    return [each + once / len(rounds) for each in rounds]
 
 
 def forward_backward(module: nn.Module, run: Callable[[nn.Module], Tensor]) -> Callable[[], None]:

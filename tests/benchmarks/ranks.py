@@ -35,7 +35,7 @@ def main(name: str, batch_size: int) -> None:
     sent = count_payload()
     bare_pass = forward_backward(wrapped, lambda module: networks.loss(module, batches[0]))
     payload: list[int] = []
-    rounds, passes = rounds_and_passes(
+    rounds, passes, _ = rounds_and_passes(
         module,
         DRIVE(rounds=ROUNDS),
         lambda: (payload.append(sum(sent)), bare_pass()),

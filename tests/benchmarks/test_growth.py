@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from benchmarks.measure import forward_backward, rounds_and_passes
+from benchmarks.measure import forward_backward, rounds_and_passes, with_once
 from benchmarks.page import Figure
 from torch import nn
 
@@ -30,7 +30,7 @@ def test_growth(figure: Callable[..., Figure], width: int, depth: int, rounds: i
     bare_pass = forward_backward(plain, lambda module: loss(module, batch))
 
     def take() -> tuple[list[float], dict[str, list[float]]]:
-        ours, passes = rounds_and_passes(module, DRIVE(rounds=rounds), bare_pass, batches=[batch], loss_fn=loss)
-        return ours, {"a bare forward-backward pass": passes}
+        found, passes, once = rounds_and_passes(module, DRIVE(rounds=rounds), bare_pass, batches=[batch], loss_fn=loss)
+        return with_once(found, once), {"a bare forward-backward pass": passes}
 
     figure("growth", f"{size:.0e} weights, batches of {batch_size}", "s", take, note=f"{rounds} rounds")
