@@ -75,7 +75,7 @@ def filled(text: str, results: Mapping[str, Any]) -> str:
     """
     figures = [Figure.from_dict(each["extra_info"]) for each in results["benchmarks"]]
     parts = {group: table([each for each in figures if each.group == group]) for group in groups(figures)}
-    parts["machine"] = machine(results)
+    parts |= {"machine": machine(results), "paper": on_paper()}
     places = re.findall(re.escape(MARKS[0]).replace(r"\{\}", r"(\w+)"), text)
     if sorted(places) != sorted(parts):
         raise ValueError(f"The page has places for {sorted(places)}, but there are results for {sorted(parts)}.")
@@ -115,6 +115,28 @@ def table(figures: list[Figure]) -> str:
                 figure.note if first else "",
             ]
             rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def on_paper() -> str:
+    """Work out what a round sends where weights are sharded over many ranks."""
+    rows = [
+        "| weights | ranks | weights per rank | histograms per round | sent by each rank | time on the network |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    histograms, per_histogram = 2, 8 * 2**16
+    for weights, ranks in ((1e9, 8), (7e9, 64), (70e9, 512)):
+        sent = histograms * 2 * (ranks - 1) / ranks * per_histogram  # a ring passes everything around twice
+        seconds = sent / 12.5e9 + histograms * 2 * (ranks - 1) * 10e-6
+        cells = (
+            f"{weights:.0e}".replace("e+0", "e").replace("e+", "e"),
+            f"{ranks}",
+            f"{weights / ranks / 1e6:.0f} M",
+            amount(histograms * per_histogram, "bytes"),
+            amount(sent, "bytes"),
+            amount(seconds, "s"),
+        )
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
