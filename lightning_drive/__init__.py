@@ -1,5 +1,6 @@
 """Prune a PyTorch Lightning model early in training with one line: DRIVE and its siblings as callbacks."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from lightning_drive.methods import Random as Random
 from lightning_drive.methods import SynFlow as SynFlow
 from lightning_drive.report import PruningReport as PruningReport
 
-if TYPE_CHECKING:
+# Where Lightning is there already, its command line can find the callbacks by their short names.
+if TYPE_CHECKING or "lightning.pytorch" in sys.modules:
     from lightning_drive.callbacks import DRIVEPruningCallback as DRIVEPruningCallback
     from lightning_drive.callbacks import SNIPPruningCallback as SNIPPruningCallback
     from lightning_drive.callbacks import SynFlowPruningCallback as SynFlowPruningCallback

@@ -29,6 +29,7 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 
 # Optional, and not imported by `lightning.pytorch` itself (torchmetrics alone brings matplotlib, torchvision, rich).
 OF_LIGHTNING = LIGHTNING | {"matplotlib", "rich", "torchvision"}
+WITH_LIGHTNING = "import lightning.pytorch, lightning_drive"
 HEAVY = {"pytorch_lightning", "sklearn", "jsonargparse", "pandas", "tensorboard", "safetensors"}
 
 
@@ -118,6 +119,13 @@ def test_imports_go_down__can_pass(module: str, source: str) -> None:
 def test_import__nothing_heavy(statement: str, more: set[str]) -> None:
     """Optional packages are never imported, and Lightning, which takes longer than torch, only for the callbacks."""
     assert loaded_by(statement, HEAVY | more) == set()
+
+
+@pytest.mark.parametrize(("statement", "loads"), [("import lightning_drive", False), (WITH_LIGHTNING, True)])
+def test_import__short_names(statement: str, loads: bool) -> None:
+    """Where Lightning is imported first, LightningCLI knows the callbacks without their module's name."""
+    modules = {"lightning_drive.callbacks", "lightning_drive.lottery"}
+    assert loaded_by(statement, modules) == (modules if loads else set())
 
 
 def test_import__nothing_heavy_can_fail() -> None:
