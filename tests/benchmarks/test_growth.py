@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from benchmarks.measure import forward_backward, rounds_and_passes, with_once
+from benchmarks.measure import forward_backward, rounds_and_passes
 from benchmarks.page import Figure
 from torch import nn
 
@@ -34,8 +34,13 @@ def test_growth(figure: Callable[..., Figure], size: str, batch_size: int) -> No
     plain = module if size == "1e9" else copy.deepcopy(module)  # there is no room for two of them
     bare_pass = forward_backward(plain, lambda module: loss(module, batch))
 
-    def take() -> tuple[list[float], dict[str, list[float]]]:
-        found, passes, once = rounds_and_passes(module, DRIVE(rounds=rounds), bare_pass, batches=[batch], loss_fn=loss)
-        return with_once(found, once), {"a bare forward-backward pass": passes}
-
-    figure("growth", f"{size} weights, batches of {batch_size}", "s", take, note=f"{rounds} rounds")
+    rounds_taken, passes, once = rounds_and_passes(
+        module, DRIVE(rounds=rounds), bare_pass, batches=[batch], loss_fn=loss
+    )
+    figure(
+        "growth",
+        f"{size} weights, batches of {batch_size}",
+        "s",
+        lambda: (rounds_taken, {"a bare forward-backward pass": passes}),
+        note=f"{rounds} rounds, and {once:.2g} s once",
+    )
