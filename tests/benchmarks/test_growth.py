@@ -20,7 +20,7 @@ def loss(module: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     return module(batch).square().mean()
 
 
-SIZES = {"1e6": (250, 16, 20), "1e7": (791, 16, 10), "1e8": (2500, 16, 5), "1e9": (7906, 16, 2)}
+SIZES = {"1e6": (250, 16, 20), "1e7": (791, 16, 10), "1e8": (2500, 16, 6), "1e9": (7906, 16, 4)}
 """Weights to width, depth, and rounds."""
 
 
