@@ -3,6 +3,8 @@
 from lightning_drive.callbacks import DRIVEPruningCallback as DRIVEPruningCallback
 from lightning_drive.callbacks import SNIPPruningCallback as SNIPPruningCallback
 from lightning_drive.callbacks import SynFlowPruningCallback as SynFlowPruningCallback
+from lightning_drive.files import load_sparse as load_sparse
+from lightning_drive.files import save_sparse as save_sparse
 from lightning_drive.finding import find_masks as find_masks
 from lightning_drive.lottery import IMPPruningCallback as IMPPruningCallback
 from lightning_drive.masking import Masks as Masks
