@@ -1,8 +1,8 @@
 """Sparse files: a pruned ``state_dict`` on disk, as the bits of its masks and the values that are left.
 
 A sparse file is a safetensors file. A tensor ``NAME`` that is smaller so is stored as ``NAME.bits`` (see
-:func:`lightning_drive.masking.pack`) and ``NAME.values``; all others are stored as they are. Which is which, and a checksum, is
-in the file's metadata. Nothing in it is ever unpickled.
+:func:`lightning_drive.masking.pack`) and ``NAME.values``; all others are stored as they are. Which is which, and a
+checksum, is in the file's metadata. Nothing in it is ever unpickled.
 """
 
 import hashlib
@@ -221,7 +221,9 @@ def _dense(name: str, entry: Mapping[str, Any], stored: Mapping[str, Tensor]) ->
     if "dtype" in entry:
         values = _of_dtype(values.clone(), entry)
     kept = masking.unpack(bits, [8 * len(bits)])
-    if kept[number:].any() or int(kept.count_nonzero()) != len(values):
+    if kept[number:].any():
+        raise _DamagedError(f"has bits set behind the {number:,} that it should have")
+    if int(kept.count_nonzero()) != len(values):
         raise _DamagedError(f"has {int(kept.count_nonzero()):,} bits set, but {len(values):,} values")
     words = _words(values)
     whole = words.new_zeros(number, words.shape[1])
@@ -336,7 +338,7 @@ def _digest(record: Mapping[str, Any], metadata: Mapping[str, str], stored: Mapp
     digest = hashlib.sha256(_json([rest, sorted(metadata.items())]).encode())
     for key in sorted(stored):
         digest.update(_json([key, _name(stored[key].dtype), list(stored[key].shape)]).encode())
-        digest.update(_bytes(stored[key]).numpy())
+        digest.update(_bytes(stored[key]).numpy().data)
     return digest.hexdigest()
 
 
@@ -357,7 +359,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, str], dict[str, T
             metadata = file.metadata() or {}
             record = _record(path, metadata.pop(_KEY, None))
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-    except library.SafetensorError as error:
+    except (library.SafetensorError, TypeError, RuntimeError) as error:  # the latter of shapes that torch cannot have
         raise ValueError(
             f"{str(path)!r} is not a file that `save_sparse` wrote, or it is damaged or cut off: {error}."
         ) from error
