@@ -1,6 +1,6 @@
 """The command ``lightning-drive``: what is in a checkpoint, and how to make it small and whole again.
 
-Nothing here imports more than the standard library before it is needed, so that help is there at once.
+Nothing here imports more than the standard library before it is needed.
 """
 
 import argparse
@@ -40,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[..., None] = settings.pop("run")
     try:
         run(**settings)
-    except (OSError, ValueError, TypeError, ModuleNotFoundError, RecursionError) as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = None
+    except (OSError, ValueError, TypeError, ModuleNotFoundError, RuntimeError) as error:  # torch raises the last one
         print(f"lightning-drive: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -55,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lightning-drive", description="Sparse files and reports of pruned Lightning checkpoints.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     compress = commands.add_parser("compress", help="write the weights of a checkpoint as a sparse file")
     compress.add_argument("checkpoint", metavar="CKPT", type=Path, help="a checkpoint of Lightning, or a state_dict")

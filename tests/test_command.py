@@ -307,14 +307,50 @@ def test_errors__needs_unpickling(
     assert "holds a argparse.Namespace" in fails(capsys, *arguments)
 
 
+def no_such_shape() -> bytes:
+    """Give a file of which torch says in many lines that it cannot have such a tensor."""
+    record = {"version": 1, "tensors": {"a": {"stored": "whole"}}}
+    tensor = {"dtype": "F32", "shape": [(1 << 64) - 1, 0], "data_offsets": [0, 0]}
+    header = json.dumps({"__metadata__": {"lightning_drive": json.dumps(record)}, "a": tensor}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
 def test_errors__sparse(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert "is not a file that `save_sparse` wrote" in fails(capsys, "expand", checkpoint, out)
     assert f"There is no file '{tmp_path / 'missing'}'" in fails(capsys, "expand", tmp_path / "missing", out)
+    (tmp_path / "small").write_bytes(no_such_shape())
+    assert "is not a file that `save_sparse` wrote" in fails(capsys, "expand", tmp_path / "small", out)
     for text in ("[1]", "{", "[" * 100_000):
         save_sparse({}, tmp_path / "small", metadata={"checkpoint": text})
         assert "that `lightning-drive compress` did not write" in fails(capsys, "expand", tmp_path / "small", out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError], ids=lambda error: error.__name__)
+def test_errors__interrupted(
+    error: type[BaseException],
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was there stays, and nothing else is left."""
+
+    def stop(content: Any, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise error("disk full")
+
+    succeeds(capsys, "compress", checkpoint, tmp_path / "small")
+    (tmp_path / "out").write_text("old")
+    monkeypatch.setattr(torch, "save", stop)
+    if error is RuntimeError:
+        assert "disk full" in fails(capsys, "expand", tmp_path / "small", tmp_path / "out", "--overwrite")
+    else:
+        with pytest.raises(error, match="disk full"):
+            main(["expand", str(tmp_path / "small"), str(tmp_path / "out"), "--overwrite"])
+    assert (tmp_path / "out").read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"small", "out"}
 
 
 def test_errors__out(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,6 +405,20 @@ def test_command(run: Run, tmp_path: Path) -> None:
     assert (processes[0].returncode, good, silence) == (0, f"{run[2].report}\n", "")
     assert (processes[1].returncode, nothing) == (2, "")
     assert error == "lightning-drive: error: There is no file 'missing.ckpt'.\n"
+
+
+def test_command__reader_has_seen_enough(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ``lightning-drive report CKPT | head``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["report", str(checkpoint)]) == 0
+    assert capsys.readouterr().err == ""
+    with pytest.raises(BrokenPipeError):
+        stream.close()
 
 
 def test_command__entry_point() -> None:

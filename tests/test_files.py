@@ -96,8 +96,10 @@ def test_round_trip__layouts(tmp_path: Path) -> None:
         "every_other": torch.arange(100.0)[::2],
         "expanded": torch.ones(1, 4).expand(300, 4),
         "channels_last": image,
+        "waves": waves,
         "conjugated": waves.conj(),
         "imaginary": waves.conj().imag,
+        "negated": torch._neg_view(base),
         "parameter": nn.Parameter(torch.randn(3)),
     }
     save_sparse(state_dict, tmp_path / "file")
@@ -294,10 +296,10 @@ def test_save_sparse__sharded(tmp_path: Path) -> None:
     distributed = torch.distributed
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        from torch.distributed.tensor import Shard, distribute_tensor
+        from torch.distributed.tensor import DTensor, Shard
 
         mesh = distributed.init_device_mesh("cpu", (1,))
-        weight = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])
+        weight = DTensor.from_local(torch.ones(4, 2), mesh, [Shard(0)])
         with pytest.raises(TypeError, match=r"'weight' is split over ranks. Gather it first: .*get_model_state_dict"):
             save_sparse({"weight": weight}, tmp_path / "file")
     finally:
@@ -428,6 +430,25 @@ def test_load_sparse__flipped(small: Path) -> None:
             assert "small.safetensors" in str(error)  # noqa: PT017  # in most, not in all
             refused += 1
     assert refused > 0.99 * len(positions)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param(b'"bias":{"dtype":"F32","shape":[4]', b'"bias":{"dtype":"I32","shape":[4]', id="dtype"),
+        pytest.param(b'"shape":[2,3]', b'"shape":[3,2]', id="shape"),
+        pytest.param(b'"note":"text"', b'"note":"next"', id="metadata"),
+    ],
+)
+def test_load_sparse__header_changed(before: bytes, after: bytes, tmp_path: Path) -> None:
+    """The checksum is over what a tensor is called and how it is read, too."""
+    path = tmp_path / "file"
+    save_sparse({**SMALL, "turned": torch.ones(2, 3)}, path, metadata={"note": "text"})
+    content = path.read_bytes()
+    assert content.count(before) == 1
+    path.write_bytes(content.replace(before, after))
+    with pytest.raises(ValueError, match="does not have the checksum that was written with it"):
+        load_sparse(path)
 
 
 class Payload:
