@@ -416,6 +416,7 @@ def test_command__reader_has_seen_enough(
     stream = os.fdopen(writer, "w")
     monkeypatch.setattr(sys, "stdout", stream)
     assert main(["report", str(checkpoint)]) == 0
+    assert sys.stdout is None  # or Python would say at its end that it could not write
     assert capsys.readouterr().err == ""
     with pytest.raises(BrokenPipeError):
         stream.close()
