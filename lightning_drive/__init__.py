@@ -4,6 +4,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_drive.files import load_sparse as load_sparse
+from lightning_drive.files import save_sparse as save_sparse
 from lightning_drive.finding import find_masks as find_masks
 from lightning_drive.masking import Masks as Masks
 from lightning_drive.methods import DRIVE as DRIVE
@@ -31,7 +33,7 @@ _NEEDS_LIGHTNING = {
 
 __all__ = [
     *("DRIVE", "SNIP", "DRIVEPruningCallback", "IMPPruningCallback", "Magnitude", "Masks", "PruningReport", "Random"),
-    *("SNIPPruningCallback", "SynFlow", "SynFlowPruningCallback", "find_masks"),
+    *("SNIPPruningCallback", "SynFlow", "SynFlowPruningCallback", "find_masks", "load_sparse", "save_sparse"),
 ]
 
 

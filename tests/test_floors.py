@@ -14,12 +14,13 @@ FLOORS = (
     {"handover", "messages", "ranks"},
     {"schedules", "scores", "ranking", "sparsity", "shards"},
     {"prunable", "gradients", "flow", "masking", "rewinding"},
-    {"methods", "report"},
+    {"files", "methods", "report"},
     {"finding"},
     {"cli", "companions", "compatibility", "display", "scoring", "phases"},
     {"pruning"},
     {"warmup"},
     {"callbacks", "lottery"},
+    {"command"},
 )
 FIRST_LIGHTNING_FLOOR = 5
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning", "lightning_utilities", "torchmetrics"}

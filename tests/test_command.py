@@ -1,0 +1,441 @@
+"""The command makes checkpoints small and whole again, prints what was pruned, and says in one line what is wrong."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import fits
+import lightning.pytorch as pl
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_drive import DRIVEPruningCallback, PruningReport, load_sparse, save_sparse
+from lightning_drive.command import main
+
+PACKAGE = Path(__file__).parents[1]
+Run: TypeAlias = "tuple[Path, Network, DRIVEPruningCallback]"
+
+
+class Network(pl.LightningModule):
+    """Large enough for a header not to matter, with hyper-parameters of several kinds."""
+
+    def __init__(
+        self, width: int = 10, rates: tuple[float, ...] = (1.0,), names: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layers = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.BatchNorm1d(width), nn.Linear(width, 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images.flatten(1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.hparams["rates"][0])
+
+
+class OurOwn(DRIVEPruningCallback):
+    """A subclass, whose state has another name in the checkpoint."""
+
+
+SETTINGS: dict[str, Any] = {"width": 300, "rates": (0.01, 0.1), "names": {"a": [None, True, ("x", float("inf"))]}}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A checkpoint of a pruned run, with the module and the callback as they were then."""
+    folder = tmp_path_factory.mktemp("run")
+    module = Network(**SETTINGS)
+    callback = OurOwn(sparsity=0.98, warmup_epochs=1, rounds=3)
+    trainer = fits.trainer(folder, callback, max_epochs=2)
+    trainer.fit(module, fits.loader())
+    trainer.save_checkpoint(folder / "pruned.ckpt")
+    return folder / "pruned.ckpt", module.eval(), callback
+
+
+@pytest.fixture
+def checkpoint(run: Run) -> Path:
+    return run[0]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run what must end in one line of error; give it."""
+    capsys.readouterr()
+    try:
+        status: object = main([str(argument) for argument in arguments])
+    except SystemExit as error:  # of argparse
+        status = error.code
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"lightning-drive.*: error: .*\n", err)
+    return err
+
+
+def succeeds(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_compress(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The weights are those of the checkpoint, and the sizes that are said are true."""
+    checkpoint, module, _ = run
+    out = tmp_path / "small.safetensors"
+    lines = succeeds(capsys, "compress", checkpoint, out).splitlines()
+    before, after = checkpoint.stat().st_size, out.stat().st_size
+    weights = sum(tensor.nbytes for tensor in module.state_dict().values())
+    assert lines == [
+        f"{checkpoint}: {before:,} bytes, of which {weights:,} are weights and buffers",
+        f"{out}: {after:,} bytes, {after / weights:.2%} of the weights and {after / before:.2%} of the checkpoint",
+    ]
+    assert after < weights / 5  # a third of it is BatchNorm and biases
+    assert fits.equal_states(load_sparse(out), fits.state_of(module))
+
+
+def test_expand(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`load_from_checkpoint` builds the module with its hyper-parameters, and it predicts the same."""
+    checkpoint, module, _ = run
+    succeeds(capsys, "compress", checkpoint, tmp_path / "small")
+    line = succeeds(capsys, "expand", tmp_path / "small", tmp_path / "large.ckpt")
+    size = (tmp_path / "large.ckpt").stat().st_size
+    assert line == (
+        f"{tmp_path / 'large.ckpt'}: {size:,} bytes, {len(module.state_dict())} tensors,"
+        " hyper-parameters: width, rates, names, dtype\n"
+    )
+    again = Network.load_from_checkpoint(tmp_path / "large.ckpt").eval()
+    assert fits.equal_states(fits.state_of(again), fits.state_of(module))
+    assert {name: again.hparams[name] for name in SETTINGS} == SETTINGS
+    images = fits.dataset(seed=1).tensors[0]
+    assert torch.equal(again(images), module(images))
+
+    old, new = (torch.load(path, weights_only=True) for path in (checkpoint, tmp_path / "large.ckpt"))
+    kept = {"epoch", "global_step", "pytorch-lightning_version", "hparams_name"}
+    assert new.keys() == {*kept, "hyper_parameters", "state_dict"}
+    assert all(new[key] == old[key] for key in kept)
+
+
+def test_compress__hyper_parameters_left_out(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What JSON cannot hold is named; all else is kept."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"] |= {"dtype": torch.float32, "keys": {1: 2}, "size": torch.Size([2])}
+    content["hyper_parameters"] |= {"marked": {"__tuple__": [1]}, "__tuple__": [1]}
+    torch.save(content, tmp_path / "odd.ckpt")
+    *_, line = succeeds(capsys, "compress", tmp_path / "odd.ckpt", tmp_path / "small").splitlines()
+    assert line == (
+        "Hyper-parameters that JSON cannot hold are left out: dtype (dtype), keys (dict), size (Size), marked (dict),"
+        " __tuple__ (list). Give them to `load_from_checkpoint` again."
+    )
+    succeeds(capsys, "expand", tmp_path / "small", tmp_path / "large.ckpt")
+    again = Network.load_from_checkpoint(tmp_path / "large.ckpt")
+    assert {name: again.hparams[name] for name in SETTINGS} == SETTINGS
+
+
+@pytest.mark.parametrize("version", [None, "0.9.0", "1.5.10", "1.6.2", "1.9.0", "2.0.0"])
+def test_expand__other_versions(
+    version: str | None,
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A bare `state_dict` and checkpoints of any age can be loaded again."""
+    checkpoint, module, _ = run
+    content = torch.load(checkpoint, weights_only=True)
+    content["pytorch-lightning_version"] = version
+    torch.save(content if version else content["state_dict"], tmp_path / "old.ckpt")
+    succeeds(capsys, "compress", tmp_path / "old.ckpt", tmp_path / "small")
+    succeeds(capsys, "expand", tmp_path / "small", tmp_path / "large.ckpt")
+    again = Network.load_from_checkpoint(tmp_path / "large.ckpt", width=300)
+    assert fits.equal_states(fits.state_of(again), fits.state_of(module))
+
+
+def test_expand__saved_by_python(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_sparse(run[1], tmp_path / "small", metadata={"mine": "text"})
+    assert "hyper-parameters: none" in succeeds(capsys, "expand", tmp_path / "small", tmp_path / "large.ckpt")
+    again = Network.load_from_checkpoint(tmp_path / "large.ckpt", width=300)
+    assert fits.equal_states(fits.state_of(again), fits.state_of(run[1]))
+
+
+def test_compress__dense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {"weight": torch.ones(100, 100)}}, tmp_path / "dense.ckpt")
+    *_, line = succeeds(capsys, "compress", tmp_path / "dense.ckpt", tmp_path / "small").splitlines()
+    assert line == "Nothing was gained: no tensor has enough zeros. Was the checkpoint saved after pruning?"
+
+
+def test_compress__tied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights under two names are counted once."""
+    weight = torch.ones(100)
+    torch.save({"state_dict": {"a": weight, "b": weight}}, tmp_path / "tied.ckpt")
+    assert "of which 400 are weights" in succeeds(capsys, "compress", tmp_path / "tied.ckpt", tmp_path / "small")
+
+
+@pytest.mark.parametrize("command", ["compress", "expand"])
+def test_overwrite(command: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    succeeds(capsys, "compress", checkpoint, tmp_path / "small")
+    source = checkpoint if command == "compress" else tmp_path / "small"
+    (tmp_path / "out").write_text("precious")
+    error = fails(capsys, command, source, tmp_path / "out")
+    assert "out' is there already. Give another name, or `--overwrite` to replace it." in error
+    assert (tmp_path / "out").read_text() == "precious"
+    succeeds(capsys, command, source, tmp_path / "out", "--overwrite")
+    assert (tmp_path / "out").read_bytes()[:8] != b"precious"
+    assert f"OUT must be another file than '{source}'" in fails(capsys, command, source, source, "--overwrite")
+
+
+# Reports.
+
+
+def test_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, _, callback = run
+    assert succeeds(capsys, "report", checkpoint) == f"{callback.report}\n"
+    found = json.loads(succeeds(capsys, "report", "--json", checkpoint))
+    assert found.keys() == {"callback", "report"}
+    assert found["callback"] == "OurOwn"
+    assert PruningReport.from_dict(found["report"]) == callback.report
+
+
+@pytest.mark.parametrize("name", fits.CALLBACKS)
+def test_report__every_callback(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback, module = fits.CALLBACKS[name](), fits.ConvModule()
+    trainer = fits.trainer(tmp_path, callback, max_epochs=3)
+    trainer.fit(module, fits.loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert succeeds(capsys, "report", tmp_path / "last.ckpt") == f"{callback.report}\n"
+
+
+@pytest.mark.parametrize("kind", ["no_callback", "not_yet", "state_dict"])
+def test_report__zeros(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Worked out by hand."""
+    state_dict = {
+        "weight": torch.eye(40),
+        "wave": torch.tensor([0j, 1j]),
+        "flags": torch.tensor([True, False]),
+        "count": torch.tensor(0),
+        "none": torch.zeros(0, 3),
+    }
+    content: dict[str, Any] = {"state_dict": state_dict, "callbacks": {"Timer": {"report": {}}, "Other": None}}
+    if kind == "not_yet":
+        content["callbacks"]["DRIVEPruningCallback"] = DRIVEPruningCallback(sparsity=0.5).state_dict()
+    path = tmp_path / "last.ckpt"
+    torch.save(state_dict if kind == "state_dict" else content, path)
+    reason = "DRIVEPruningCallback has not pruned yet" if kind == "not_yet" else "it has no state of a pruning callback"
+    assert succeeds(capsys, "report", path).splitlines() == [
+        f"No report in {path}: {reason}. Zeros were counted instead, in all parameters and buffers:",
+        "tensor  shape  numbers  zeros    share",
+        "weight  40x40    1,600  1,560   97.50%",
+        "wave    2            2      1   50.00%",
+        "flags   2            2      1   50.00%",
+        "count                1      1  100.00%",
+        "none    0x3          0      0    0.00%",
+        "all              1,605  1,563   97.38%",
+    ]
+    found = json.loads(succeeds(capsys, "report", path, "--json"))
+    assert found["report"] is None
+    assert found["callback"] == ("DRIVEPruningCallback" if kind == "not_yet" else None)
+    assert found["tensors"][0] == {"name": "weight", "shape": [40, 40], "numbers": 1600, "zeros": 1560}
+    assert [each["zeros"] for each in found["tensors"]] == [1560, 1, 1, 1, 0]
+
+
+# What is wrong.
+
+
+class Payload:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("command", ["compress", "report"])
+def test_errors__checkpoint(command: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is one line that names the file and says what to do; nothing is written."""
+    path = tmp_path / "bad.ckpt"
+    arguments = (command, path, tmp_path / "out") if command == "compress" else (command, path)
+
+    assert f"There is no file '{path}'" in fails(capsys, *arguments)
+    path.mkdir()
+    assert f"'{path}' is a folder. If it is a sharded checkpoint, join it" in fails(capsys, *arguments)
+    path.rmdir()
+    whole = checkpoint.read_bytes()
+    for content in (b"", b"text\n" * 9, whole[: len(whole) // 2], whole[:-100], bytes(whole[:300])):
+        path.write_bytes(content)
+        assert f"'{path}' is not a file that `torch.save` wrote, or it is damaged" in fails(capsys, *arguments)
+    safetensors.torch.save_file({"a": torch.ones(1)}, path)
+    assert f"'{path}' seems to be a safetensors file. If it is a sparse file, `expand` it" in fails(capsys, *arguments)
+    torch.save([torch.ones(1)], path)
+    assert f"'{path}' is not a checkpoint: it holds a list, not a dictionary." in fails(capsys, *arguments)
+    torch.save({"state_dict": [1]}, path)
+    assert f"The 'state_dict' in '{path}' must be a dictionary, got a list" in fails(capsys, *arguments)
+    torch.save({"state_dict": {"a": torch.ones(1), "b": 1}}, path)
+    assert "but in its 'state_dict' are 'b', which are no tensors" in fails(capsys, *arguments)
+    torch.save({"epoch": 1}, path)
+    assert "but in it are 'epoch', which are no tensors" in fails(capsys, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["compress", "report"])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_errors__needs_unpickling(
+    command: str, legacy: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No code in a checkpoint is run; the error says what is in it, and how to take the risk."""
+    path, trace = tmp_path / "bad.ckpt", tmp_path / "trace"
+    arguments = (command, path, tmp_path / "out") if command == "compress" else (command, path)
+    content = {"state_dict": {}, "hyper_parameters": {"settings": Payload(trace)}}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    error = fails(capsys, *arguments)
+    assert re.search(r"bad\.ckpt' holds a (posix|nt)\.mkdir, and loading that can run any code", error)
+    assert f"torch.load('{path}', weights_only=False)['state_dict'], OUT)" in error
+    assert not trace.exists()
+    torch.save({"state_dict": {}, "hyper_parameters": argparse.Namespace(lr=1)}, path)
+    assert "holds a argparse.Namespace" in fails(capsys, *arguments)
+
+
+def no_such_shape() -> bytes:
+    """Give a file of which torch says in many lines that it cannot have such a tensor."""
+    record = {"version": 1, "tensors": {"a": {"stored": "whole"}}}
+    tensor = {"dtype": "F32", "shape": [(1 << 64) - 1, 0], "data_offsets": [0, 0]}
+    header = json.dumps({"__metadata__": {"lightning_drive": json.dumps(record)}, "a": tensor}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+def test_errors__sparse(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert "is not a file that `save_sparse` wrote" in fails(capsys, "expand", checkpoint, out)
+    assert f"There is no file '{tmp_path / 'missing'}'" in fails(capsys, "expand", tmp_path / "missing", out)
+    (tmp_path / "small").write_bytes(no_such_shape())
+    assert "is not a file that `save_sparse` wrote" in fails(capsys, "expand", tmp_path / "small", out)
+    for text in ("[1]", "{", "[" * 100_000):
+        save_sparse({}, tmp_path / "small", metadata={"checkpoint": text})
+        assert "that `lightning-drive compress` did not write" in fails(capsys, "expand", tmp_path / "small", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError], ids=lambda error: error.__name__)
+def test_errors__interrupted(
+    error: type[BaseException],
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was there stays, and nothing else is left."""
+
+    def stop(content: Any, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise error("disk full")
+
+    succeeds(capsys, "compress", checkpoint, tmp_path / "small")
+    (tmp_path / "out").write_text("old")
+    monkeypatch.setattr(torch, "save", stop)
+    if error is RuntimeError:
+        assert "disk full" in fails(capsys, "expand", tmp_path / "small", tmp_path / "out", "--overwrite")
+    else:
+        with pytest.raises(error, match="disk full"):
+            main(["expand", str(tmp_path / "small"), str(tmp_path / "out"), "--overwrite"])
+    assert (tmp_path / "out").read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"small", "out"}
+
+
+def test_errors__out(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "There is no folder" in fails(capsys, "compress", checkpoint, tmp_path / "missing" / "out")
+    assert "is a folder or a device" in fails(capsys, "compress", checkpoint, tmp_path, "--overwrite")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors__report_of_another_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {"version": 9, "masks": {}, "report": {"novel": 1}}
+    torch.save({"state_dict": {}, "callbacks": {"DRIVEPruningCallback": state}}, tmp_path / "new.ckpt")
+    assert "was written by another version of lightning_drive" in fails(capsys, "report", tmp_path / "new.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param((), "the following arguments are required: COMMAND", id="nothing"),
+        pytest.param(("shrink",), "invalid choice: 'shrink'", id="command"),
+        pytest.param(("compress", "a"), "the following arguments are required: OUT", id="out"),
+        pytest.param(("report", "a", "--yaml"), "unrecognized arguments: --yaml", id="option"),
+    ],
+)
+def test_errors__arguments(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in fails(capsys, *arguments)
+
+
+def test_errors__without_safetensors(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "needs safetensors: `pip install safetensors`" in fails(capsys, "compress", checkpoint, tmp_path / "out")
+
+
+# The command itself.
+
+
+def test_command(run: Run, tmp_path: Path) -> None:
+    """In a process of its own, as a shell runs it."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "lightning_drive.command", "report", path],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        for path in (str(run[0]), "missing.ckpt")
+    ]
+    (good, silence), (nothing, error) = [process.communicate() for process in processes]
+    assert (processes[0].returncode, good, silence) == (0, f"{run[2].report}\n", "")
+    assert (processes[1].returncode, nothing) == (2, "")
+    assert error == "lightning-drive: error: There is no file 'missing.ckpt'.\n"
+
+
+def test_command__reader_has_seen_enough(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ``lightning-drive report CKPT | head``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["report", str(checkpoint)]) == 0
+    assert sys.stdout is None  # or Python would say at its end that it could not write
+    assert capsys.readouterr().err == ""
+    with pytest.raises(BrokenPipeError):
+        stream.close()
+
+
+def test_command__entry_point() -> None:
+    [target] = re.findall(r'^lightning-drive = "(.*)"$', (PACKAGE / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert target == f"{main.__module__}:{main.__name__}"
+
+
+def test_command__help_imports_nothing_heavy() -> None:
+    """The module alone, without the package around it, gives help without torch."""
+    script = f"""
+import runpy, sys
+try:
+    runpy.run_path({str(PACKAGE / "lightning_drive" / "command.py")!r}, run_name="alone")["main"](["--help"])
+finally:
+    print(sorted({{"torch", "lightning", "lightning_drive", "safetensors", "numpy"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+    assert all(word in done.stdout for word in ("compress", "expand", "report"))
