@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.rank_zero import rank_zero_module
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core import rank_zero
 
 from lightning_drive.report import PruningReport
 
@@ -64,7 +64,7 @@ def show(trainer: pl.Trainer, what: PruningReport | str) -> None:
     console = _console(trainer) if isinstance(what, PruningReport) else None
     if console is None:
         rank_zero_info(f"\n{what}")  # the cursor may be at the end of a progress bar
-    elif trainer.is_global_zero and rank_zero_module.log.isEnabledFor(logging.INFO):
+    elif trainer.is_global_zero and rank_zero.log.isEnabledFor(logging.INFO):
         console.print()
         console.print(what)
 
@@ -105,7 +105,7 @@ def _console(trainer: pl.Trainer) -> Any:
         return None
     from rich.console import Console
 
-    streams = [getattr(handler, "stream", None) for handler in _handlers(rank_zero_module.log)]
+    streams = [getattr(handler, "stream", None) for handler in _handlers(rank_zero.log)]
     if not streams or not all(stream is not None and stream.isatty() for stream in streams):
         return None
     bar = trainer.progress_bar_callback

@@ -40,7 +40,7 @@ def density(names: Sequence[str], kept: Sequence[int], sizes: Sequence[int], tit
     axes = figure.add_subplot()
     percent = [100 * left / size for left, size in zip(kept, sizes, strict=True)]
     whole = 100 * sum(kept) / sum(sizes)
-    axes.axvline(whole, color=_RED, linestyle="--", label=f"all layers together: {whole:.3g} %")
+    axes.axvline(whole, color=_RED, linestyle="--", label=f"all layers together: {whole:.3g}%")
     lowest = min([value for value in percent if value] + [whole]) / 2
     filled = [row for row, value in enumerate(percent) if value]
     axes.plot(
@@ -48,9 +48,17 @@ def density(names: Sequence[str], kept: Sequence[int], sizes: Sequence[int], tit
     )
     for row, left in enumerate(kept):
         text, place = (f"{left:,}", percent[row]) if left else ("nothing left", lowest)
-        axes.annotate(text, (place, row), (7, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(
+            text,
+            (place, row),
+            (7, 0),
+            textcoords="offset points",
+            va="center_baseline",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
     axes.set_xscale("log")
-    axes.set_xlim(lowest, 250)
+    axes.set_xlim(lowest, 100 * (100 / lowest) ** 0.16)  # room for the text at the right
     _label_powers(axes, lowest)
     _label_layers(axes, names)
     axes.grid(axis="both", color="0.9")
@@ -72,17 +80,19 @@ def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round],
 
     """
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     left, table = list(sizes), []
     for each in history:
         left = [had - gone for had, gone in zip(left, each.removed, strict=True)]
         table.append([100 * has / size for has, size in zip(left, sizes, strict=True)])
     indices = [each.index for each in history]
-    figure = _figure(3.3 + _height(names))
+    figure = _figure(3.0 + _height(names))
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.2, max(1.2, _height(names))])
     figure.suptitle(title, fontsize="large")
-    top.bar(indices, [sum(each.removed) for each in history], width=1.0, color=_BLUE, edgecolor="white", linewidth=0.3)
-    top.set_yscale("log")
+    removed = [sum(each.removed) for each in history]
+    top.plot(indices, removed, "o-", color=_BLUE, markersize=3)
+    top.set_yscale("log" if any(removed) else "linear")
     top.set_ylabel("weights removed\nin the round")
     top.grid(axis="y", color="0.9")
     top.set_axisbelow(True)
@@ -98,11 +108,12 @@ def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round],
     bottom.set_facecolor(_RED)
     _label_layers(bottom, names)
     bottom.set_xlabel("round")
-    bottom.xaxis.get_major_locator().set_params(integer=True)
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     empty = ", red: nothing" if any(not value for row in table for value in row) else ""
-    bar = figure.colorbar(
-        colours, ax=bottom, location="bottom", aspect=50, label=f"weights left in the layer (%){empty}"
-    )
+    label = f"weights left in the layer (%){empty}"
+    # Three tenths of an inch and a fifth, however tall the picture is.
+    pad, thickness = 0.3 / max(1.2, _height(names)), 0.2 / _WIDTH
+    bar = figure.colorbar(colours, ax=bottom, location="bottom", aspect=0.7 / thickness, pad=pad, label=label)
     _label_powers(bar.ax, lowest)
     return figure
 
@@ -142,7 +153,7 @@ def scores(histogram: ScoreHistogram, threshold: float | None, method: str) -> "
     lower = f"; {below:,} are lower (or 0)" if below else ""
     axes.set_xlabel(f"score: {_SCORES.get(method, 'as the method defines it')}{lower}")
     axes.set_ylabel("weights")
-    own = "" if threshold is not None else "; every layer has its own threshold"
+    own = "" if threshold is not None else "\nEvery layer has its own threshold."
     axes.set_title(f"Scores of the weights that were left for the last round of {method}{own}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -171,7 +182,7 @@ def cycles(known: Sequence[tuple[int, float, float]], metric: str) -> "Figure":
     axes.set_axisbelow(True)
     axes.set_xlabel("weights left during the cycle (%)")
     axes.set_ylabel(f"{metric}, at the end of the cycle")
-    axes.set_title("Iterative magnitude pruning by cycle (the number at each point), before its cut")
+    axes.set_title("Iterative magnitude pruning: what each cycle, by its number, reached before its cut")
     return figure
 
 
@@ -196,7 +207,7 @@ def _label_layers(axes: "Axes", names: Sequence[str]) -> None:
     prefix = "".join(f"{part}." for part in parts[0][:shared])
     axes.set_yticks(range(len(names)), [name[len(prefix) :] for name in names], fontsize=9 if len(names) <= 25 else 8)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_ylabel(f"parameter ({prefix}...)" if prefix else "parameter")
+    axes.set_ylabel(f"parameter ({prefix}*)" if prefix else "parameter")
 
 
 def _label_powers(axes: "Axes", lowest: float) -> None:
