@@ -87,8 +87,9 @@ def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round],
         left = [had - gone for had, gone in zip(left, each.removed, strict=True)]
         table.append([100 * has / size for has, size in zip(left, sizes, strict=True)])
     indices = [each.index for each in history]
-    figure = _figure(3.0 + _height(names))
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.2, max(1.2, _height(names))])
+    height = max(1.3, _height(names))
+    figure = _figure(3.2 + height)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.3, height])
     figure.suptitle(title, fontsize="large")
     removed = [sum(each.removed) for each in history]
     top.plot(indices, removed, "o-", color=_BLUE, markersize=3)
@@ -111,9 +112,10 @@ def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round],
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     empty = ", red: nothing" if any(not value for row in table for value in row) else ""
     label = f"weights left in the layer (%){empty}"
-    # Three tenths of an inch and a fifth, however tall the picture is.
-    pad, thickness = 0.3 / max(1.2, _height(names)), 0.2 / _WIDTH
-    bar = figure.colorbar(colours, ax=bottom, location="bottom", aspect=0.7 / thickness, pad=pad, label=label)
+    inch = 1 / height
+    bar = figure.colorbar(
+        colours, ax=bottom, location="bottom", aspect=30, fraction=0.3 * inch, pad=0.3 * inch, label=label
+    )
     _label_powers(bar.ax, lowest)
     return figure
 
