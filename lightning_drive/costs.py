@@ -62,9 +62,8 @@ def measure(module: nn.Module, parameters: Mapping[str, nn.Parameter], example_i
                 module(sample)
     except Exception as error:  # the module's own `forward`, called in a way it may not be made for
         return Costs(itemsizes, unknown, None, f"{type(error).__name__}: {error}")
-    found = {
-        name: takers.flops[name] // 2 if takers.flops[name] or name in takers.unused else None for name in parameters
-    }
+    known = takers.counted | takers.unused.keys()
+    found = {name: flops // 2 if name in known else None for name, flops in takers.flops.items()}
     return Costs(
         itemsizes,
         found,
@@ -89,25 +88,29 @@ class _Takers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, counter: FlopCounterMode, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._counter = counter
-        self._starts = {name: parameter.data_ptr() for name, parameter in parameters.items()}
-        self._ends = {name: parameter.data_ptr() + parameter.nbytes for name, parameter in parameters.items()}
+        self._places = {name: (each.data_ptr(), each.data_ptr() + each.nbytes) for name, each in parameters.items()}
         self.flops = dict.fromkeys(parameters, 0)
-        self.unused = list(parameters)
+        self.counted: set[str] = set()
+        self.unused = dict.fromkeys(parameters)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         before = self._counter.get_total_flops()
         result = func(*args, **(kwargs or {}))
-        taken = [name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) for name in self._in(leaf)]
+        flops = self._counter.get_total_flops() - before
+        taken = {name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) for name in self._in(leaf)}
         for name in taken:
-            if name in self.unused:
-                self.unused.remove(name)
-        if taken:
-            self.flops[taken[0]] += self._counter.get_total_flops() - before
+            self.unused.pop(name, None)
+        if taken and flops:
+            self.counted |= taken
+            self.flops[max(taken, key=self._size)] += flops  # the weight, where a bias is prunable, too
         return result
+
+    def _size(self, name: str) -> int:
+        start, end = self._places[name]
+        return end - start
 
     def _in(self, tensor: Tensor) -> Iterator[str]:
         """Find the parameter that a tensor is, or is a view of, by its place in memory."""
-        place = tensor.data_ptr()
-        return (name for name, start in self._starts.items() if start <= place < self._ends[name])
+        return (name for name, (start, end) in self._places.items() if start <= tensor.data_ptr() < end)
