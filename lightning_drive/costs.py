@@ -99,11 +99,12 @@ class _Takers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = self._counter.get_total_flops()
         result = func(*args, **(kwargs or {}))
         flops = self._counter.get_total_flops() - before
-        taken = {name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) for name in self._in(leaf)}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        taken = dict.fromkeys(name for tensor in tensors for name in self._in(tensor))
         for name in taken:
             self.unused.pop(name, None)
         if taken and flops:
-            self.counted |= taken
+            self.counted.update(taken)
             self.flops[max(taken, key=self._size)] += flops  # the weight, where a bias is prunable, too
         return result
 
