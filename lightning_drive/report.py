@@ -16,7 +16,7 @@ from lightning_drive.rounds import Round, ScoreHistogram
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 Control: TypeAlias = Literal["none", "shuffle", "reinit"]
 Picture: TypeAlias = Literal["density", "rounds", "scores", "cycles"]
@@ -311,7 +311,7 @@ class PruningReport:
     def to_markdown(self) -> str:
         """Give the table, with what is above and below it, in Markdown."""
         first, *rest = self._above()
-        notes = [" ".join(f"- {line}".split()) for line in self._below()]
+        notes = [" ".join(f"- {line}".split()).replace("<", "\\<") for line in self._below()]
         return "\n".join([first, *(f"\n{line}" for line in rest), "", *tables.markdown(self._rows()), "", *notes])
 
     def to_html(self) -> str:
@@ -322,9 +322,10 @@ class PruningReport:
         """Let a notebook show the table."""
         return self.to_html()
 
-    def __rich__(self) -> "Group":
-        """Let ``rich.print`` and a rich console show the table, as wide as the terminal is."""
-        return tables.for_terminal(self._rows(with_bytes=False), self._above(), self._below())
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """Let ``rich.print`` and a rich console show the table; a narrow one leaves out what the rest says, too."""
+        rows, dispensable = self._rows(with_bytes=False), ("shape", "weights", "MACs", "non-zero MACs")
+        yield tables.for_terminal(rows, self._above(), self._below(), options.max_width, dispensable)
 
     # To see.
 
@@ -415,7 +416,7 @@ class PruningReport:
 
     def _rows(self, *, with_bytes: bool = True) -> list[tuple[str, ...]]:
         """Give the table; costs that are not known of any layer have no columns."""
-        costs = [("mult-adds", "multiply_adds"), ("non-zero", "nonzero_multiply_adds")]
+        costs = [("MACs", "multiply_adds"), ("non-zero MACs", "nonzero_multiply_adds")]
         if with_bytes:
             costs += [("bytes", "dense_bytes"), ("non-zero bytes", "nonzero_bytes")]
         shown = [pair for pair in costs if any(getattr(each, pair[1]) is not None for each in self.layers)]
@@ -441,7 +442,7 @@ class PruningReport:
         if self.multiply_adds is not None:
             others = f", and {tables.count(self.other_multiply_adds)} without prunable weights"
             yield (
-                f"multiply-adds of one sample (1 is 2 FLOPs): {tables.count(self.multiply_adds)} dense,"
+                f"multiply-adds of one sample (MACs; one is 2 FLOPs): {tables.count(self.multiply_adds)} dense,"
                 f" {tables.count(self.nonzero_multiply_adds)} by non-zero weights"
                 f"{others if self.other_multiply_adds else ''}"
             )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, JustifyMethod
 
 Rows: TypeAlias = Sequence[Sequence[str]]
 
@@ -83,13 +83,18 @@ def to_html(rows: Rows, above: Iterable[str], below: Iterable[str]) -> str:
     )
 
 
-def for_terminal(rows: Rows, above: Iterable[str], below: Iterable[str]) -> "Group":
-    """Make a table for a terminal, as wide as that is. Needs rich.
+def for_terminal(
+    rows: Rows, above: Iterable[str], below: Iterable[str], width: int, dispensable: Iterable[str] = ()
+) -> "Group":
+    """Make a table for a terminal. Needs rich.
 
     Args:
         rows: The cells.
         above: Lines above the table.
         below: Lines below it.
+        width: Characters in a line.
+        dispensable: Titles of columns that are left out, one after the other, where the table is too wide. What is
+            then still too wide makes names go over several lines.
 
     """
     from rich import box
@@ -97,11 +102,16 @@ def for_terminal(rows: Rows, above: Iterable[str], below: Iterable[str]) -> "Gro
     from rich.table import Table
     from rich.text import Text
 
+    texts = rows[0][:_NUM_TEXTS]
+    for title in dispensable:
+        if len(plain(rows)[0]) + 2 > width and title in rows[0]:  # 2: at the edges
+            place = rows[0].index(title)
+            rows = [(*row[:place], *row[place + 1 :]) for row in rows]
     header, *body, total = ([Text(cell) for cell in row] for row in rows)  # as it is: names may look like markup
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_footer=True)
     for column, (head, foot) in enumerate(zip(header, total, strict=True)):
-        left = column < _NUM_TEXTS
-        table.add_column(head, foot, justify="left" if left else "right", overflow="fold", no_wrap=column > 0)
+        side: JustifyMethod = "left" if head.plain in texts else "right"
+        table.add_column(head, foot, justify=side, overflow="fold", no_wrap=column > 0)
     for row in body:
         table.add_row(*row)
     return Group(*map(Text, above), table, *map(Text, below))
