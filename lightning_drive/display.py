@@ -122,4 +122,4 @@ def _handlers(logger: logging.Logger | None) -> Iterator[logging.Handler]:
 
 
 def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    return sys.modules.get(package, ...) is not None and importlib.util.find_spec(package) is not None
