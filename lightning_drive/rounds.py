@@ -96,8 +96,8 @@ def score_histogram(rankings: Iterable[Ranking]) -> ScoreHistogram | None:
         return None
     low, high = min(part.low for part in parts), max(part.high for part in parts)
     edges = torch.linspace(low, high, NUM_BINS + 1, dtype=torch.float64)
-    kept = torch.stack([part.below(edges, part.kept) for part in parts]).sum(0).long()
-    pruned = torch.stack([part.below(edges, part.every) for part in parts]).sum(0).long() - kept
+    kept = torch.stack([part.below(edges, part.kept) for part in parts]).sum(0).round().long()
+    pruned = torch.stack([part.below(edges, part.every) for part in parts]).sum(0).round().long() - kept
     return ScoreHistogram(
         low, high, tuple(kept.diff().tolist()), tuple(pruned.diff().tolist()), int(kept[0]), int(pruned[0])
     )
@@ -132,4 +132,4 @@ class _Part(NamedTuple):
         """Count what is below other edges, as if it lay evenly within bins."""
         left = (torch.searchsorted(self.edges, edges, right=True) - 1).clamp(0, len(self.edges) - 2)
         share = (edges - self.edges[left]) / (self.edges[left + 1] - self.edges[left])
-        return torch.lerp(counts[left], counts[left + 1], share.clamp(0, 1)).round()
+        return torch.lerp(counts[left], counts[left + 1], share.clamp(0, 1))

@@ -152,7 +152,7 @@ def test_str__costs() -> None:
     ]
 
 
-STRANGE = 'blocks[0]|<b>&"quoted".weight'
+STRANGE = 'blocks[red]|<b>&"quoted".weight'
 
 
 def strange_report() -> PruningReport:
@@ -545,6 +545,7 @@ def test_figure__scores() -> None:
     kept, pruned = axes.patches
     assert tuple(kept.get_data().values) == HISTOGRAM.kept
     assert tuple(pruned.get_data().values - kept.get_data().values) == HISTOGRAM.pruned
+    assert tuple(pruned.get_data().baseline) == HISTOGRAM.kept
     assert (kept.get_data().edges[0], kept.get_data().edges[-1]) == pytest.approx((1e-4, 1e-1))
     [line] = axes.lines
     assert line.get_xdata()[0] == 2e-3
@@ -553,14 +554,16 @@ def test_figure__scores() -> None:
 
 def test_figure__rounds() -> None:
     """A column for each round, a row for each layer, in percent of its weights; empty layers have no colour."""
-    pytest.importorskip("matplotlib")
-    top, bottom, _ = full_report().figure("rounds").axes
+    matplotlib = pytest.importorskip("matplotlib")
+    top, bottom, bar = full_report().figure("rounds").axes
     assert list(top.lines[0].get_ydata()) == [800, 752]
     [image] = bottom.images
     values = image.get_array()
     assert values[0].tolist() == pytest.approx([100 * 188 / 288, 100 * 36 / 288])
     assert values[1, 0] == pytest.approx(100 * 600 / 1300)
     assert values.mask.tolist() == [[False, False], [False, True]]
+    assert matplotlib.colors.to_hex(bottom.get_facecolor()) == "#d55e00"
+    assert bar.get_xlabel() == "weights left in the layer (%), red: nothing"
 
 
 def test_figure__cycles() -> None:
