@@ -167,7 +167,7 @@ def test_to_markdown() -> None:
     assert table == [
         "| parameter | shape | weights | kept | density | active | MACs | non-zero MACs | bytes | non-zero bytes |",
         "| :-- | :-- | --: | --: | --: | --: | --: | --: | --: | --: |",
-        r'| `blocks[0]\|<b>&"quoted".weight` | 8x4x3x3 | 288 | 36 | 12.50% | 66.67% | 18.4k | 2.3k | 1.15k | 180 |',
+        r'| `blocks[red]\|<b>&"quoted".weight` | 8x4x3x3 | 288 | 36 | 12.50% | 66.67% | 18.4k | 2.3k | 1.15k | 180 |',
         "| `fc.weight` | 10x130 | 1,300 | 0 | 0.00% | - | 1.3k | 0 | 2.6k | 163 |",
         "| **all** |  | **1,588** | **36** | **2.27%** | **66.67%** | **19.7k** | **2.3k** | **3.75k** | **343** |",
     ]
