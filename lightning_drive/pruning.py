@@ -386,10 +386,10 @@ class PruningCallback(pl.Callback):
             times[1] = time.monotonic()
             advance()
 
-        parameters = self.prunable_parameters(pl_module)
         num_rounds = method.rounds if only_round is None else 1
         ranks = scoring.ranks_of(trainer)
         shards.reshard_(pl_module)  # validation, a forward pass without a backward pass, leaves parameters whole
+        parameters = self.prunable_parameters(pl_module)
         with (
             display.progress(trainer, f"Pruning by {type(method).__name__}", num_rounds) as advance,
             scoring.sandbox(trainer, pl_module),
@@ -612,9 +612,12 @@ def _not_measured(found: Found, measured: Costs) -> Iterator[str]:
     """Say what the report does not have, and why."""
     remedy = "Set `example_input_array` on the module to the tensor that it takes."
     if found.active is None and not found.path_error:
-        yield "Effective sparsity was not measured: paths are not followed through sharded parameters."
+        yield (
+            "Effective sparsity and multiply-adds were not measured: paths are not followed through sharded parameters."
+        )
     if found.path_error:
-        both = " and multiply-adds were" if measured.error == found.path_error else " was"
+        neither = found.example_input is None or measured.error == found.path_error
+        both = " and multiply-adds were" if neither else " was"
         yield (
             f"Effective sparsity{both} not measured, since `forward` failed on the first tensor of a batch"
             f" ({found.path_error}). {remedy}"

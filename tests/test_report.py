@@ -436,6 +436,55 @@ def test_report__of_a_run(tmp_path: Path) -> None:
     assert found.pictures == ["density", "rounds", "scores"]
 
 
+class NeedsLabels(ConvModule):
+    """Its ``forward`` does not take an image alone."""
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        if labels is None:
+            raise ValueError("labels are missing")
+        return super().forward(images)
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(*batch), batch[1])
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        self(*batch)
+
+
+class NeedsRecurrence(ConvModule):
+    """Multiply-adds can be counted, but paths cannot be followed, through its recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(8, 8)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images + 0 * self.recurrent(images.mean(1).transpose(0, 1))[0].mean())
+
+
+@pytest.mark.parametrize(
+    ("module", "counted", "note"),
+    [
+        (
+            NeedsLabels,
+            False,
+            r"Effective sparsity and multiply-adds were not measured, .*\(ValueError: labels are missing",
+        ),
+        (NeedsRecurrence, True, r"Effective sparsity was not measured, since .*lstm"),
+    ],
+)
+def test_report__not_measured(module: Callable[[], ConvModule], counted: bool, note: str, tmp_path: Path) -> None:
+    """Training goes on, and one note says why; nothing is invented."""
+    callback = fits.drive(warmup_epochs=0)
+    fits.trainer(tmp_path, callback, max_epochs=1).fit(module(), fits.loader())
+    found = callback.report
+    assert found is not None
+    assert (found.multiply_adds is not None, found.effective_sparsity) == (counted, None)
+    assert found.dense_bytes is not None
+    [warning] = found.warnings
+    assert re.match(note, warning)
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 def test_report__resumed_warmup(tmp_path: Path) -> None:
     """Of a warm-up that was resumed, only part of the time is known: it says nothing."""
