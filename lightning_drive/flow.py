@@ -6,6 +6,7 @@ Both replace the parameters for one call only (``torch.func.functional_call``); 
 import inspect
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -180,18 +181,22 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
     """
     tensors = {name: buffer.float() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     tensors |= {name: _path_value(name, parameter, masks) for name, parameter in module.named_parameters()}
-    leaves = [tensors[name] for name in masks]
+    reached: dict[str, Tensor] = {}
+
+    def note(name: str, leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        reached[name] = (leaf.grad > 0).logical_and_(masks[name])
+        leaf.grad = None  # one at a time: all of them would take as much memory as the weights
+
+    for name in masks:
+        tensors[name].register_post_accumulate_grad_hook(partial(note, name))  # type: ignore[no-untyped-call]
     with torch.enable_grad(), _Paths():
         ones = _ones(example_input, torch.float32)
         signal = _begin(ones) if ones.is_floating_point() else ones
         total = _sum_of_outputs(functional_call(module, tensors, (signal,)))
-    if not total.requires_grad:
-        return {name: torch.zeros_like(mask) for name, mask in masks.items()}
-    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
-    return {
-        name: torch.zeros_like(mask) if gradient is None else mask & (gradient > 0)
-        for (name, mask), gradient in zip(masks.items(), gradients, strict=True)
-    }
+    if total.requires_grad:
+        total.backward()  # type: ignore[no-untyped-call]
+    return {name: reached[name] if name in reached else torch.zeros_like(mask) for name, mask in masks.items()}
 
 
 def first_tensor(batch: Any) -> Tensor | None:

@@ -89,11 +89,11 @@ def loss_gradients(
 
 def _accumulate(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
     """Add to ``.grad`` what a backward pass would, without a backward pass."""
-    for parameter, gradient in zip(
-        parameters.values(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True
-    ):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    gradients = list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
+    for parameter in reversed(list(parameters.values())):
+        gradient = gradients.pop()
+        if gradient is not None:  # which may be another parameter's, too, or an expanded one
+            parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
 
 
 @contextmanager
@@ -265,6 +265,9 @@ def _check_finite(losses: list[float]) -> None:
 @contextmanager
 def _uncompiled(module: nn.Module) -> Generator[None]:
     """Run the originals of compiled modules, methods and functions; what is compiled already stays for later."""
+    if "torch._dynamo" not in sys.modules:  # whose import takes a second; nothing was compiled without it
+        yield
+        return
     if hasattr(torch.compiler, "set_stance"):
         with torch.compiler.set_stance("force_eager"):
             yield

@@ -80,7 +80,7 @@ class Network:
             num_batches: How many batches to take, at least 1.
 
         Returns:
-            Parameter name to gradient; the caller owns it.
+            Parameter name to gradient, in float32 or float64; the caller owns it.
 
         """
         if self._batches is None or self._loss_fn is None:
@@ -97,7 +97,7 @@ class Network:
             )
         if not self.is_sharded:  # else FSDP2 has averaged them
             self._ranks.mean_(found.values())
-        return found
+        return {name: scores.in_full(gradient) for name, gradient in found.items()}
 
     def synaptic_flow(self) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
         """Compute the synaptic flow, see :class:`lightning_drive.flow.SynapticFlow`.
@@ -205,7 +205,7 @@ class DRIVE:
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.scores.drive` on the next batches."""
         found = network.loss_gradients(self.batches_per_round)
-        return {name: scores.drive(weight, found.pop(name)) for name, weight in network.weights.items()}
+        return {name: scores.drive(weight, found[name], out=found[name]) for name, weight in network.weights.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +231,7 @@ class SNIP:
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.scores.snip` on the next batches."""
         found = network.loss_gradients(self.batches_per_round)
-        return {name: scores.snip(weight, found.pop(name)) for name, weight in network.weights.items()}
+        return {name: scores.snip(weight, found[name], out=found[name]) for name, weight in network.weights.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -389,6 +389,7 @@ class PruningCallback(pl.Callback):
         num_rounds = method.rounds if only_round is None else 1
         ranks = scoring.ranks_of(trainer)
         shards.reshard_(pl_module)  # validation, a forward pass without a backward pass, leaves parameters whole
+        scoring.free_gradients(trainer, pl_module)
         parameters = self.prunable_parameters(pl_module)
         with (
             display.progress(trainer, f"Pruning by {type(method).__name__}", num_rounds) as advance,

@@ -5,8 +5,7 @@ tensors is found digit by digit from histograms (a radix select): two passes for
 of different tensors are never joined into one, and nothing of their size is kept but the masks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import repeat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -140,28 +139,27 @@ def bin_edges(dtype: torch.dtype) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """What there is to rank in a tensor."""
+    """What there is to rank in a tensor, in chunks."""
 
-    scores: Tensor
-    alive: Tensor | None
+    chunks: Sequence[Tensor]
+    masks: Sequence[Tensor | None]
     num_pruned: int
+    """How many entries are there that their mask prunes already."""
 
     @classmethod
     def of(cls, scores: Tensor, alive: Tensor | None, count: int) -> "_Part":
-        """Drop what is pruned already where that is most; to mark it costs less where it is not."""
-        scores = scores.view(-1)
-        if alive is None or count == len(scores):
-            return cls(scores, None, 0)
-        alive = alive.reshape(-1)
-        if count * _FEW > len(scores):
-            return cls(scores, alive, len(scores) - count)
-        pairs = zip(_chunks(scores), _chunks(alive), strict=True)
-        return cls(torch.cat([chunk[mask] for chunk, mask in pairs]), None, 0)
+        """Leave out what is pruned already where that is most; to mark it costs less where it is not."""
+        chunks = torch.split(scores.view(-1), _chunk_size(scores.device))
+        if alive is None or count == scores.numel():
+            return cls(chunks, [None] * len(chunks), 0)
+        masks = torch.split(alive.reshape(-1), _chunk_size(scores.device))
+        if count * _FEW > scores.numel():
+            return cls(chunks, masks, scores.numel() - count)
+        return cls([chunk[mask] for chunk, mask in zip(chunks, masks, strict=True)], [None] * len(chunks), 0)
 
     def keys(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Go through the bit patterns, some at a time; those of pruned entries have all bits set."""
-        masks = repeat(None) if self.alive is None else _chunks(self.alive)
-        for chunk, mask in zip(_chunks(self.scores), masks):  # noqa: B905
+        for chunk, mask in zip(self.chunks, self.masks, strict=True):
             key = (chunk + 0.0).view(dtype)  # adding 0.0 makes -0.0, whose sign bit is set, a zero
             yield key if mask is None else key.bitwise_or_(mask.view(torch.int8) - 1)
 
@@ -199,10 +197,6 @@ def _cut(
         prefix = prefix << _DIGIT | digit
     threshold = torch.tensor(prefix, dtype=key_dtype).view(dtype).item()
     return threshold, remaining, int(histogram[digit]), distribution
-
-
-def _chunks(flat: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(flat, _chunk_size(flat.device))
 
 
 def _chunk_size(device: torch.device) -> int:

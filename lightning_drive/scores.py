@@ -23,10 +23,10 @@ def magnitude(weight: Tensor) -> Tensor:
         tensor([2.0000, 0.5000])
 
     """
-    return _full(weight).abs()
+    return in_full(weight).abs()
 
 
-def snip(weight: Tensor, gradient: Tensor) -> Tensor:
+def snip(weight: Tensor, gradient: Tensor, *, out: Tensor | None = None) -> Tensor:
     r"""Connection sensitivity, :math:`|\partial L / \partial m| = |\theta \odot g|` (SNIP, Lee et al., 2019).
 
     The division by the sum over all weights (Eq. 2-3 in the DRIVE paper) is a common positive factor, changes no
@@ -35,6 +35,7 @@ def snip(weight: Tensor, gradient: Tensor) -> Tensor:
     Args:
         weight: Effective weights :math:`\theta \odot m`, of any shape.
         gradient: Loss gradient :math:`g` with respect to them, same shape.
+        out: Where to write the scores, such as the gradient itself; by default into new memory.
 
     Returns:
         Scores of the same shape and device.
@@ -44,7 +45,7 @@ def snip(weight: Tensor, gradient: Tensor) -> Tensor:
         tensor([0.5000, 2.0000])
 
     """
-    return (_full(weight) * _full(gradient)).abs_()
+    return torch.mul(in_full(weight), in_full(gradient), out=out).abs_()
 
 
 def synflow(weight: Tensor, gradient: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -62,7 +63,7 @@ def synflow(weight: Tensor, gradient: Tensor, *, out: Tensor | None = None) -> T
     return torch.mul(weight.detach().to(gradient.dtype), gradient, out=out).abs_()
 
 
-def drive(weight: Tensor, gradient: Tensor) -> Tensor:
+def drive(weight: Tensor, gradient: Tensor, *, out: Tensor | None = None) -> Tensor:
     r"""DRIVE's ranking score, :math:`|\theta \odot g|`, whose square is the paper's metric.
 
     DRIVE joins magnitude, connection sensitivity :math:`\theta \odot g` (Eq. 9) and convergence sensitivity
@@ -75,6 +76,7 @@ def drive(weight: Tensor, gradient: Tensor) -> Tensor:
     Args:
         weight: Effective weights :math:`\theta \odot m`, of any shape.
         gradient: Loss gradient :math:`g` with respect to them, same shape.
+        out: Where to write the scores, such as the gradient itself; by default into new memory.
 
     Returns:
         Scores of the same shape and device.
@@ -88,7 +90,7 @@ def drive(weight: Tensor, gradient: Tensor) -> Tensor:
         True
 
     """
-    return snip(weight, gradient)
+    return snip(weight, gradient, out=out)
 
 
 def drive_three_factor(weight: Tensor, mask: Tensor, gradient: Tensor) -> Tensor:
@@ -117,5 +119,11 @@ def drive_three_factor(weight: Tensor, mask: Tensor, gradient: Tensor) -> Tensor
     return (weight * (weight * gradient) * (mask * gradient)).abs()
 
 
-def _full(tensor: Tensor) -> Tensor:
+def in_full(tensor: Tensor) -> Tensor:
+    """Give a tensor in the precision of scores: float32, or float64 if that is what it has.
+
+    Args:
+        tensor: Weights or gradients.
+
+    """
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -121,6 +122,24 @@ def begin_epoch_again(trainer: pl.Trainer) -> None:
     epochs = trainer.fit_loop.epoch_progress.total
     if epochs.started < epochs.ready:  # type: ignore[attr-defined]
         trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
+
+
+def free_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let go of gradients that Lightning is about to throw away, so that scoring does not need room beside them.
+
+    Those are the gradients of the last step, at the start of an epoch, under automatic optimization. A module with an
+    ``optimizer_zero_grad`` of its own may want them.
+
+    Args:
+        trainer: A Trainer in the middle of ``fit``.
+        pl_module: Its module.
+
+    """
+    if pl_module.automatic_optimization and not is_overridden("optimizer_zero_grad", pl_module, pl.LightningModule):
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
 
 def training_step_loss(trainer: pl.Trainer) -> gradients.LossFunction:

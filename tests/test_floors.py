@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import lightning_drive
+from lightning_drive import callbacks
+
 FLOORS = (
     {"handover", "messages", "ranks"},
     {"schedules", "scores", "ranking", "sparsity", "shards"},
@@ -25,6 +28,8 @@ MODULES = sorted(PACKAGE.glob("[!_]*.py"))
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
 # Optional, and not imported by `lightning.pytorch` itself (torchmetrics alone brings matplotlib, torchvision, rich).
+OF_LIGHTNING = LIGHTNING | {"matplotlib", "rich", "torchvision"}
+WITH_LIGHTNING = "import lightning.pytorch, lightning_drive"
 HEAVY = {"pytorch_lightning", "sklearn", "jsonargparse", "pandas", "tensorboard", "safetensors"}
 
 
@@ -53,9 +58,9 @@ def complaints(module: str, source: str) -> list[str]:
     return found
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Import in a fresh process, and say which of the heavy packages came with it."""
-    script = f"{statement}; import sys; print(*{HEAVY!r} & sys.modules.keys())"
+def loaded_by(statement: str, packages: set[str]) -> set[str]:
+    """Import in a fresh process, and say which of the packages came with it."""
+    script = f"{statement}; import sys; print(*{packages!r} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     return set(done.stdout.split())
 
@@ -103,9 +108,34 @@ def test_imports_go_down__can_pass(module: str, source: str) -> None:
     assert complaints(module, source) == []
 
 
-def test_import__nothing_heavy() -> None:
-    assert loaded_by("import lightning_drive") == set()
+@pytest.mark.parametrize(
+    ("statement", "more"),
+    [
+        ("import lightning_drive", OF_LIGHTNING | {"torch._dynamo"}),
+        ("from lightning_drive import find_masks, DRIVE, Masks, PruningReport", OF_LIGHTNING | {"torch._dynamo"}),
+        ("from lightning_drive import DRIVEPruningCallback, IMPPruningCallback", set()),
+    ],
+)
+def test_import__nothing_heavy(statement: str, more: set[str]) -> None:
+    """Optional packages are never imported, and Lightning, which takes longer than torch, only for the callbacks."""
+    assert loaded_by(statement, HEAVY | more) == set()
+
+
+@pytest.mark.parametrize(("statement", "loads"), [("import lightning_drive", False), (WITH_LIGHTNING, True)])
+def test_import__short_names(statement: str, loads: bool) -> None:
+    """Where Lightning is imported first, LightningCLI knows the callbacks without their module's name."""
+    modules = {"lightning_drive.callbacks", "lightning_drive.lottery"}
+    assert loaded_by(statement, modules) == (modules if loads else set())
 
 
 def test_import__nothing_heavy_can_fail() -> None:
-    assert loaded_by("import sys, types; sys.modules['sklearn'] = types.ModuleType('sklearn')") == {"sklearn"}
+    assert loaded_by("import sys, types; sys.modules['sklearn'] = types.ModuleType('sklearn')", HEAVY) == {"sklearn"}
+
+
+def test_public_names() -> None:
+    """What is promised is there, listed, and the same object wherever it is imported from; nothing else is made up."""
+    assert set(lightning_drive.__all__) <= set(dir(lightning_drive))
+    assert lightning_drive.DRIVEPruningCallback is callbacks.DRIVEPruningCallback
+    assert {name for name in lightning_drive.__all__ if getattr(lightning_drive, name).__name__ != name} == set()
+    with pytest.raises(AttributeError, match=r"module 'lightning_drive' has no attribute 'prune'"):
+        lightning_drive.prune  # noqa: B018

@@ -130,6 +130,26 @@ def test_loss_gradients__by_hand() -> None:
     assert found["layer.weight"].tolist() == [[6.0, 6.0, 6.0, 6.0]]
 
 
+@pytest.mark.parametrize("hookless", [False, True])
+def test_loss_gradients__owned(hookless: bool) -> None:
+    """The caller may write into any gradient, also where autograd hands out one tensor for two parameters."""
+    module = nn.ParameterDict({name: nn.Parameter(torch.zeros(2, 3)) for name in ("first", "second", "third")})
+    found = gradients.loss_gradients(
+        module,
+        dict(module.named_parameters()),
+        lambda module, batch: ((module["first"] + module["second"]) * batch).sum() + module["third"].sum(),
+        [torch.full((2, 3), 2.0)],
+        hookless=hookless,
+    )
+    for gradient in found.values():
+        gradient.add_(1)
+    assert {name: gradient.unique().tolist() for name, gradient in found.items()} == {
+        "first": [3.0],
+        "second": [3.0],
+        "third": [2.0],
+    }
+
+
 def test_loss_gradients__zero_where_unused() -> None:
     module = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 3)})
     found = gradients.loss_gradients(

@@ -16,7 +16,7 @@ from lightning_drive import Masks, masking
 from lightning_drive.masking import MaskedParameters
 
 SHAPES = [(), (0,), (1,), (7,), (8,), (9,), (3, 5), (2, 3, 1, 7), (4, 4, 3, 3), (1, 1000)]
-NAN = float("nan")
+INF, NAN = float("inf"), float("nan")
 
 
 def random_mask(*shape: int, seed: int = 0) -> Tensor:
@@ -304,6 +304,68 @@ def test_masked_parameters__zero_weights_() -> None:
         module[0].weight.fill_(NAN)
     live.zero_weights_()
     assert module[0].weight.isnan().equal(masks["0.weight"])
+
+
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LAYOUTS = {
+    "contiguous": lambda tensor: tensor,
+    "channels_last": lambda tensor: tensor.to(memory_format=torch.channels_last),
+    "transposed": lambda tensor: tensor.transpose(0, 3).contiguous().transpose(0, 3),
+    "strided": lambda tensor: torch.stack([tensor, tensor], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64, torch.complex128, torch.int32], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 19])
+def test_zero_(dtype: torch.dtype, layout: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is pruned is +0 to the bit, and what is kept is what it was to the bit: NaN, -0.0 and infinities, too."""
+    monkeypatch.setattr(masking, "_CHUNK", chunk)
+    values = (
+        torch.tensor([1.5, -2.0, -0.0]) if dtype == torch.int32 else torch.tensor([1.5, -2.0, NAN, INF, -INF, -0.0])
+    )
+    generator = torch.Generator().manual_seed(0)
+    tensor = values[torch.randint(len(values), (6, 5, 3, 4), generator=generator)].to(dtype)
+    mask = torch.rand(tensor.shape, generator=generator) < 0.4
+    kept = mask.flatten().tolist()
+    expected = [bits if keeps else bytes(len(bits)) for bits, keeps in zip(bits_of(tensor), kept, strict=True)]
+
+    once, again = layout(tensor).clone(), layout(tensor).clone()
+    masking.zero_(once, mask)
+    module = nn.ParameterDict({"weight": nn.Parameter(again, requires_grad=False)})
+    live = MaskedParameters(module, Masks({"weight": mask}))
+    live.zero_weights_()
+    assert bits_of(once) == bits_of(module["weight"].detach()) == expected
+
+
+def bits_of(tensor: torch.Tensor) -> list[bytes]:
+    flat = tensor.contiguous().view(-1, 1).view(torch.uint8)
+    return [bytes(row) for row in flat.tolist()]
+
+
+def test_zero___scalar_and_empty() -> None:
+    for shape in ((), (0, 3)):
+        tensor = torch.full(shape, NAN)
+        masking.zero_(tensor, torch.zeros(shape, dtype=torch.bool))
+        assert tensor.equal(torch.zeros(shape))
+
+
+def test_masked_parameters__other_kinds_of_state() -> None:
+    """State in another precision than the weights, and sparse gradients, are masked all the same."""
+    embedding = nn.Embedding(4, 3, sparse=True, dtype=torch.bfloat16)
+    live = MaskedParameters(embedding, Masks({"weight": torch.eye(4, 3, dtype=torch.bool)}))
+    optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
+    optimizer.state[embedding.weight] = {name: torch.ones(4, 3, dtype=dtype) for name, dtype in STATES.items()}
+    live.zero_optimizer_state_(optimizer)
+    assert all(value.float().equal(torch.eye(4, 3)) for value in optimizer.state[embedding.weight].values())
+    embedding(torch.tensor([1, 3])).sum().backward()
+    live.zero_gradients_()
+    expected = torch.zeros(4, 3)
+    expected[1, 1] = 1
+    assert embedding.weight.grad.to_dense().float().equal(expected)
+
+
+STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int16": torch.int16, "bool": torch.bool}
 
 
 class Shard(torch.Tensor):

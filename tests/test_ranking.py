@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_drive import ranking
 
@@ -37,9 +38,9 @@ def random_scores(seed: int, dtype: torch.dtype = torch.float32, kind: str = "di
     }
 
 
-def random_alive(scores: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+def random_alive(scores: dict[str, Tensor], seed: int, density: float = 0.6) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1000 + seed)
-    return {name: torch.rand(score.shape, generator=generator) < 0.6 for name, score in scores.items()}
+    return {name: torch.rand(score.shape, generator=generator) < density for name, score in scores.items()}
 
 
 def lists(masks: dict[str, Tensor]) -> dict[str, list[bool]]:
@@ -87,15 +88,15 @@ def test_keep_highest__order_is_that_of_the_mapping() -> None:
 @DTYPES
 @pytest.mark.parametrize("kind", VALUES)
 @pytest.mark.parametrize("chunk", [7, 1 << 20], ids=["small_chunks", "one_chunk"])
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "some_alive"])
+@pytest.mark.parametrize("density", [None, 1.0, 0.6, 0.1], ids=["no_masks", "all_alive", "some_alive", "few_alive"])
 def test_keep_highest__matches_sort(
-    dtype: torch.dtype, kind: str, chunk: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, kind: str, chunk: int, density: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranking, "CHUNK", chunk)
     scores = random_scores(3, dtype, kind)
-    alive = random_alive(scores, 3) if masked else None
+    alive = None if density is None else random_alive(scores, 3, density)
     total = sum(int(mask.sum()) for mask in (alive or all_alive(scores)).values())
-    for num_kept in {1, 2, total // 7, total // 2, total - 1, total}:
+    for num_kept in {1, 2, total // 7, total // 2, total - 1, total} - {0}:
         found = ranking.keep_highest(scores, num_kept, alive)
         expected = reference.keep_highest(scores, num_kept, alive or all_alive(scores))
         assert lists(found.masks) == lists(expected)
@@ -198,11 +199,47 @@ def test_keep_highest__alive_cannot_return() -> None:
     assert lists(ranking.keep_highest(scores, 2, alive).masks) == {"a": [False, True, False, True]}
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, -1.0])
-def test_keep_highest__pruned_scores_do_not_matter(bad: float) -> None:
-    scores = {"a": torch.tensor([bad, 1.0, 2.0])}
-    alive = {"a": torch.tensor([False, True, True])}
-    assert lists(ranking.keep_highest(scores, 1, alive).masks) == {"a": [False, False, True]}
+@pytest.mark.parametrize("bad", [NAN, -NAN, INF, -INF, -1.0])
+@pytest.mark.parametrize("num_pruned", [1, 100], ids=["marked", "left_out"])
+def test_keep_highest__pruned_scores_do_not_matter(bad: float, num_pruned: int) -> None:
+    scores = {"a": torch.tensor([*[bad] * num_pruned, 1.0, 2.0])}
+    alive = {"a": torch.tensor([*[False] * num_pruned, True, True])}
+    assert lists(ranking.keep_highest(scores, 1, alive).masks) == {"a": [False] * (num_pruned + 1) + [True]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_keep_highest__every_bit_of_nan_counts(dtype: torch.dtype) -> None:
+    """A NaN whose bits are all set, as pruned entries are marked, is still an error where it is alive."""
+    integers = torch.int64 if dtype == torch.float64 else torch.int32
+    scores = {"a": torch.tensor([-1, -1, 0, 1], dtype=integers).view(dtype)}
+    with pytest.raises(ValueError, match=r"'a' contain nan or inf \(1 of 3\)"):
+        ranking.keep_highest(scores, 1, {"a": torch.tensor([False, True, True, True])})
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose results a program on a GPU has to wait for."""
+
+    OPERATIONS = ("_local_scalar_dense.default", "nonzero.default", "bincount.default", "index.Tensor")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func).removeprefix("aten.") in self.OPERATIONS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_keep_highest__waits_do_not_grow_with_tensors(density: float) -> None:
+    def waits(num_tensors: int) -> int:
+        generator = torch.Generator().manual_seed(0)
+        scores = {str(index): torch.rand(30, generator=generator) for index in range(num_tensors)}
+        with Waits() as found:
+            ranking.keep_highest(scores, 10 * num_tensors, random_alive(scores, 0, density))
+        return found.count
+
+    assert waits(2) == waits(60) <= 16
 
 
 @pytest.mark.parametrize(

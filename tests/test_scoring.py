@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassPrecision, MulticlassRecall
 
+from lightning_drive import scoring
+
 
 class Recorder(ConvModule):
     """Counts everything that scoring could leave behind: metrics with shared and list states, logs of all kinds."""
@@ -251,3 +253,57 @@ def test_metrics_and_mode_in_one_module(tmp_path: Path) -> None:
     assert callback.pruned
     assert (late.value, late.count) == (1.0, fits.NUM_CLASSES)
     assert isinstance(ConvModule().accuracy, MulticlassAccuracy)
+
+
+class OwnZeroGrad(ConvModule):
+    """Counts on gradients that are still there."""
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        super().optimizer_zero_grad(*args)
+
+
+class ManualGradients(ConvModule):
+    """Optimizes as it likes, and clears gradients when it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+
+
+@pytest.mark.parametrize(("make", "are_kept"), [(ConvModule, False), (OwnZeroGrad, True), (ManualGradients, True)])
+def test_free_gradients(make: type[ConvModule], are_kept: bool, tmp_path: Path) -> None:
+    """Scoring needs no room beside gradients that Lightning is about to drop; all others are left alone."""
+    module = make()
+    module.unused = torch.nn.Parameter(torch.ones(2))  # of no optimizer
+    frees: list[set[str]] = []
+
+    class Free(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                module.unused.grad = torch.ones(2)
+                before = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
+                scoring.free_gradients(trainer, pl_module)
+                frees.append({name for name in before if module.get_parameter(name).grad is None})
+
+    optimized = {name for name, _ in module.named_parameters()} - {"unused"}
+    module.configure_optimizers = lambda: torch.optim.SGD(  # type: ignore[method-assign]
+        [module.get_parameter(name) for name in sorted(optimized)], lr=0.01
+    )
+    fits.trainer(tmp_path, Free(), max_epochs=2, limit_val_batches=0).fit(module, fits.loader())
+    assert frees == [set() if are_kept else optimized]
+
+
+def test_free_gradients__of_a_callback(tmp_path: Path) -> None:
+    """The callback that prunes lets go of them before it scores, so that none come back after it."""
+    there: list[bool] = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            there.append(any(parameter.grad is not None for parameter in pl_module.parameters()))
+
+    callbacks = Watch(), fits.drive(warmup_epochs=1), Watch()
+    fits.trainer(tmp_path, *callbacks, max_epochs=2, limit_val_batches=0).fit(ConvModule(), fits.loader())
+    assert there == [False, False, True, False]

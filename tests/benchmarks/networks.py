@@ -1,0 +1,68 @@
+"""The networks that are measured, each with a loss and batches of noise in the shape of its data."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from paper import networks as paper
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+
+
+def mlp() -> nn.Sequential:
+    """3072-300-100-10, for images of 32x32 in color."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3072, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
+    )
+
+
+class Transformer(nn.Module):
+    """Twelve pre-norm blocks of width 128 with four heads, and a mean over the positions; 64 tokens in, classes out."""
+
+    def __init__(self, width: int = 128, heads: int = 4, depth: int = 12, num_classes: int = 10) -> None:
+        super().__init__()
+        self.patches = nn.Linear(48, width)  # 4x4 pixels in three colors
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(F.unfold(images, kernel_size=4, stride=4).transpose(1, 2))
+        return self.head(self.blocks(tokens).mean(1))
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward part, each behind a LayerNorm and around a shortcut."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        heads = self.qkv(self.norms[0](tokens)).unflatten(-1, (3, self.heads, -1)).movedim(2, 0).transpose(2, 3)
+        attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        tokens = tokens + self.out(attended)
+        return tokens + self.feed_forward(self.norms[1](tokens))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "MLP 3072-300-100-10": mlp,
+    "ResNet-18": lambda: paper.resnet18(10),
+    "AlexNet": lambda: paper.alexnet(10),
+    "VGG-16-BN": lambda: paper.vgg16(10),
+    "ResNet-50": lambda: torchvision.models.resnet50(num_classes=10),
+    "Transformer": Transformer,
+}
+
+
+def batches(batch_size: int, pixels: int = 32, count: int = 4) -> list[Batch]:
+    return [(torch.randn(batch_size, 3, pixels, pixels), torch.randint(10, (batch_size,))) for _ in range(count)]
+
+
+def loss(module: nn.Module, batch: Batch) -> Tensor:
+    images, labels = batch
+    return F.cross_entropy(module(images), labels)

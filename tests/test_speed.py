@@ -1,0 +1,72 @@
+"""What must not become slow: ratios to peers in the same process, in seconds of the processor, not of the clock.
+
+The bounds are about 1.5 times what was measured on 2026-11-25 (torch 2.14.1, one thread of an AMD EPYC).
+`tests/benchmarks` measures all there is to know, and `docs/performance.md` has the results.
+"""
+
+import time
+from itertools import pairwise
+from statistics import median
+
+import pytest
+import torch
+import torch.nn.functional as F
+from benchmarks.measure import in_turn, rounds_and_passes, scores, seconds
+from torch import Tensor, nn
+
+from lightning_drive import DRIVE, Magnitude, Masks
+from lightning_drive.masking import MaskedParameters
+
+SIZES = (2048, 384, 384, 10)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(*sizes) for sizes in pairwise(SIZES)]
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+
+
+def test_round() -> None:
+    """To score, rank and mask 937,728 weights costs less than to find one threshold by torch's own function."""
+    module = network()
+    values = scores(sum(layer.weight.numel() for layer in module if isinstance(layer, nn.Linear)))
+    rounds, thresholds, _ = rounds_and_passes(
+        module, Magnitude(rounds=12), lambda: values.kthvalue(len(values) // 20), time.process_time
+    )
+    assert median(rounds) <= 0.95 * median(thresholds)
+
+
+def test_pass() -> None:
+    """Where a pass takes long, as they do, a round of DRIVE takes little longer."""
+    module, plain = network(), network()
+    batches = [(torch.randn(1024, SIZES[0]), torch.randint(SIZES[-1], (1024,)))]
+
+    def loss(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    def bare_pass() -> None:
+        loss(plain, batches[0]).backward()
+        plain.zero_grad()
+
+    rounds, passes, _ = rounds_and_passes(
+        module, DRIVE(rounds=8), bare_pass, time.process_time, batches=batches, loss_fn=loss
+    )
+    assert median(rounds) <= 1.45 * median(passes)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.5])
+def test_mask(density: float) -> None:
+    """Masking weights, as after every step, costs what multiplying them by a float mask costs."""
+    module = network()
+    masks = Masks(
+        {name: torch.rand_like(weight) < density for name, weight in module.named_parameters() if weight.ndim > 1}
+    )
+    covered = MaskedParameters(module, masks)
+    weights = [weight.detach().clone() for weight in masks.parameters_of(module).values()]
+    factors = [mask.float() for mask in masks.values()]
+    ours, peers = in_turn(
+        seconds(covered.zero_weights_, time.process_time),
+        {"multiplication": seconds(lambda: torch._foreach_mul_(weights, factors), time.process_time)},
+        repeats=30,
+    )
+    assert median(ours) <= 1.75 * median(peers["multiplication"])
