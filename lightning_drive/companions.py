@@ -1,5 +1,6 @@
 """What pruning means to the other callbacks of a Trainer: those that keep averages, and those that track the best."""
 
+import math
 from collections.abc import Container
 
 import lightning.pytorch as pl
@@ -106,6 +107,19 @@ def forget_best(trainer: pl.Trainer) -> None:
             f"{', '.join(forgotten)}: tracking of the best begins again with the sparse network. Files of earlier"
             " epochs stay where they are. `reset_best=False` turns this off."
         )
+
+
+def last_metrics(trainer: pl.Trainer) -> dict[str, float]:
+    """Give what was logged last under every name, finite numbers only; what is monitored comes first.
+
+    Args:
+        trainer: The Trainer.
+
+    """
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+    monitored = [getattr(callback, "monitor", None) for callback in callbacks_of(trainer)]
+    names = dict.fromkeys([*(name for name in monitored if name in logged), *logged])
+    return {name: logged[name] for name in names if math.isfinite(logged[name]) and not name.startswith("pruning/")}
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

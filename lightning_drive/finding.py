@@ -8,13 +8,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import flow, gradients, masking, prunable, ranking, schedules, shards
+from lightning_drive import flow, gradients, masking, prunable, ranking, rounds, schedules, shards
 from lightning_drive import sparsity as measures
 from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
 from lightning_drive.methods import Method, Network, check_choice
 from lightning_drive.ranks import ALONE, Ranks
+from lightning_drive.rounds import Round, ScoreHistogram
 from lightning_drive.schedules import Schedule
 
 Scope: TypeAlias = Literal["global", "layerwise"]
@@ -30,6 +31,11 @@ class Found:
     path_error: str | None
     """Why paths could not be followed; ``None`` if they could, or if the weights are sharded over ranks."""
     warnings: list[str]
+    rounds: tuple[Round, ...]
+    scores: ScoreHistogram | None
+    """How the scores of the last round lay; ``None`` if they were all zero."""
+    example_input: Tensor | None
+    """An input of the right shape; ``None`` if none is known, or if the weights are sharded over ranks."""
 
 
 def find_masks(
@@ -148,20 +154,24 @@ def search(
     holders = shards.holders(parameters)
     current = _starting_masks(module, parameters, masks, sparsity)
     start = min(Masks(masks).sparsity, sparsity)  # rounding may have taken one weight more
-    rounds = range(1, method.rounds + 1)
+    indices = range(1, method.rounds + 1)
     if only_round is not None:
-        start, rounds = 0.0, range(only_round, only_round + 1)
+        start, indices = 0.0, range(only_round, only_round + 1)
     network = Network(module, parameters, batches, loss_fn, example_input, ranks)
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     cuts: list[str] = []
+    thresholds: list[float | None] = []
+    counts: list[Iterable[int]] = []
     reads_batches = hasattr(method, "batches_per_round")
     with gradients.undisturbed(module, method.mode):
         _mask_(network.weights, current)
-        for index in rounds:
+        for index in indices:
             density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
-            current, rankings = _prune(method.score(network), current, sizes, density, scope, holders)
+            current, rankings, alive = _prune(method.score(network), current, sizes, density, scope, holders)
             _mask_(network.weights, current)
-            if reads_batches or index == rounds[-1]:  # what is 0 whatever the batch goes first anyway
+            counts.append(alive.values())
+            thresholds.append(rankings[""].threshold if scope == "global" else None)
+            if reads_batches or index == indices[-1]:  # what is 0 whatever the batch goes first anyway
                 cuts.extend(_cuts_in_zeros(rankings, index, reads_batches))
             if on_round is not None:
                 on_round(index, current)
@@ -172,7 +182,16 @@ def search(
         found = found.shuffled(shuffle)
     found, disagreements = _agreed(found, ranks)
     active, path_error = (None, None) if network.is_sharded else _active(network, found)
-    return Found(found, active, path_error, [*network.warnings, *cuts, *disagreements, *_collapses(found, active)])
+    counts.append(ranking.count_each(found.values()))
+    return Found(
+        found,
+        active,
+        path_error,
+        [*network.warnings, *cuts, *disagreements, *_collapses(found, active)],
+        rounds.removed_by_round(indices[0], thresholds, counts),
+        rounds.score_histogram(rankings.values()),
+        None if network.is_sharded else network.known_input,
+    )
 
 
 def check_method(method: Method) -> None:
@@ -239,8 +258,8 @@ def _mask_(weights: Mapping[str, Tensor], masks: Masks) -> None:
 
 def _prune(
     scores: dict[str, Tensor], masks: Masks, sizes: Mapping[str, int], density: float, scope: str, holders: Ranks
-) -> tuple[Masks, dict[str, ranking.Ranking]]:
-    """Do one cut: keep the highest of the survivors, counted from all prunable weights."""
+) -> tuple[Masks, dict[str, ranking.Ranking], dict[str, int]]:
+    """Do one cut: keep the highest of the survivors, counted from all prunable weights; say how many there were."""
     alive = dict(zip(masks, ranking.count_each(masks.values(), holders), strict=True))
     if scope == "global":
         num_kept = min(schedules.num_kept(sum(sizes.values()), density), sum(alive.values()))
@@ -255,7 +274,7 @@ def _prune(
             "Every score is zero, so there is nothing to rank: the weights or all their gradients are zero. Check that"
             " the loss depends on the weights and that no layer is initialised with zeros."
         )
-    return found, rankings
+    return found, rankings, alive
 
 
 def _agreed(masks: Masks, ranks: Ranks) -> tuple[Masks, list[str]]:

@@ -222,7 +222,7 @@ class IMPPruningCallback(PruningCallback):
         start = time.monotonic()
         cycle = self._due_cycle(trainer)
         is_last = cycle == self.cycles
-        found, _ = self._search(
+        outcome = self._search(
             trainer,
             pl_module,
             Magnitude(rounds=self.cycles),
@@ -230,10 +230,12 @@ class IMPPruningCallback(PruningCallback):
             shuffle=is_last and self.control == "shuffle",
         )
         # Everything is computed: from here on only commit.
+        commit = time.monotonic()
         method = f"IMP({', '.join(f'{name}={value}' for name, value in self._settings().items())})"
-        self._record(trainer, found, method, start, control=self.control if is_last else "none", cycle=cycle)
+        self._record(trainer, outcome, method, start, control=self.control if is_last else "none", cycle=cycle)
         self._settle(trainer, pl_module)
-        self._announce(trainer, found, str(self.report) if is_last else self._line())
+        self._committed(commit)
+        self._announce(trainer, outcome.found, None if is_last else self._line())
         if is_last and self.reset_best:
             companions.hold_off_early_stopping(trainer, False)
             companions.forget_best(trainer)

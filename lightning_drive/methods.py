@@ -144,6 +144,11 @@ class Network:
             raise ValueError("The shape of the input is not known: give `example_input` or `batches` with a tensor.")
         return self._example_input.to(next(iter(self.weights.values())).device)
 
+    @property
+    def known_input(self) -> Tensor | None:
+        """An input of the right shape, if one was given or a batch with one was read."""
+        return self._example_input
+
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             if self._example_input is None:

@@ -2,16 +2,17 @@
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ from typing_extensions import override
 from lightning_drive import (
     companions,
     compatibility,
+    costs,
     display,
     finding,
     flow,
@@ -31,17 +33,30 @@ from lightning_drive import (
     scoring,
     shards,
 )
+from lightning_drive.costs import Costs
 from lightning_drive.finding import Found, Scope
 from lightning_drive.handover import Handover
 from lightning_drive.masking import MaskedParameters, Masks
 from lightning_drive.messages import listed
 from lightning_drive.methods import Method
 from lightning_drive.ranks import Ranks
-from lightning_drive.report import Control, PruningReport
+from lightning_drive.report import Control, CycleReport, PruningReport
 from lightning_drive.rewinding import RewindPoint
 from lightning_drive.schedules import Schedule
 
 _VERSION = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search brings back, before any of it is put down."""
+
+    found: Found
+    statistics: dict[nn.Module, dict[str, Tensor]]
+    """BatchNorm layer to the statistics that go with the masks."""
+    costs: Costs
+    phases: dict[str, float]
+    """Seconds by phase."""
 
 
 class PruningCallback(pl.Callback):
@@ -108,6 +123,7 @@ class PruningCallback(pl.Callback):
         self._live: MaskedParameters | None = None
         self._handles: list[RemovableHandle] = []
         self._hookless = False
+        self._phase_start: float | None = None
 
     @property
     def masks(self) -> Masks:
@@ -212,6 +228,7 @@ class PruningCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up restored masks again, now that weights and optimizers are restored too."""
+        self._phase_start = time.monotonic() if trainer.global_step == 0 else None  # else only part of it is known
         if not self._finished:
             self._check_training(trainer, pl_module)
         if self.pruned:
@@ -361,12 +378,19 @@ class PruningCallback(pl.Callback):
         only_round: int | None = None,
         shuffle: bool = False,
         bn_batches: int = 0,
-    ) -> tuple[Found, dict[nn.Module, dict[str, Tensor]]]:
+    ) -> Outcome:
         """Find the masks and the BatchNorm statistics that go with them; the module stays as it is."""
+        times = [time.monotonic()] * 2  # when the search began, and when its last round was over
+
+        def on_round(*_: Any) -> None:
+            times[1] = time.monotonic()
+            advance()
+
         num_rounds = method.rounds if only_round is None else 1
         ranks = scoring.ranks_of(trainer)
         shards.reshard_(pl_module)  # validation, a forward pass without a backward pass, leaves parameters whole
         scoring.free_gradients(trainer, pl_module)
+        parameters = self.prunable_parameters(pl_module)
         with (
             display.progress(trainer, f"Pruning by {type(method).__name__}", num_rounds) as advance,
             scoring.sandbox(trainer, pl_module),
@@ -376,18 +400,20 @@ class PruningCallback(pl.Callback):
                 pl_module,
                 method,
                 sparsity=self.sparsity,
-                parameters=self.prunable_parameters(pl_module),
+                parameters=parameters,
                 batches=batches,
                 loss_fn=loss_fn,
                 masks=self.masks,
                 schedule=self.schedule,
                 scope=self.scope,
                 example_input=flow.first_tensor(pl_module.example_input_array),
-                on_round=lambda *_: advance(),
+                on_round=on_round,
                 only_round=only_round,
                 shuffle=self._generator(ranks) if shuffle else None,
                 ranks=ranks,
             )
+            measured = costs.measure(pl_module, parameters, found.example_input)
+            times.append(time.monotonic())
             statistics = {}
             if loss_fn is not None:
                 with gradients.undisturbed(pl_module), ranks.together():
@@ -396,12 +422,16 @@ class PruningCallback(pl.Callback):
                 ranks.mean_(
                     value for layer in statistics.values() for value in layer.values() if value.is_floating_point()
                 )
-        return found, statistics
+        times.append(time.monotonic())
+        spans = [after - before for before, after in pairwise(times)]
+        return Outcome(
+            found, statistics, measured, dict(zip(("rounds", "measuring", "batch_norm"), spans, strict=True))
+        )
 
     def _record(
         self,
         trainer: pl.Trainer,
-        found: Found,
+        outcome: Outcome,
         method: str,
         start: float,
         *,
@@ -409,14 +439,15 @@ class PruningCallback(pl.Callback):
         cycle: int | None = None,
     ) -> None:
         """Put masks and report down; what follows from them is repeated when an interrupted run is resumed."""
-        notes = list(found.warnings)
-        if found.active is None and not found.path_error:
-            notes.append("Effective sparsity was not measured: paths are not followed through sharded parameters.")
-        if found.path_error:
-            notes.append(
-                f"Effective sparsity was not measured, since `forward` failed on the first tensor of a batch"
-                f" ({found.path_error}). Set `example_input_array` on the module to the tensor that it takes."
-            )
+        found, measured = outcome.found, outcome.costs
+        before = self._report if cycle is not None else None
+        phases = outcome.phases
+        if self._phase_start is not None:
+            phases = {"warmup" if cycle is None else "training": start - self._phase_start, **phases}
+        cycles = () if before is None else before.cycles
+        if cycle is not None:
+            metrics = companions.last_metrics(trainer)
+            cycles = (*cycles, CycleReport(cycle, found.masks.num_kept, phases, metrics))
         report = PruningReport.of(
             found.masks,
             found.active,
@@ -424,18 +455,33 @@ class PruningCallback(pl.Callback):
             seconds=time.monotonic() - start,
             epoch=trainer.current_epoch,
             step=trainer.global_step,
-            warnings=notes,
+            warnings=[*found.warnings, *_not_measured(found, measured)],
             control=control,
             cycle=cycle,
+            itemsizes=measured.itemsizes,
+            multiply_adds=measured.multiply_adds,
+            phases=phases,
+            rounds=found.rounds if before is None else before.rounds + found.rounds,
+            scores=found.scores,
+            cycles=cycles,
+            other_multiply_adds=measured.others,
         )
         self._masks, self._report = found.masks.to("cpu"), report
 
-    def _announce(self, trainer: pl.Trainer, found: Found, text: str) -> None:
-        """Tell the user and the loggers what was pruned."""
+    def _committed(self, start: float) -> None:
+        """Note how long it took to put down all that follows from the masks."""
+        assert self._report is not None
+        self._phase_start = time.monotonic()
+        phases = {**self._report.phases, "commit": self._phase_start - start}
+        cycles = self._report.cycles and (*self._report.cycles[:-1], replace(self._report.cycles[-1], phases=phases))
+        self._report = replace(self._report, phases=phases, cycles=cycles)
+
+    def _announce(self, trainer: pl.Trainer, found: Found, text: str | None = None) -> None:
+        """Tell the user and the loggers what was pruned: all of the report, or a text in its place."""
         assert self.report is not None
         for warning in found.warnings:
             rank_zero_warn(warning)
-        rank_zero_info(f"\n{text}")  # the cursor may be at the end of a progress bar
+        display.show(trainer, self.report if text is None else text)
         metrics = {
             "pruning/sparsity": self.report.sparsity,
             "pruning/density": self.report.density,
@@ -447,6 +493,8 @@ class PruningCallback(pl.Callback):
             logger.log_metrics(
                 {key: value for key, value in metrics.items() if value is not None}, step=trainer.global_step
             )
+        if self._finished:
+            display.log_pictures(trainer, self.report)
 
     def _enforce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the masks on everything that is alive, and have every optimizer step followed by them."""
@@ -559,6 +607,28 @@ class PruningCallback(pl.Callback):
                 f"The checkpoint was pruned with control={self.report.control!r} and stays so:"
                 f" `control={self.control!r}` has no effect. Start from a dense checkpoint."
             )
+
+
+def _not_measured(found: Found, measured: Costs) -> Iterator[str]:
+    """Say what the report does not have, and why."""
+    remedy = "Set `example_input_array` on the module to the tensor that it takes."
+    if found.active is None and not found.path_error:
+        yield (
+            "Effective sparsity and multiply-adds were not measured: paths are not followed through sharded parameters."
+        )
+    if found.path_error:
+        neither = found.example_input is None or measured.error == found.path_error
+        both = " and multiply-adds were" if neither else " was"
+        yield (
+            f"Effective sparsity{both} not measured, since `forward` failed on the first tensor of a batch"
+            f" ({found.path_error}). {remedy}"
+        )
+    if measured.error and measured.error != found.path_error:
+        yield (
+            "Multiply-adds were not measured, since `forward` failed on the first tensor of a batch"
+            f" ({measured.error}). {remedy}"
+        )
+    yield from measured.warnings
 
 
 def is_quick_check(trainer: pl.Trainer) -> bool:

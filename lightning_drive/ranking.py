@@ -41,6 +41,10 @@ class Ranking(NamedTuple):
     """How many scores equal the threshold; of these, the first ones by position are kept."""
     num_kept: int
     """How many are kept in all; where ranks hold parts of the tensors, these numbers are for all of them together."""
+    histogram: Tensor
+    """How many scores begin with which 16 bits, from the lowest to the highest, see :func:`bin_edges`."""
+    dtype: torch.dtype
+    """In which the scores were compared."""
 
 
 def keep_highest(
@@ -85,9 +89,9 @@ def keep_highest(
         raise ValueError(f"`num_kept` must be in 1..{total}, the number of scores to choose from, got {num_kept}.")
     dtype = torch.float64 if any(score.dtype == torch.float64 for score in scores.values()) else torch.float32
     scores = {name: score.detach().to(dtype).contiguous() for name, score in scores.items()}
-    threshold, ties_kept, num_tied = _cut(scores, num_kept, alive, counts, ranks)
+    threshold, ties_kept, num_tied, histogram = _cut(scores, num_kept, alive, counts, ranks)
     masks = _masks(scores, alive, threshold, ties_kept if ties_kept < num_tied else None, ranks)
-    return Ranking(masks, threshold, num_kept - ties_kept, num_tied, num_kept)
+    return Ranking(masks, threshold, num_kept - ties_kept, num_tied, num_kept, histogram, dtype)
 
 
 def keep_highest_each(
@@ -122,6 +126,18 @@ def keep_highest_each(
     }
 
 
+def bin_edges(dtype: torch.dtype) -> Tensor:
+    """Give the lowest score of every bin of :attr:`Ranking.histogram` for finite scores, and the end of the last one.
+
+    Args:
+        dtype: In which the scores were compared.
+
+    """
+    key_dtype = torch.int64 if dtype == torch.float64 else torch.int32
+    keys = torch.arange(_FIRST_NON_FINITE[dtype] + 1, dtype=key_dtype) << dtype.itemsize * 8 - _DIGIT
+    return keys.view(dtype)
+
+
 class _Part(NamedTuple):
     """What there is to rank in a tensor, in chunks."""
 
@@ -154,8 +170,8 @@ def _cut(
     alive: Mapping[str, Tensor],
     counts: Mapping[str, int],
     ranks: Ranks,
-) -> tuple[float, int, int]:
-    """Find the threshold, how many scores equal to it are kept, and how many there are."""
+) -> tuple[float, int, int, Tensor]:
+    """Find the threshold, how many scores equal to it are kept, how many there are, and how all are distributed."""
     dtype = next(iter(scores.values())).dtype
     key_dtype = torch.int64 if dtype == torch.float64 else torch.int32
     parts = [_Part.of(score, alive.get(name), counts[name]) for name, score in scores.items()]
@@ -173,12 +189,14 @@ def _cut(
         if shift == first:
             own[_PRUNED] -= sum(part.num_pruned for part in parts)
         histogram = ranks.sum(own)
-        if shift == first and histogram[_FIRST_NON_FINITE[dtype] :].any():
-            raise ValueError(_unrankable(scores, alive))
+        if shift == first:
+            if histogram[_FIRST_NON_FINITE[dtype] :].any():
+                raise ValueError(_unrankable(scores, alive))
+            distribution = histogram[: _FIRST_NON_FINITE[dtype]]
         digit, remaining = _digit(histogram, remaining)
         prefix = prefix << _DIGIT | digit
     threshold = torch.tensor(prefix, dtype=key_dtype).view(dtype).item()
-    return threshold, remaining, int(histogram[digit])
+    return threshold, remaining, int(histogram[digit]), distribution
 
 
 def _chunk_size(device: torch.device) -> int:

@@ -1,13 +1,26 @@
-"""What was pruned, per layer and in all: a table to read, a dictionary to store, a picture."""
+"""What was pruned, per layer and in all: tables to read, a dictionary to store, pictures."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
+import torch
+
+from lightning_drive import pictures, tables
 from lightning_drive.masking import Masks
+from lightning_drive.messages import listed
+from lightning_drive.rounds import Round, ScoreHistogram
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 Control: TypeAlias = Literal["none", "shuffle", "reinit"]
+Picture: TypeAlias = Literal["density", "rounds", "scores", "cycles"]
+T = TypeVar("T")
 
 _CONTROLS = {
     "shuffle": "the masks were shuffled within each parameter",
@@ -25,6 +38,9 @@ class LayerReport:
         num_weights: How many weights it has, pruned or not.
         num_kept: How many of them are kept.
         num_active: How many of the kept ones lie on an input-output path; ``None`` if that could not be found out.
+        itemsize: The bytes of one weight; ``None`` if that is not known.
+        multiply_adds: How many multiply-adds its weights do for one sample in a dense network; ``None`` if that could
+            not be counted. One multiply-add is two floating-point operations.
 
     """
 
@@ -33,11 +49,47 @@ class LayerReport:
     num_weights: int
     num_kept: int
     num_active: int | None
+    itemsize: int | None = None
+    multiply_adds: int | None = None
 
     @property
     def density(self) -> float:
         """Fraction of the weights that is kept, in ``[0, 1]``."""
         return self.num_kept / self.num_weights
+
+    @property
+    def nonzero_multiply_adds(self) -> int | None:
+        """How many of the multiply-adds are by weights that are kept: the others multiply by zero."""
+        return None if self.multiply_adds is None else self.multiply_adds * self.num_kept // self.num_weights
+
+    @property
+    def dense_bytes(self) -> int | None:
+        """The memory of all weights."""
+        return None if self.itemsize is None else self.num_weights * self.itemsize
+
+    @property
+    def nonzero_bytes(self) -> int | None:
+        """The memory of the kept weights, and of a mask of one bit per weight that says which ones they are."""
+        return None if self.itemsize is None else self.num_kept * self.itemsize + (self.num_weights + 7) // 8
+
+
+@dataclass(frozen=True)
+class CycleReport:
+    """One cycle of iterative magnitude pruning, up to its cut.
+
+    Args:
+        cycle: Which one, from 1.
+        num_kept: How many weights are left after it.
+        phases: Seconds by phase, as in :class:`PruningReport`.
+        metrics: What was logged last before the cut, with the weights that were left by the cycle before; what
+            ModelCheckpoint or EarlyStopping monitor comes first.
+
+    """
+
+    cycle: int
+    num_kept: int
+    phases: Mapping[str, float]
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -55,6 +107,14 @@ class PruningReport:
         control: What was changed afterwards for comparison: ``"none"``, ``"shuffle"`` (the masks, within each
             parameter) or ``"reinit"`` (the values of the survivors).
         cycle: How many cycles of iterative magnitude pruning lie behind; ``None`` with other methods.
+        phases: Seconds by phase, as far as they are known: ``warmup`` (or ``training``, of an IMP cycle; all since the
+            start of training or the last cut), ``rounds``, ``measuring`` (of paths and multiply-adds), ``batch_norm``
+            (re-estimating its statistics) and ``commit``. ``seconds`` are the second to fourth of them.
+        rounds: What every round removed from every layer; empty if that is not known.
+        scores: How the scores of the last round lay.
+        cycles: What there is to know of every cycle of iterative magnitude pruning.
+        other_multiply_adds: Multiply-adds for one sample in which no prunable weight takes part, such as those of
+            attention and of layers that were left out; ``None`` if they could not be counted.
 
     Example:
         >>> layer = LayerReport("fc.weight", (2, 4), num_weights=8, num_kept=2, num_active=1)
@@ -81,6 +141,11 @@ class PruningReport:
     warnings: tuple[str, ...]
     control: Control = "none"
     cycle: int | None = None
+    phases: Mapping[str, float] = field(default_factory=dict, hash=False)
+    rounds: tuple[Round, ...] = ()
+    scores: ScoreHistogram | None = None
+    cycles: tuple[CycleReport, ...] = field(default=(), hash=False)
+    other_multiply_adds: int | None = None
 
     @classmethod
     def of(
@@ -95,6 +160,9 @@ class PruningReport:
         warnings: Sequence[str],
         control: Control = "none",
         cycle: int | None = None,
+        itemsizes: Mapping[str, int] | None = None,
+        multiply_adds: Mapping[str, int | None] | None = None,
+        **others: Any,
     ) -> "PruningReport":
         """Measure masks.
 
@@ -108,6 +176,9 @@ class PruningReport:
             warnings: What went less than well.
             control: What was changed afterwards for comparison.
             cycle: How many cycles of iterative magnitude pruning lie behind.
+            itemsizes: Parameter name to the bytes of one weight.
+            multiply_adds: Parameter name to its multiply-adds for one sample, or ``None``.
+            others: Further fields of the report.
 
         """
         layers = tuple(
@@ -117,10 +188,12 @@ class PruningReport:
                 mask.numel(),
                 int(mask.count_nonzero()),
                 None if active is None else int(active[name].count_nonzero()),
+                (itemsizes or {}).get(name),
+                (multiply_adds or {}).get(name),
             )
             for name, mask in masks.items()
         )
-        return cls(method, layers, seconds, epoch, step, masks.digest(), tuple(warnings), control, cycle)
+        return cls(method, layers, seconds, epoch, step, masks.digest(), tuple(warnings), control, cycle, **others)
 
     @property
     def num_weights(self) -> int:
@@ -145,110 +218,288 @@ class PruningReport:
     @property
     def effective_sparsity(self) -> float | None:
         """Fraction removed or cut off from input or output, or ``None`` if paths could not be followed."""
-        active = [layer.num_active for layer in self.layers if layer.num_active is not None]
-        if len(active) < len(self.layers):
-            return None
-        return (self.num_weights - sum(active)) / self.num_weights
+        active = self._num_active
+        return None if active is None else (self.num_weights - active) / self.num_weights
 
     @property
-    def _after_cycle(self) -> str:
-        return "" if self.cycle is None else f", cycle {self.cycle},"
+    def multiply_adds(self) -> int | None:
+        """How many multiply-adds the prunable weights do for one sample in a dense network."""
+        return _sum(layer.multiply_adds for layer in self.layers)
+
+    @property
+    def nonzero_multiply_adds(self) -> int | None:
+        """How many of them are by weights that are kept."""
+        return _sum(layer.nonzero_multiply_adds for layer in self.layers)
+
+    @property
+    def dense_bytes(self) -> int | None:
+        """The memory of all prunable weights."""
+        return _sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def nonzero_bytes(self) -> int | None:
+        """The memory of the kept ones, and of a mask of one bit per prunable weight."""
+        return _sum(layer.nonzero_bytes for layer in self.layers)
+
+    # To store.
 
     def to_dict(self) -> dict[str, Any]:
         """Give everything in plain types that JSON and ``torch.load(weights_only=True)`` know."""
-        values = asdict(self)
-        for layer in values["layers"]:
-            layer["shape"] = list(layer["shape"])
-        return {**values, "layers": list(values["layers"]), "warnings": list(self.warnings)}
+        values: dict[str, Any] = _plain(asdict(self))
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PruningReport":
-        """Read what :meth:`to_dict` gave.
+        """Read what :meth:`to_dict` gave, now or in an earlier version.
 
         Args:
             values: The dictionary.
 
+        Raises:
+            ValueError: If a field is missing, or is one that this version does not know.
+
         """
-        layers = tuple(LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"])
-        return cls(**{**values, "layers": layers, "warnings": tuple(values["warnings"])})
+        parts = {"layers": LayerReport, "rounds": Round, "cycles": CycleReport}
+        read: dict[str, Any] = {
+            name: tuple(_read(kind, each) for each in values[name]) for name, kind in parts.items() if name in values
+        }
+        if values.get("scores") is not None:
+            read["scores"] = _read(ScoreHistogram, values["scores"])
+        return _read(cls, {**values, **read})
 
-    def __str__(self) -> str:
-        rows = [("parameter", "shape", "weights", "kept", "density", "active")]
-        rows += [
-            (layer.name, "x".join(map(str, layer.shape)), *_counts(layer.num_weights, layer.num_kept, layer.num_active))
-            for layer in self.layers
-        ]
-        measured = [layer.num_active for layer in self.layers if layer.num_active is not None]
-        active = sum(measured) if len(measured) == len(self.layers) else None
-        rows.append(("all", "", *_counts(self.num_weights, self.num_kept, active)))
-        effective = self.effective_sparsity
-        return "\n".join(
-            [
-                f"Pruned by {self.method}{self._after_cycle} at the start of epoch {self.epoch} (step {self.step})"
-                f" in {self.seconds:.1f} s",
-                *([f"control: {_CONTROLS[self.control]}"] if self.control != "none" else []),
-                *_aligned(rows),
-                f"sparsity {self.sparsity:.2%}, effective sparsity "
-                + ("not measured" if effective is None else f"{effective:.2%}")
-                + " (active: kept and on a path from input to output)",
-                *(f"! {warning}" for warning in self.warnings),
-            ]
-        )
-
-    def plot(self, path: str | Path) -> None:
-        """Draw the density of every layer against the whole, and save the picture. Needs matplotlib.
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "PruningReport":
+        """Read the report out of a Lightning checkpoint, without the model and without running code from the file.
 
         Args:
-            path: Where to; the ending decides the format (``.png``, ``.svg``, ``.pdf``).
+            path: The checkpoint: a file, or the folder that sharded training writes.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no checkpoint, cannot be read safely, or holds no report.
+
+        """
+        path = Path(path)
+        checkpoint = _load(path / "meta.pt" if (path / "meta.pt").is_file() else path)
+        states = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+        if not isinstance(states, dict):
+            raise ValueError(
+                f"{str(path)!r} is not a checkpoint of a Lightning Trainer that has callbacks in it. Give one that was"
+                " saved by ModelCheckpoint or `trainer.save_checkpoint(path)`, without `weights_only`."
+            )
+        found = {
+            name: state
+            for name, state in states.items()
+            if isinstance(state, dict) and {"masks", "report"} <= set(state)
+        }
+        reports = [state["report"] for state in found.values() if state["report"] is not None]
+        if reports:
+            return cls.from_dict(reports[0])
+        where = f"{str(path)!r} (epoch {checkpoint.get('epoch')}, step {checkpoint.get('global_step')})"
+        if found:
+            raise ValueError(f"{where} holds no report yet: {listed(found)} had not pruned when it was saved.")
+        raise ValueError(
+            f"{where} holds no report: it was saved without a pruning callback of lightning_drive. Its callbacks:"
+            f" {listed(states)}."
+        )
+
+    # To read.
+
+    def __str__(self) -> str:
+        return "\n".join([*self._above(), *tables.plain(self._rows(with_bytes=False)), *self._below()])
+
+    def to_markdown(self) -> str:
+        """Give the table, with what is above and below it, in Markdown."""
+        first, *rest = self._above()
+        notes = [" ".join(f"- {line}".split()).replace("<", "\\<") for line in self._below()]
+        return "\n".join([first, *(f"\n{line}" for line in rest), "", *tables.markdown(self._rows()), "", *notes])
+
+    def to_html(self) -> str:
+        """Give the table, with what is above and below it, as a fragment of HTML that needs nothing else."""
+        return tables.to_html(self._rows(), self._above(), self._below())
+
+    def _repr_html_(self) -> str:
+        """Let a notebook show the table."""
+        return self.to_html()
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """Let ``rich.print`` and a rich console show the table; a narrow one leaves out what the rest says, too."""
+        rows, dispensable = self._rows(with_bytes=False), ("shape", "weights", "MACs", "non-zero MACs")
+        yield tables.for_terminal(rows, self._above(), self._below(), options.max_width, dispensable)
+
+    # To see.
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """The kinds of pictures that there are the data for."""
+        has: dict[Picture, object] = {
+            "density": self.layers,
+            "rounds": self.rounds,
+            "scores": self.scores,
+            "cycles": any(cycle.metrics for cycle in self.cycles),
+        }
+        return [kind for kind, data in has.items() if data]
+
+    def figure(self, kind: Picture = "density", *, metric: str | None = None) -> "Figure":
+        """Draw a picture. Needs matplotlib.
+
+        Args:
+            kind: ``"density"``: which fraction of every layer is left, against the whole. ``"rounds"``: how many
+                weights each round removed, and what it left of every layer. ``"scores"``: how the scores of the last
+                round lay, and the threshold. ``"cycles"``: a metric at the end of every IMP cycle.
+            metric: The metric for ``"cycles"``; by default the one that ModelCheckpoint or EarlyStopping monitor, or
+                else the first one that was logged.
+
+        Returns:
+            A ``matplotlib.figure.Figure`` that pyplot does not know of.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
+            ValueError: If there is no such picture, or the report does not have the data for it.
 
         """
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("`PruningReport.plot` needs matplotlib: `pip install matplotlib`.") from error
-        figure = Figure(figsize=(8, 1.8 + 0.25 * len(self.layers)), layout="constrained")
-        axes = figure.add_subplot()
-        percent = [100 * layer.density for layer in self.layers]
-        axes.axvline(
-            100 * self.density, color="#D55E00", linestyle="--", label=f"all layers together: {self.density:.2%}"
-        )
-        axes.plot(percent, range(len(percent)), "o", color="#0072B2", label="one layer, and how many weights it keeps")
-        lowest = min([value for value in percent if value] + [100 * self.density]) / 2
-        for row, layer in enumerate(self.layers):
-            text = f"{layer.num_kept:,}" if layer.num_kept else "nothing left"
-            axes.annotate(
-                text, (max(percent[row], lowest), row), (7, 0), textcoords="offset points", va="center", fontsize=8
+        if kind not in get_args(Picture):
+            raise ValueError(f"`kind` must be one of {', '.join(map(repr, get_args(Picture)))}, got {kind!r}.")
+        if kind not in self.pictures:
+            raise ValueError(
+                f"This report does not have the data for the picture {kind!r}, only for {listed(self.pictures)}:"
+                " it comes from an earlier version or from another method, all scores were zero, or nothing was logged."
             )
-        axes.set_xscale("log")
-        axes.set_xlim(lowest, 250)
-        ticks = [value for value in (0.001, 0.01, 0.1, 1, 3, 10, 30, 100) if value >= lowest]
-        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
-        axes.set_xticks([], minor=True)
-        axes.set_yticks(range(len(self.layers)), [layer.name for layer in self.layers])
-        axes.set_ylim(len(self.layers) - 0.5, -0.5)
-        axes.grid(axis="both", color="0.9")
-        axes.set_axisbelow(True)
-        axes.set_xlabel("weights kept (%)")
-        axes.set_title(f"Density by layer after {self.method.split('(')[0]} at {self.sparsity:.2%} sparsity")
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)
-        figure.savefig(Path(path), dpi=150)
+        kept, sizes = [layer.num_kept for layer in self.layers], [layer.num_weights for layer in self.layers]
+        names, method = [layer.name for layer in self.layers], self.method.split("(")[0]
+        if kind == "density":
+            return pictures.density(
+                names, kept, sizes, f"Density by layer after {method} at {self.sparsity:.2%} sparsity"
+            )
+        if kind == "rounds":
+            return pictures.rounds(names, sizes, self.rounds, f"What {method} removed, and what it left of each layer")
+        if kind == "scores":
+            assert self.scores is not None
+            return pictures.scores(self.scores, self.rounds[-1].threshold if self.rounds else None, method)
+        return self._cycles(metric)
 
+    def plot(self, path: str | Path, kind: Picture = "density", *, metric: str | None = None) -> None:
+        """Draw a picture and save it. Needs matplotlib.
 
-def _counts(num_weights: int, num_kept: int, num_active: int | None) -> tuple[str, str, str, str]:
-    share = "-" if not num_kept else "?" if num_active is None else f"{num_active / num_kept:.2%}"
-    return f"{num_weights:,}", f"{num_kept:,}", f"{num_kept / num_weights:.2%}", share
+        Args:
+            path: Where to; the ending decides the format (``.png``, ``.svg``, ``.pdf``).
+            kind: As in :meth:`figure`, which also raises what this does.
+            metric: As in :meth:`figure`.
 
+        """
+        self.figure(kind, metric=metric).savefig(Path(path), dpi=150)
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Names and shapes to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+    def _cycles(self, metric: str | None) -> "Figure":
+        names = list(dict.fromkeys(name for cycle in self.cycles for name in cycle.metrics))
+        if metric is not None and metric not in names:
+            raise ValueError(f"`metric` must be one that was logged ({listed(names)}), got {metric!r}.")
+        name = metric or names[0]
+        before = [self.num_weights, *(cycle.num_kept for cycle in self.cycles)]
+        known = [
+            (cycle.cycle, left / self.num_weights, cycle.metrics[name])
+            for cycle, left in zip(self.cycles, before, strict=False)
+            if name in cycle.metrics
+        ]
+        return pictures.cycles(known, name)
+
+    @property
+    def _num_active(self) -> int | None:
+        return _sum(layer.num_active for layer in self.layers)
+
+    def _above(self) -> list[str]:
+        after = "" if self.cycle is None else f", cycle {self.cycle},"
+        return [
+            f"Pruned by {self.method}{after} at the start of epoch {self.epoch} (step {self.step})"
+            f" in {self.seconds:.1f} s",
+            *([f"control: {_CONTROLS[self.control]}"] if self.control != "none" else []),
+        ]
+
+    def _rows(self, *, with_bytes: bool = True) -> list[tuple[str, ...]]:
+        """Give the table; costs that are not known of any layer have no columns."""
+        costs = [("MACs", "multiply_adds"), ("non-zero MACs", "nonzero_multiply_adds")]
+        if with_bytes:
+            costs += [("bytes", "dense_bytes"), ("non-zero bytes", "nonzero_bytes")]
+        shown = [pair for pair in costs if any(getattr(each, pair[1]) is not None for each in self.layers)]
+
+        def row(text: tuple[str, str], of: LayerReport | PruningReport, active: int | None) -> tuple[str, ...]:
+            share = "-" if not of.num_kept else "?" if active is None else f"{active / of.num_kept:.2%}"
+            numbers = f"{of.num_weights:,}", f"{of.num_kept:,}", f"{of.density:.2%}", share
+            return *text, *numbers, *(tables.count(getattr(of, name)) for _, name in shown)
+
+        return [
+            ("parameter", "shape", "weights", "kept", "density", "active", *(title for title, _ in shown)),
+            *(row((each.name, "x".join(map(str, each.shape))), each, each.num_active) for each in self.layers),
+            row(("all", ""), self, self._num_active),
+        ]
+
+    def _below(self) -> Iterator[str]:
+        effective = self.effective_sparsity
+        yield (
+            f"sparsity {self.sparsity:.2%}, effective sparsity "
+            + ("not measured" if effective is None else f"{effective:.2%}")
+            + " (active: kept and on a path from input to output)"
         )
-        for row in rows
-    ]
+        if self.multiply_adds is not None:
+            others = f", and {tables.count(self.other_multiply_adds)} without prunable weights"
+            yield (
+                f"multiply-adds of one sample (MACs; one is 2 FLOPs): {tables.count(self.multiply_adds)} dense,"
+                f" {tables.count(self.nonzero_multiply_adds)} by non-zero weights"
+                f"{others if self.other_multiply_adds else ''}"
+            )
+        if self.dense_bytes is not None:
+            yield (
+                f"prunable weights in memory: {tables.count(self.dense_bytes)}B dense,"
+                f" {tables.count(self.nonzero_bytes)}B as non-zero weights and a mask of 1 bit per weight"
+            )
+        if self.phases:
+            yield "seconds: " + ", ".join(
+                f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in self.phases.items()
+            )
+        yield from (f"! {warning}" for warning in self.warnings)
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    """Add up what is known of every part; ``None`` if it is not known of one."""
+    known = list(numbers)
+    return None if None in known else sum(number for number in known if number is not None)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (tuple, list)) else value
+
+
+def _read(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Make a dataclass of plain values, whose lists were tuples."""
+    unknown = sorted(set(values) - {each.name for each in fields(kind)})  # type: ignore[arg-type]
+    if unknown:
+        raise ValueError(
+            f"The {kind.__name__} has fields that this lightning_drive does not know ({listed(unknown)}): it was"
+            " written by a newer version, or is none."
+        )
+    try:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except TypeError as error:
+        raise ValueError(f"The {kind.__name__} is not complete: {error}.") from error
+
+
+def _load(path: Path) -> Any:
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{str(path)!r} is not a checkpoint: it is a {'folder' if path.is_dir() else 'file'} of another kind, or is"
+            " damaged."
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{str(path)!r} holds objects that can only be restored by running code from the file, which"
+            " `PruningReport.from_checkpoint` never does. If you trust it, read it with"
+            " `torch.load(path, weights_only=False)`, and give the `report` in one of its `callbacks` to"
+            f" `PruningReport.from_dict`. torch says: {str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, ValueError, EOFError) as error:
+        raise ValueError(f"{str(path)!r} is not a checkpoint that torch can read: {error}") from error

@@ -97,7 +97,7 @@ class WarmupPruningCallback(PruningCallback):
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.monotonic()
         method = methods.with_fewer_rounds(self.method, 2) if is_quick_check(trainer) else self.method
-        found, statistics = self._search(
+        outcome = self._search(
             trainer,
             pl_module,
             method,
@@ -105,13 +105,16 @@ class WarmupPruningCallback(PruningCallback):
             shuffle=self.control == "shuffle",
             bn_batches=self.bn_batches,
         )
+        found, statistics = outcome.found, outcome.statistics
         found.warnings.extend(self._frozen_layers(trainer, pl_module, found.masks))
         # Everything is computed: from here on only commit.
-        self._record(trainer, found, str(method), start, control=self.control)
+        commit = time.monotonic()
+        self._record(trainer, outcome, str(method), start, control=self.control)
         gradients.load_batch_norm_statistics(statistics)
         companions.give_statistics(trainer, pl_module, statistics)
         self._settle(trainer, pl_module)
-        self._announce(trainer, found, str(self.report))
+        self._committed(commit)
+        self._announce(trainer, found)
         if self.reset_best:
             companions.forget_best(trainer)
 

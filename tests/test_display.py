@@ -1,12 +1,17 @@
-"""The rounds show up in the Trainer's own progress bar, or as one line where there is none."""
+"""The rounds show up in the Trainer's own progress bar, the report where a person looks, and pictures in loggers."""
 
+import io
+import logging
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import fits
 import pytest
 from fits import ConvModule
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lightning_drive import display
 
@@ -54,3 +59,142 @@ def test_progress__disabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with display.progress(running, "Pruning", 3) as advance:
         advance()
     assert capsys.readouterr().out == ""
+
+
+class Terminal(io.StringIO):
+    """What a stream looks like that ends in a terminal, 120 characters wide."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def log_to(monkeypatch: pytest.MonkeyPatch) -> Callable[..., logging.Logger]:
+    """Let Lightning's logger, within the test, have these handlers only, without those that pytest adds."""
+
+    def log_to(*handlers: logging.Handler, propagate: bool = False) -> logging.Logger:
+        logger = logging.getLogger("lightning.pytorch")
+        monkeypatch.setattr(logger, "handlers", list(handlers))
+        monkeypatch.setattr(logger, "propagate", propagate)
+        monkeypatch.setenv("COLUMNS", "120")
+        return logger
+
+    return log_to
+
+
+LogTo: TypeAlias = Callable[..., logging.Logger]
+
+
+def shown(tmp_path: Path, *callbacks: Any, **settings: Any) -> str:
+    """Train, and give the report as plain text."""
+    callback = fits.drive(warmup_epochs=0, rounds=2)
+    fits.trainer(tmp_path, callback, *callbacks, max_epochs=1, **settings).fit(ConvModule(), fits.loader())
+    return str(callback.report)
+
+
+def test_show__terminal(tmp_path: Path, log_to: LogTo) -> None:
+    pytest.importorskip("rich")
+    log_to(logging.StreamHandler(stream := Terminal()))
+    plain = shown(tmp_path)
+    assert "─────" in stream.getvalue()
+    assert plain not in stream.getvalue()
+    assert "features.4.weight" in stream.getvalue()
+
+
+def test_show__rich_bar(tmp_path: Path, log_to: LogTo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the bar's own console, above the bar."""
+    log_to(logging.StreamHandler(stream := Terminal()))
+    monkeypatch.setattr(sys, "stdout", screen := Terminal())
+    shown(tmp_path, RichProgressBar(), enable_progress_bar=True)
+    assert "features.4.weight" in screen.getvalue()
+    assert "features.4.weight" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("also", ["stream", "file", "root"])
+def test_show__log(also: str, tmp_path: Path, log_to: LogTo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain text wherever the log goes, if any of that is no terminal."""
+    stream, terminal = io.StringIO(), Terminal()
+    handler = logging.FileHandler(tmp_path / "log.txt") if also == "file" else logging.StreamHandler(stream)
+    if also == "root":
+        monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+        log_to(logging.StreamHandler(terminal), propagate=True)
+    else:
+        log_to(handler, logging.StreamHandler(terminal))
+    plain = shown(tmp_path)
+    handler.close()
+    text = (tmp_path / "log.txt").read_text() if also == "file" else stream.getvalue()
+    assert plain in text
+    assert plain in terminal.getvalue()
+    assert "─────" not in text + terminal.getvalue()
+
+
+def test_show__without_rich(tmp_path: Path, log_to: LogTo, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_to(logging.StreamHandler(stream := Terminal()))
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert shown(tmp_path) in stream.getvalue()
+
+
+def test_show__silenced(tmp_path: Path, log_to: LogTo) -> None:
+    """Whoever wants no messages from Lightning gets no table either."""
+    logger = log_to(logging.StreamHandler(stream := Terminal()))
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        shown(tmp_path)
+    finally:
+        logger.setLevel(level)
+    assert "features.4.weight" not in stream.getvalue()
+
+
+def images_of(logger: TensorBoardLogger) -> dict[str, list[Any]]:
+    """Read TensorBoard's files back: tag to its images."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(logger.log_dir, size_guidance={"images": 0})
+    events.Reload()
+    return {tag: events.Images(tag) for tag in events.Tags()["images"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("DRIVE", ["density", "rounds", "scores"]), ("IMP", ["density", "rounds", "scores", "cycles"])]
+)
+def test_log_pictures__tensorboard(name: str, kinds: list[str], tmp_path: Path) -> None:
+    """The real logger has every picture once, at the step of the (last) cut, as an image that can be read."""
+    pytest.importorskip("tensorboard")
+    logger, callback = TensorBoardLogger(tmp_path), fits.CALLBACKS[name]()
+    fits.trainer(tmp_path, callback, logger=logger).fit(ConvModule(), fits.loader())
+    images = images_of(logger)
+    assert list(images) == [f"pruning/{kind}" for kind in kinds]
+    assert callback.report is not None
+    for [image] in images.values():
+        assert image.step == callback.report.step
+        assert image.width == 800
+        read = pytest.importorskip("matplotlib.image").imread(io.BytesIO(image.encoded_image_string))
+        assert read.std() > 0.05
+
+
+def test_log_pictures__wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real logger, offline, where it is installed."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    fits.trainer(tmp_path, fits.drive(), logger=logger).fit(ConvModule(), fits.loader())
+    logger.experiment.finish()
+    files = {path.name.split("_")[0] for path in tmp_path.glob("wandb/offline-run-*/files/media/images/pruning/*.png")}
+    assert files == {"density", "rounds", "scores"}
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", None])
+def test_log_pictures__not_possible(missing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without matplotlib there are none; one that cannot be drawn is a warning, and training goes on."""
+    pytest.importorskip("tensorboard")
+    logger, callback = TensorBoardLogger(tmp_path), fits.drive(warmup_epochs=0)
+    running = fits.trainer(tmp_path, callback, logger=logger, max_epochs=1)
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)
+        running.fit(ConvModule(), fits.loader())
+    else:
+        monkeypatch.setattr(type(logger.experiment), "add_figure", lambda *_: 1 / 0)
+        with pytest.warns(UserWarning, match=r"pictures of the pruning could not be logged \(ZeroDivisionError"):
+            running.fit(ConvModule(), fits.loader())
+    assert running.current_epoch == 1
+    assert images_of(logger) == {}

@@ -165,6 +165,19 @@ def test_sharded(ranks: Any, tmp_path: Path, kind: str) -> None:
 
 
 @sharded_on_cpu
+def test_sharded__report(ranks: Any) -> None:
+    """Rounds, scores and bytes are those of the whole network; what would run it on one rank alone is left out."""
+    first, second = (result["True"]["report"] for result in ranks("sharded"))
+    alone, scores = first["layers"], first["scores"]
+    assert (first["rounds"], scores) == (second["rounds"], second["scores"])
+    removed = [sum(column) for column in zip(*(each["removed"] for each in first["rounds"]), strict=True)]
+    assert removed == [layer["num_weights"] - layer["num_kept"] for layer in alone]
+    assert sum(scores["kept"]) + scores["kept_below"] == sum(layer["num_kept"] for layer in alone)
+    assert [(layer["multiply_adds"], layer["itemsize"]) for layer in alone] == [(None, 8)] * len(alone)
+    assert any("multiply-adds were not measured" in warning for warning in first["warnings"])
+
+
+@sharded_on_cpu
 @pytest.mark.parametrize("epoch", EPOCHS)
 @pytest.mark.parametrize("kind", ["True", "False"], ids=["sharded_checkpoint", "joined_checkpoint"])
 def test_sharded__resume(ranks: Any, kind: str, epoch: int) -> None:
