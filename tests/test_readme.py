@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -40,6 +41,21 @@ def test_find_masks(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == promised
 
 
+def test_sparse_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model comes back to the bit, from a file in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(30, 30)
+    with torch.no_grad():
+        model.weight[1:] = 0
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    saving, loading = block_with("save_sparse(model, ").split("model.load_state_dict")
+    found: dict[str, Any] = {"model": model}
+    exec(saving, found)
+    torch.nn.init.ones_(model.weight)
+    exec(f"model.load_state_dict{loading}", found)
+    assert all(before[name].equal(value) for name, value in model.state_dict().items())
+
+
 def test_all_blocks() -> None:
     """Every block of Python in the README has its test here."""
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
