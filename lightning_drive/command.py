@@ -4,7 +4,10 @@ Nothing here imports more than the standard library before it is needed.
 """
 
 import argparse
+import ast
+import importlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +24,13 @@ _HYPER_PARAMETERS, _VERSION = "hyper_parameters", "pytorch-lightning_version"
 
 _KEPT = ("epoch", "global_step", _VERSION, "hparams_name", _HYPER_PARAMETERS)
 """What is kept of a checkpoint beside its weights: what ``load_from_checkpoint`` reads."""
+
+_CALLBACKS = {
+    "drive": "DRIVEPruningCallback",
+    "snip": "SNIPPruningCallback",
+    "synflow": "SynFlowPruningCallback",
+    "imp": "IMPPruningCallback",
+}
 
 _TUPLE = "__tuple__"
 """Marks a tuple, which JSON does not know."""
@@ -74,6 +84,26 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("checkpoint", metavar="CKPT", type=Path, help="a checkpoint of Lightning, or a state_dict")
     report.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
     report.set_defaults(run=_report)
+
+    plan = commands.add_parser("plan", help="print what a callback would prune of a module, when, and what it would cost")
+    plan.add_argument(
+        "module",
+        metavar="MODULE",
+        help="PACKAGE.MODULE:NAME of a torch module, or of what returns one, such as torchvision.models:resnet18",
+    )
+    plan.add_argument("--method", choices=_CALLBACKS, default="drive", help="which callback; default: drive")
+    plan.add_argument("--sparsity", type=float, required=True, help="fraction of the prunable weights to remove")
+    plan.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="NAME=VALUE",
+        help="another argument of the callback, such as rounds=50 or \"exclude=['fc.*']\"; may be repeated",
+    )
+    plan.add_argument("--max-epochs", type=int, help="epochs of the whole run, to say what share of it pruning takes")
+    plan.add_argument("--steps-per-epoch", type=int, help="training steps in each of them")
+    plan.set_defaults(run=_plan)
 
     for command in (compress, expand):
         command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
@@ -135,6 +165,49 @@ def _report(checkpoint: Path, as_json: bool) -> None:
         reason = f"{callback} has not pruned yet" if callback else "it has no state of a pruning callback"
         print(f"No report in {checkpoint}: {reason}. Zeros were counted instead, in all parameters and buffers:")
         print("\n".join(_table(zeros)))
+
+
+def _plan(
+    module: str, method: str, sparsity: float, settings: Sequence[str], max_epochs: int | None, steps_per_epoch: int | None
+) -> None:
+    import lightning_drive
+
+    arguments = dict(_setting(text) for text in settings)
+    callback = getattr(lightning_drive, _CALLBACKS[method])(sparsity=sparsity, **arguments)
+    print(callback.plan(_module(module), max_epochs=max_epochs, steps_per_epoch=steps_per_epoch))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, is_given, value = text.partition("=")
+    if not is_given or not name.isidentifier():
+        raise ValueError(f"`--set` takes NAME=VALUE, such as rounds=50, got {text!r}.")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # a word, such as layerwise
+
+
+def _module(path: str) -> Any:
+    """Import a torch module, or call what returns one, also from the current folder."""
+    from torch import nn
+
+    package, _, name = path.partition(":")
+    if not package or not name:
+        raise ValueError(f"MODULE must be PACKAGE.MODULE:NAME, such as torchvision.models:resnet18, got {path!r}.")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(package)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path!r} cannot be imported: {error}.") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(found, nn.Module) and callable(found):
+        found = found()
+    if not isinstance(found, nn.Module):
+        raise TypeError(f"{path!r} must be a torch module or return one, got {type(found).__name__}.")
+    return found
 
 
 # What is in a checkpoint.
@@ -230,19 +303,15 @@ def _zeros(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _table(zeros: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names and shapes to the left, numbers to the right."""
+    from lightning_drive import tables
+
     rows = [(each["name"], "x".join(map(str, each["shape"])), each["numbers"], each["zeros"]) for each in zeros]
     rows.append(("all", "", sum(row[2] for row in rows), sum(row[3] for row in rows)))
-    cells = [("tensor", "shape", "numbers", "zeros", "share")]
-    cells += [
+    texts = (
         (name, shape, f"{numbers:,}", f"{zero:,}", f"{zero / max(1, numbers):.2%}")
         for name, shape, numbers, zero in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    aligns = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
-    return [
-        "  ".join(align(cell, width) for align, cell, width in zip(aligns, row, widths, strict=True)) for row in cells
-    ]
+    )
+    return tables.plain([("tensor", "shape", "numbers", "zeros", "share"), *texts])
 
 
 # What goes from a checkpoint into the metadata of a sparse file, and back.

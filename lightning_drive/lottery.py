@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_drive import companions, methods, phases, scoring
 from lightning_drive.finding import Scope
 from lightning_drive.methods import Magnitude
+from lightning_drive.planning import Intent
 from lightning_drive.pruning import PruningCallback, is_quick_check
 from lightning_drive.report import Control
 from lightning_drive.rewinding import RewindPoint
@@ -209,8 +210,17 @@ class IMPPruningCallback(PruningCallback):
         return self.cycle >= self.cycles
 
     @override
+    def _intent(self) -> Intent:
+        return Intent(
+            self._method(), self.cycles, 0, "", self.epochs_per_cycle, self.cycles * self.epochs_per_cycle
+        )
+
+    @override
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return self._due_cycle(trainer) > self.cycle
+
+    def _method(self) -> str:
+        return f"IMP({', '.join(f'{name}={value}' for name, value in self._settings().items())})"
 
     def _due_cycle(self, trainer: pl.Trainer) -> int:
         if is_quick_check(trainer):
@@ -231,8 +241,7 @@ class IMPPruningCallback(PruningCallback):
         )
         # Everything is computed: from here on only commit.
         commit = time.monotonic()
-        method = f"IMP({', '.join(f'{name}={value}' for name, value in self._settings().items())})"
-        self._record(trainer, outcome, method, start, control=self.control if is_last else "none", cycle=cycle)
+        self._record(trainer, outcome, self._method(), start, control=self.control if is_last else "none", cycle=cycle)
         self._settle(trainer, pl_module)
         self._committed(commit)
         self._announce(trainer, outcome.found, None if is_last else self._line())

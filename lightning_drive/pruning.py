@@ -29,6 +29,7 @@ from lightning_drive import (
     gradients,
     masking,
     methods,
+    planning,
     prunable,
     scoring,
     shards,
@@ -39,6 +40,7 @@ from lightning_drive.handover import Handover
 from lightning_drive.masking import MaskedParameters, Masks
 from lightning_drive.messages import listed
 from lightning_drive.methods import Method
+from lightning_drive.planning import Intent, PruningPlan
 from lightning_drive.ranks import Ranks
 from lightning_drive.report import Control, CycleReport, PruningReport
 from lightning_drive.rewinding import RewindPoint
@@ -154,7 +156,44 @@ class PruningCallback(pl.Callback):
         """
         return prunable.prunable_parameters(pl_module, self.include, self.exclude)
 
+    def plan(
+        self, pl_module: nn.Module, *, max_epochs: int | None = None, steps_per_epoch: int | None = None
+    ) -> PruningPlan:
+        """Say what would be pruned, when, and what that would cost; nothing is done. ``print(callback.plan(model))``.
+
+        Args:
+            pl_module: The module as it will be trained, or any torch module.
+            max_epochs: Epochs of the whole run.
+            steps_per_epoch: Training steps in each, such as ``len(train_loader)``.
+
+        Raises:
+            ValueError: If nothing is prunable, a pattern matches nothing, or a number is not a whole one of at least 1.
+
+        """
+        for argument, value in (("max_epochs", max_epochs), ("steps_per_epoch", steps_per_epoch)):
+            if value is not None:
+                methods.check_count(argument, value)
+        selected = self.prunable_parameters(pl_module)  # type: ignore[arg-type]
+        intent = self._intent()
+        sizes = [parameter.numel() for parameter in selected.values()]
+        return PruningPlan(
+            intent.method,
+            self.sparsity,
+            planning.planned_parameters(pl_module, selected, self.exclude),
+            planning.counts(sizes, intent.rounds, self.sparsity, self.schedule, self.scope),
+            intent.passes,
+            intent.pass_over,
+            intent.first_epoch,
+            intent.last_epoch,
+            None if max_epochs is None or steps_per_epoch is None else max_epochs * steps_per_epoch,
+            max_epochs,
+        )
+
     # What a subclass says.
+
+    def _intent(self) -> Intent:
+        """Say when and how it will prune."""
+        raise NotImplementedError
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         """Say whether it is time to prune (again)."""

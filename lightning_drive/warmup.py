@@ -16,6 +16,7 @@ from lightning_drive.finding import Scope
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
 from lightning_drive.methods import Method
+from lightning_drive.planning import Intent
 from lightning_drive.pruning import PruningCallback, is_quick_check
 from lightning_drive.report import Control
 from lightning_drive.schedules import Schedule
@@ -88,6 +89,15 @@ class WarmupPruningCallback(PruningCallback):
                 f"Training ended in epoch {trainer.current_epoch}, before the {self.warmup_epochs} warm-up epochs were"
                 " over: the network is dense. Lower `warmup_epochs`, or let training run longer."
             )
+
+    @override
+    def _intent(self) -> Intent:
+        batches = getattr(self.method, "batches_per_round", 1)
+        pass_over = "a training batch" if self._needs_loss else "a single sample, in float64"
+        passes = self.method.rounds * batches
+        return Intent(
+            str(self.method), self.method.rounds, passes, pass_over, self.warmup_epochs, self.warmup_epochs
+        )
 
     @override
     def _is_due(self, trainer: pl.Trainer) -> bool:

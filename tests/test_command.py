@@ -439,3 +439,62 @@ finally:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
     assert all(word in done.stdout for word in ("compress", "expand", "report"))
+
+
+MODELS = """
+from torch import nn
+
+net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+number = 3
+
+class Models:
+    def mlp():
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+"""
+
+
+@pytest.fixture
+def models_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of the reader's own in the current folder."""
+    name = f"models_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+@pytest.mark.parametrize("what", ["net", "Models.mlp"])
+def test_plan(what: str, models_here: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command prints what the callback's own plan says."""
+    arguments = ["plan", f"{models_here}:{what}", "--sparsity", "0.5", "--set", "rounds=3", "--set", "exclude=['2.*']"]
+    assert main([*arguments, "--max-epochs", "8", "--steps-per-epoch", "6"]) == 0
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    callback = DRIVEPruningCallback(sparsity=0.5, rounds=3, exclude=["2.*"])
+    assert capsys.readouterr().out == f"{callback.plan(module, max_epochs=8, steps_per_epoch=6)}\n"
+
+
+def test_plan__method(models_here: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--method", "imp", "--sparsity", "0.5", "--set", "cycles=2", "--set", "scope=layerwise"]
+    assert main(["plan", f"{models_here}:net", *arguments]) == 0
+    assert capsys.readouterr().out.startswith("IMP(cycles=2, epochs_per_cycle=20")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["net"], "MODULE must be PACKAGE.MODULE:NAME"),
+        (["{}:nothing"], "cannot be imported: module"),
+        (["nowhere_at_all:net"], "cannot be imported: No module named"),
+        (["{}:number"], "must be a torch module or return one, got int"),
+        (["{}:net", "--set", "rounds"], "`--set` takes NAME=VALUE"),
+        (["{}:net", "--set", "rounds=0"], "`rounds` must be a whole number of at least 1, got 0"),
+        (["{}:net", "--set", "cycles=2"], "unexpected keyword argument 'cycles'"),
+        (["{}:net", "--max-epochs", "0"], "`max_epochs` must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_plan__error(
+    arguments: list[str], message: str, models_here: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--sparsity", "0.5", *(text.format(models_here) for text in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

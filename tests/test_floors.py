@@ -15,7 +15,7 @@ FLOORS = (
     {"schedules", "scores", "ranking", "sparsity", "shards"},
     {"prunable", "gradients", "flow", "masking", "rewinding", "rounds", "tables"},
     {"costs", "files", "methods", "pictures"},
-    {"finding", "report"},
+    {"finding", "planning", "report"},
     {"cli", "companions", "compatibility", "display", "scoring", "phases"},
     {"pruning"},
     {"warmup"},

@@ -1,0 +1,174 @@
+"""What pruning will do to a module and what it will cost, said before anything is trained."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+
+from lightning_drive import schedules, tables
+from lightning_drive.schedules import Schedule
+
+_SHOWN_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class PlannedParameter:
+    """One parameter before pruning.
+
+    Args:
+        name: The parameter's name, as in ``module.named_parameters()``.
+        shape: Its shape.
+        num_weights: How many weights it has.
+        stays_dense: Why it is not pruned; empty if it is.
+
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    num_weights: int
+    stays_dense: str = ""
+
+
+class Intent(NamedTuple):
+    """When and how a callback will prune, whatever the module; see :class:`PruningPlan`."""
+
+    method: str
+    rounds: int
+    passes: int
+    pass_over: str
+    first_epoch: int
+    last_epoch: int
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What a callback is going to do.
+
+    Args:
+        method: The method's settings.
+        sparsity: Fraction of the prunable weights to remove.
+        parameters: All parameters of the module, prunable or not.
+        kept: How many prunable weights are left after each round; in iterative magnitude pruning every cycle has one.
+        passes: Forward and backward passes that scoring takes.
+        pass_over: What one such pass is over, such as ``"a training batch"``.
+        first_epoch: At the start of which epoch the first round is done.
+        last_epoch: At the start of which epoch the last round is done.
+        steps: Training steps of the whole run; ``None`` if that is not known.
+        max_epochs: Epochs of the whole run; ``None`` if that is not known.
+
+    Example:
+        >>> parameters = PlannedParameter("0.weight", (3, 4), 12), PlannedParameter("0.bias", (3,), 3, "a bias")
+        >>> print(PruningPlan("SNIP()", 0.5, parameters, kept=(6,), passes=1, pass_over="a training batch"))
+        SNIP() keeps 6 of 12 prunable weights, a sparsity of 50.00%
+        when: at the start of epoch 0, in 1 round
+        weights left after round 1: 6
+        parameter  shape  weights  stays dense
+        0.weight   3x4         12
+        0.bias     3            3       a bias
+        prunable               12
+        costs: 1 forward and backward pass over a training batch
+
+    """
+
+    method: str
+    sparsity: float
+    parameters: tuple[PlannedParameter, ...]
+    kept: tuple[int, ...]
+    passes: int
+    pass_over: str
+    first_epoch: int = 0
+    last_epoch: int = 0
+    steps: int | None = None
+    max_epochs: int | None = None
+
+    @property
+    def num_prunable(self) -> int:
+        """How many prunable weights there are."""
+        return sum(each.num_weights for each in self.parameters if not each.stays_dense)
+
+    @property
+    def share(self) -> float | None:
+        """Passes of scoring per training step, of the whole run; ``None`` if its length is not known."""
+        return None if self.steps is None else self.passes / self.steps
+
+    def __str__(self) -> str:
+        return "\n".join([*self._what(), *tables.plain(self._rows()), self._costs()])
+
+    def _what(self) -> Iterator[str]:
+        yield (
+            f"{self.method} keeps {self.kept[-1]:,} of {self.num_prunable:,} prunable weights, a sparsity of"
+            f" {1 - self.kept[-1] / self.num_prunable:.2%}"
+        )
+        rounds = f"{len(self.kept)} round{'s' * (len(self.kept) != 1)}"
+        if self.last_epoch > self.first_epoch:
+            yield f"when: from the start of epoch {self.first_epoch} to that of epoch {self.last_epoch}, in {rounds}"
+        else:
+            yield f"when: at the start of epoch {self.first_epoch}, in {rounds}"
+        places = sorted({round(1 + place * (len(self.kept) - 1) / (_SHOWN_ROUNDS - 1)) for place in range(_SHOWN_ROUNDS)})
+        shown = ", ".join(f"{place}: {self.kept[place - 1]:,}" for place in places)
+        yield f"weights left after round {shown}"
+
+    def _rows(self) -> Sequence[Sequence[str]]:
+        return [
+            ("parameter", "shape", "weights", "stays dense"),
+            *((each.name, "x".join(map(str, each.shape)), f"{each.num_weights:,}", each.stays_dense) for each in self.parameters),
+            ("prunable", "", f"{self.num_prunable:,}", ""),
+        ]
+
+    def _costs(self) -> str:
+        parts = []
+        if self.passes:
+            parts.append(f"{self.passes:,} forward and backward pass{'es' * (self.passes != 1)} over {self.pass_over}")
+        if self.share is not None and self.passes:
+            parts[-1] += f", one for every {1 / self.share:,.0f} training steps" if self.share < 1 else ""
+        if self.last_epoch > self.first_epoch:
+            of = "" if self.max_epochs is None else f" of {self.max_epochs:,}"
+            parts.append(f"{self.last_epoch:,}{of} epochs of training before the last cut")
+        return f"costs: {'; '.join(parts) or 'next to nothing'}"
+
+
+def planned_parameters(
+    module: nn.Module, selected: Mapping[str, nn.Parameter], exclude: Sequence[str] | None
+) -> tuple[PlannedParameter, ...]:
+    """Say of every parameter whether it will be pruned, and why not.
+
+    Args:
+        module: The module.
+        selected: The prunable parameters, by name.
+        exclude: Glob patterns over parameter names that stay dense.
+
+    """
+
+    def reason(name: str, parameter: nn.Parameter) -> str:
+        if name in selected:
+            return ""
+        if any(fnmatchcase(name, pattern) for pattern in exclude or ()):
+            return "excluded"
+        return "not selected" if parameter.requires_grad else "frozen"
+
+    return tuple(
+        PlannedParameter(name, tuple(parameter.shape), parameter.numel(), reason(name, parameter))
+        for name, parameter in module.named_parameters()
+    )
+
+
+def counts(sizes: Sequence[int], rounds: int, sparsity: float, schedule: Schedule, scope: str) -> tuple[int, ...]:
+    """Say how many prunable weights are left after each round.
+
+    Args:
+        sizes: How many weights each prunable parameter has.
+        rounds: The number of rounds.
+        sparsity: Fraction to remove in all.
+        schedule: ``"exponential"`` or ``"linear"``.
+        scope: ``"global"`` or ``"layerwise"``.
+
+    Example:
+        >>> counts([100, 900], 2, 0.99, "exponential", "global"), counts([2, 8], 1, 0.9, "linear", "layerwise")
+        ((100, 10), (2,))
+
+    """
+    densities = [schedules.SCHEDULES[schedule](index, rounds, sparsity, 0.0) for index in range(1, rounds + 1)]
+    groups = [sum(sizes)] if scope == "global" else sizes
+    return tuple(sum(schedules.num_kept(size, density) for size in groups) for density in densities)
