@@ -1,10 +1,17 @@
 """What every test can rely on: one thread, so that sums are the same everywhere, and no leftovers."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    """Take Ctrl+C seriously in tests that send it: a shell lets what it starts in the background ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -51,10 +51,6 @@ class Figure:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Figure":
-        return cls(**values)
-
 
 def versions() -> dict[str, str]:
     names = ("torch", "torchvision", "lightning", "numpy", "lightning-drive")
@@ -73,7 +69,7 @@ def filled(text: str, results: Mapping[str, Any]) -> str:
         ValueError: If a group of figures has no place on the page, or a place has no figures.
 
     """
-    figures = [Figure.from_dict(each["extra_info"]) for each in results["benchmarks"]]
+    figures = figures_of(results)
     parts = {group: table([each for each in figures if each.group == group]) for group in groups(figures)}
     parts |= {"machine": machine(results), "paper": on_paper()}
     places = re.findall(re.escape(MARKS[0]).replace(r"\{\}", r"(\w+)"), text)
@@ -86,6 +82,12 @@ def filled(text: str, results: Mapping[str, Any]) -> str:
     return text
 
 
+def figures_of(results: Mapping[str, Any]) -> list[Figure]:
+    names = {each.name for each in fields(Figure)}
+    extras = (each["extra_info"] for each in results["benchmarks"])
+    return [Figure(**{name: value for name, value in extra.items() if name in names}) for extra in extras]
+
+
 def groups(figures: list[Figure]) -> list[str]:
     return list(dict.fromkeys(figure.group for figure in figures))
 
@@ -93,12 +95,19 @@ def groups(figures: list[Figure]) -> list[str]:
 def machine(results: Mapping[str, Any]) -> str:
     info = results["machine_info"]
     versions = ", ".join(f"{name} {number}" for name, number in info["versions"].items())
-    commit = results["commit_info"]
-    changed = " with changes that were not committed" if commit.get("dirty") else ""
+    taken = sorted({(each["extra_info"]["date"], each["extra_info"]["revision"]) for each in results["benchmarks"]})
     return (
-        f"Measured on {results['datetime'][:10]}: {info['cpu']['brand_raw']}, {info['threads']} threads,"
-        f" {info['system']} {info['release']}; {versions}; revision {commit['id'][:8]}{changed}."
+        f"Measured on {info['cpu']['brand_raw']}, {info['threads']} threads, {info['system']} {info['release']};"
+        f" {versions}; {', '.join(f'{date} (revision {revision})' for date, revision in taken)}."
     )
+
+
+def stamp(results: Mapping[str, Any]) -> None:
+    """Note with every result when it was taken, and of what."""
+    commit = results["commit_info"]
+    revision = commit["id"][:8] + (" and changes" if commit.get("dirty") else "")
+    for each in results["benchmarks"]:
+        each["extra_info"] |= {"date": results["datetime"][:10], "revision": revision}
 
 
 def table(figures: list[Figure]) -> str:
@@ -175,5 +184,30 @@ def sentence(figure: Figure) -> str:
     return f"{figure.case}: {amount(median(figure.ours), figure.unit)}, {peers} {goal(figure)}"
 
 
+def merged(results: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace those results that were taken again; every result knows its revision and date.
+
+    Raises:
+        ValueError: If the part is from another machine or of other versions.
+
+    """
+    for key in ("cpu", "threads", "versions"):
+        if results["machine_info"][key] != part["machine_info"][key]:
+            raise ValueError(f"Results of different machines or versions do not go together: {key} differs.")
+    again = {each["fullname"]: each for each in part["benchmarks"]}
+    return {
+        **results,
+        "benchmarks": [again.pop(each["fullname"], each) for each in results["benchmarks"]] + [*again.values()],
+    }
+
+
+def main() -> None:
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for path in sys.argv[1:]:
+        results = merged(results, json.loads(Path(path).read_text(encoding="utf-8")))
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write(results)
+
+
 if __name__ == "__main__":
-    write(json.loads(RESULTS.read_text(encoding="utf-8")))
+    main()

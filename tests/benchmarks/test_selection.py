@@ -77,14 +77,11 @@ def test_memory(figure: Callable[..., Figure], size: int) -> None:
     def extra(work: Callable[[Tensor], Tensor]) -> list[float]:
         return [max(0.0, peak_growth(lambda: work(values)) / size - 1)]
 
-    def take() -> tuple[list[float], dict[str, list[float]]]:
-        return extra(ours), {"one byte": [1.0], **{name: extra(peer) for name, peer in peers_at(size).items()}}
-
     figure(
         "selection",
         f"{size:.0e} scores: memory",
         "bytes per score",
-        take,
+        lambda: (extra(ours), {"one byte": [1.0], **{name: extra(peer) for name, peer in peers_at(size).items()}}),
         goal=1.0,
-        note="beyond the scores and the mask",
+        note="growth of the process, beyond the scores and the mask",
     )
