@@ -7,7 +7,6 @@ import argparse
 import ast
 import importlib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
     report.set_defaults(run=_report)
 
-    plan = commands.add_parser("plan", help="print what a callback would prune of a module, when, and what it would cost")
+    plan = commands.add_parser(
+        "plan", help="print what a callback would prune of a module, when, and what it would cost"
+    )
     plan.add_argument(
         "module",
         metavar="MODULE",
@@ -168,12 +169,18 @@ def _report(checkpoint: Path, as_json: bool) -> None:
 
 
 def _plan(
-    module: str, method: str, sparsity: float, settings: Sequence[str], max_epochs: int | None, steps_per_epoch: int | None
+    module: str,
+    method: str,
+    sparsity: float,
+    settings: Sequence[str],
+    max_epochs: int | None,
+    steps_per_epoch: int | None,
 ) -> None:
-    import lightning_drive
+    from lightning_drive import callbacks, lottery
 
     arguments = dict(_setting(text) for text in settings)
-    callback = getattr(lightning_drive, _CALLBACKS[method])(sparsity=sparsity, **arguments)
+    make: Any = getattr(lottery if method == "imp" else callbacks, _CALLBACKS[method])
+    callback = make(sparsity=sparsity, **arguments)
     print(callback.plan(_module(module), max_epochs=max_epochs, steps_per_epoch=steps_per_epoch))
 
 
@@ -194,7 +201,8 @@ def _module(path: str) -> Any:
     package, _, name = path.partition(":")
     if not package or not name:
         raise ValueError(f"MODULE must be PACKAGE.MODULE:NAME, such as torchvision.models:resnet18, got {path!r}.")
-    sys.path.insert(0, os.getcwd())
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(package)
         for part in name.split("."):
@@ -202,7 +210,7 @@ def _module(path: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{path!r} cannot be imported: {error}.") from error
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(here)
     if not isinstance(found, nn.Module) and callable(found):
         found = found()
     if not isinstance(found, nn.Module):
@@ -283,11 +291,8 @@ def _report_of(state: Mapping[str, Any], path: Path) -> "PruningReport | None":
         return None
     try:
         return PruningReport.from_dict(state["report"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"The report in {str(path)!r} cannot be read ({type(error).__name__}: {error}): it was written by another"
-            " version of lightning_drive."
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"The report in {str(path)!r} cannot be read. {error}") from error
 
 
 def _zeros(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -211,9 +211,7 @@ class IMPPruningCallback(PruningCallback):
 
     @override
     def _intent(self) -> Intent:
-        return Intent(
-            self._method(), self.cycles, 0, "", self.epochs_per_cycle, self.cycles * self.epochs_per_cycle
-        )
+        return Intent(self._method(), self.cycles, 0, "", self.epochs_per_cycle, self.cycles * self.epochs_per_cycle)
 
     @override
     def _is_due(self, trainer: pl.Trainer) -> bool:

@@ -65,9 +65,9 @@ class PruningPlan:
         when: at the start of epoch 0, in 1 round
         weights left after round 1: 6
         parameter  shape  weights  stays dense
-        0.weight   3x4         12
+        0.weight   3x4         12            -
         0.bias     3            3       a bias
-        prunable               12
+        prunable               12            -
         costs: 1 forward and backward pass over a training batch
 
     """
@@ -106,15 +106,20 @@ class PruningPlan:
             yield f"when: from the start of epoch {self.first_epoch} to that of epoch {self.last_epoch}, in {rounds}"
         else:
             yield f"when: at the start of epoch {self.first_epoch}, in {rounds}"
-        places = sorted({round(1 + place * (len(self.kept) - 1) / (_SHOWN_ROUNDS - 1)) for place in range(_SHOWN_ROUNDS)})
+        places = sorted(
+            {round(1 + place * (len(self.kept) - 1) / (_SHOWN_ROUNDS - 1)) for place in range(_SHOWN_ROUNDS)}
+        )
         shown = ", ".join(f"{place}: {self.kept[place - 1]:,}" for place in places)
         yield f"weights left after round {shown}"
 
     def _rows(self) -> Sequence[Sequence[str]]:
         return [
             ("parameter", "shape", "weights", "stays dense"),
-            *((each.name, "x".join(map(str, each.shape)), f"{each.num_weights:,}", each.stays_dense) for each in self.parameters),
-            ("prunable", "", f"{self.num_prunable:,}", ""),
+            *(
+                (each.name, "x".join(map(str, each.shape)), f"{each.num_weights:,}", each.stays_dense or "-")
+                for each in self.parameters
+            ),
+            ("prunable", "", f"{self.num_prunable:,}", "-"),
         ]
 
     def _costs(self) -> str:

@@ -95,9 +95,7 @@ class WarmupPruningCallback(PruningCallback):
         batches = getattr(self.method, "batches_per_round", 1)
         pass_over = "a training batch" if self._needs_loss else "a single sample, in float64"
         passes = self.method.rounds * batches
-        return Intent(
-            str(self.method), self.method.rounds, passes, pass_over, self.warmup_epochs, self.warmup_epochs
-        )
+        return Intent(str(self.method), self.method.rounds, passes, pass_over, self.warmup_epochs, self.warmup_epochs)
 
     @override
     def _is_due(self, trainer: pl.Trainer) -> bool:

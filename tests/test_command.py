@@ -362,7 +362,7 @@ def test_errors__out(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_errors__report_of_another_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = {"version": 9, "masks": {}, "report": {"novel": 1}}
     torch.save({"state_dict": {}, "callbacks": {"DRIVEPruningCallback": state}}, tmp_path / "new.ckpt")
-    assert "was written by another version of lightning_drive" in fails(capsys, "report", tmp_path / "new.ckpt")
+    assert "does not know (novel): it was written by a newer version" in fails(capsys, "report", tmp_path / "new.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -491,9 +491,7 @@ def test_plan__method(models_here: str, capsys: pytest.CaptureFixture[str]) -> N
         (["{}:net", "--max-epochs", "0"], "`max_epochs` must be a whole number of at least 1, got 0"),
     ],
 )
-def test_plan__error(
-    arguments: list[str], message: str, models_here: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan__error(arguments: list[str], message: str, models_here: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--sparsity", "0.5", *(text.format(models_here) for text in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error
