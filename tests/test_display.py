@@ -3,7 +3,7 @@
 import io
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -69,17 +69,20 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def log_to(monkeypatch: pytest.MonkeyPatch) -> Callable[..., logging.Logger]:
-    """Let Lightning's logger, within the test, have these handlers only, without those that pytest adds."""
+def log_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., logging.Logger]]:
+    """Let Lightning's logger, within the test, have its own level and these handlers only, without those of pytest."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level  # the examples, which other tests run, leave another one behind
+    logger.setLevel(logging.INFO)
 
     def log_to(*handlers: logging.Handler, propagate: bool = False) -> logging.Logger:
-        logger = logging.getLogger("lightning.pytorch")
         monkeypatch.setattr(logger, "handlers", list(handlers))
         monkeypatch.setattr(logger, "propagate", propagate)
         monkeypatch.setenv("COLUMNS", "120")
         return logger
 
-    return log_to
+    yield log_to
+    logger.setLevel(level)
 
 
 LogTo: TypeAlias = Callable[..., logging.Logger]
@@ -136,13 +139,8 @@ def test_show__without_rich(tmp_path: Path, log_to: LogTo, monkeypatch: pytest.M
 
 def test_show__silenced(tmp_path: Path, log_to: LogTo) -> None:
     """Whoever wants no messages from Lightning gets no table either."""
-    logger = log_to(logging.StreamHandler(stream := Terminal()))
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        shown(tmp_path)
-    finally:
-        logger.setLevel(level)
+    log_to(logging.StreamHandler(stream := Terminal())).setLevel(logging.WARNING)
+    shown(tmp_path)
     assert "features.4.weight" not in stream.getvalue()
 
 
