@@ -52,3 +52,15 @@ def test_goal(limit: float | None, text: str) -> None:
 )
 def test_amount(value: float, unit: str, text: str) -> None:
     assert page.amount(value, unit) == text
+
+
+def test_merged() -> None:
+    """A part that was measured again takes the place of what it was; anything from elsewhere is refused."""
+    first, second = RESULTS["benchmarks"][:2]
+    again = {**second, "extra_info": {**second["extra_info"], "ours": [1e9]}}
+    new = {**first, "fullname": "another"}
+    found = page.merged(RESULTS, {**RESULTS, "benchmarks": [new, again]})["benchmarks"]
+    assert found == [first, again, *RESULTS["benchmarks"][2:], new]
+    other = {**RESULTS, "machine_info": {**RESULTS["machine_info"], "threads": 99}}
+    with pytest.raises(ValueError, match="Results of different machines or versions do not go together: threads"):
+        page.merged(RESULTS, other)
