@@ -12,6 +12,7 @@ import pytest
 from fits import ConvModule
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning_utilities.core import rank_zero
 
 from lightning_drive import display
 
@@ -74,6 +75,8 @@ def log_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., logging.Lo
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level  # the examples, which other tests run, leave another one behind
     logger.setLevel(logging.INFO)
+    # `pytorch_lightning`, which another test imports, has all such messages go to its own logger from there on.
+    monkeypatch.setattr(rank_zero, "log", logging.getLogger("lightning.pytorch.utilities.rank_zero"))
 
     def log_to(*handlers: logging.Handler, propagate: bool = False) -> logging.Logger:
         monkeypatch.setattr(logger, "handlers", list(handlers))
