@@ -33,7 +33,7 @@ _EXTRA_HEADER = 256
 _MOST_DIMENSIONS = 64
 """Of a sparse tensor: more than torch can compute with."""
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+_INTEGERS = {**masking.INTEGERS, 16: torch.int64}
 """Bytes of a number to the integers that it is copied as."""
 
 _NATIVE = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")

@@ -24,7 +24,7 @@ _VERSION = 1
 _CHUNK = 1 << 19
 """Numbers masked together where masks are bytes, so that what they are widened to stays in the processor's cache."""
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of a number to the integers that have as many."""
 
 
@@ -349,7 +349,7 @@ class _Cover:
         weights = shards.local(parameter.detach())
         if weights.device.type == "cpu" and weights.is_floating_point():
             kept = shards.part(mask, of=parameter)
-            self._bits = torch.empty_like(weights, dtype=_INTEGERS[weights.itemsize]).copy_(kept).neg_()
+            self._bits = torch.empty_like(weights, dtype=INTEGERS[weights.itemsize]).copy_(kept).neg_()
         else:
             self._pruned = _pruned(mask, parameter)
 
@@ -434,7 +434,7 @@ def zero_(tensor: Tensor, mask: Tensor) -> None:
         tensor.masked_fill_(~mask, 0)
         return
     rows = max(1, _CHUNK * len(tensor) // max(1, tensor.numel()))
-    bits = tensor.view(_INTEGERS[tensor.itemsize])
+    bits = tensor.view(INTEGERS[tensor.itemsize])
     for values, kept in zip(torch.split(bits, rows), torch.split(mask, rows), strict=True):
         values.bitwise_and_(kept.view(torch.int8).neg())  # -1 has all bits set
 

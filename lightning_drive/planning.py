@@ -48,7 +48,6 @@ class PruningPlan:
 
     Args:
         method: The method's settings.
-        sparsity: Fraction of the prunable weights to remove.
         parameters: All parameters of the module, prunable or not.
         kept: How many prunable weights are left after each round; in iterative magnitude pruning every cycle has one.
         passes: Forward and backward passes that scoring takes.
@@ -60,7 +59,7 @@ class PruningPlan:
 
     Example:
         >>> parameters = PlannedParameter("0.weight", (3, 4), 12), PlannedParameter("0.bias", (3,), 3, "a bias")
-        >>> print(PruningPlan("SNIP()", 0.5, parameters, kept=(6,), passes=1, pass_over="a training batch"))
+        >>> print(PruningPlan("SNIP()", parameters, kept=(6,), passes=1, pass_over="a training batch"))
         SNIP() keeps 6 of 12 prunable weights, a sparsity of 50.00%
         when: at the start of epoch 0, in 1 round
         weights left after round 1: 6
@@ -73,7 +72,6 @@ class PruningPlan:
     """
 
     method: str
-    sparsity: float
     parameters: tuple[PlannedParameter, ...]
     kept: tuple[int, ...]
     passes: int

@@ -178,7 +178,6 @@ class PruningCallback(pl.Callback):
         sizes = [parameter.numel() for parameter in selected.values()]
         return PruningPlan(
             intent.method,
-            self.sparsity,
             planning.planned_parameters(pl_module, selected, self.exclude),
             planning.counts(sizes, intent.rounds, self.sparsity, self.schedule, self.scope),
             intent.passes,

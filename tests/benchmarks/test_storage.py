@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from benchmarks import trainers
 from benchmarks.measure import in_turn, seconds
@@ -75,30 +76,30 @@ def test_load(figure: Callable[..., Figure], tmp_path: Path) -> None:
     )
 
 
-def test_import(figure: Callable[..., Figure]) -> None:
+@pytest.mark.parametrize(
+    ("what", "ours", "peer", "statement"),
+    [
+        (
+            "the callbacks",
+            "import lightning.pytorch; from lightning_drive import DRIVEPruningCallback",
+            "one that imports Lightning",
+            "import lightning.pytorch",
+        ),
+        (
+            "`find_masks`",
+            "import torch; from lightning_drive import DRIVE, find_masks",
+            "one that imports torch",
+            "import torch",
+        ),
+    ],
+    ids=["callbacks", "find_masks"],
+)
+def test_import(figure: Callable[..., Figure], what: str, ours: str, peer: str, statement: str) -> None:
     figure(
         "storage",
-        "start of a program that imports the callbacks",
+        f"start of a program that imports {what}",
         "s",
-        lambda: in_turn(
-            importing("import lightning.pytorch; from lightning_drive import DRIVEPruningCallback"),
-            {"one that imports Lightning": importing("import lightning.pytorch")},
-            repeats=5,
-        ),
-        goal=1.05,
-    )
-
-
-def test_import__without_lightning(figure: Callable[..., Figure]) -> None:
-    figure(
-        "storage",
-        "start of a program that imports `find_masks`",
-        "s",
-        lambda: in_turn(
-            importing("import torch; from lightning_drive import DRIVE, find_masks"),
-            {"one that imports torch": importing("import torch")},
-            repeats=5,
-        ),
+        lambda: in_turn(importing(ours), {peer: importing(statement)}, repeats=5),
         goal=1.05,
     )
 
