@@ -1,4 +1,4 @@
-"""What must not become slow: ratios to peers in the same process, in seconds of the processor, not of the clock.
+"""What must not become slow or large: ratios to peers in the same process; seconds are of the processor, not the clock.
 
 The bounds are about 1.5 times what was measured on 2026-11-25 (torch 2.14.1, one thread of an AMD EPYC).
 `tests/benchmarks` measures all there is to know, and `docs/performance.md` has the results.
@@ -11,10 +11,10 @@ from statistics import median
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks.measure import in_turn, rounds_and_passes, scores, seconds
+from benchmarks.measure import in_turn, peak_of_tensors, rounds_and_passes, scores, seconds
 from torch import Tensor, nn
 
-from lightning_drive import DRIVE, Magnitude, Masks
+from lightning_drive import DRIVE, Magnitude, Masks, flow
 from lightning_drive.masking import MaskedParameters
 
 SIZES = (2048, 384, 384, 10)
@@ -70,3 +70,12 @@ def test_mask(density: float) -> None:
         repeats=30,
     )
     assert median(ours) <= 1.75 * median(peers["multiplication"])
+
+
+def test_memory() -> None:
+    """Following paths takes the memory of the weights once, for the masks as floats, and little more."""
+    module = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(12)))
+    masks = {name: torch.rand_like(weight) < 0.5 for name, weight in module.named_parameters()}
+    with peak_of_tensors() as found:
+        flow.active_masks(module, masks, torch.zeros(1, 128))
+    assert found[0] <= 1.5 * sum(weight.nbytes for weight in module.parameters())
