@@ -7,8 +7,10 @@ import torch
 import torch.distributed.fsdp
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 
@@ -72,6 +74,74 @@ def check_strategy(pruning: pl.Callback, trainer: pl.Trainer, unshardable: str) 
         )
 
 
+def check_alone(pruning: pl.Callback, trainer: pl.Trainer, kind: type[pl.Callback]) -> None:
+    """Refuse a second callback that prunes.
+
+    Args:
+        pruning: The pruning callback.
+        trainer: The Trainer.
+        kind: What all our pruning callbacks are.
+
+    Raises:
+        MisconfigurationException: If there is one, of ours or Lightning's own.
+
+    """
+    for other in _others(pruning, trainer):
+        if isinstance(other, (kind, ModelPruning)):
+            raise MisconfigurationException(
+                f"Only one callback of a Trainer can prune, got {type(pruning).__name__} and {type(other).__name__}:"
+                " each would cut what the other keeps, and neither would reach its `sparsity`. Remove one of them."
+            )
+
+
+def check_finetuning(pruning: pl.Callback, trainer: pl.Trainer) -> None:
+    """Refuse callbacks that unfreeze layers, beside one that returns to an earlier state of the training.
+
+    Args:
+        pruning: The pruning callback.
+        trainer: The Trainer.
+
+    Raises:
+        MisconfigurationException: If there is one.
+
+    """
+    for other in _others(pruning, trainer):
+        if isinstance(other, BaseFinetuning):
+            raise MisconfigurationException(
+                f"{type(pruning).__name__} returns to an earlier state of the training (as IMP and control='reinit'"
+                f" do), but cannot return to one before {type(other).__name__} unfroze layers and gave them to the"
+                " optimizer. Train with one of the two."
+            )
+
+
+def is_quick_check(trainer: pl.Trainer) -> bool:
+    """Whether this is a ``fast_dev_run``: one short epoch, in which pruning should be seen to work.
+
+    Args:
+        trainer: The Trainer.
+
+    """
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def reads_gradients_early(pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    """Whether gradients may be used, or clipped, before ``on_before_optimizer_step`` of a callback masks them.
+
+    Args:
+        pruning: The pruning callback.
+        trainer: The Trainer.
+        pl_module: Its module.
+
+    """
+    in_module = ("backward", "on_after_backward", "optimizer_step")
+    in_callbacks = ("on_after_backward", "on_before_optimizer_step")
+    return (
+        not pl_module.automatic_optimization
+        or any(is_overridden(hook, pl_module, pl.LightningModule) for hook in in_module)
+        or any(is_overridden(hook, other, pl.Callback) for other in _others(pruning, trainer) for hook in in_callbacks)
+    )
+
+
 def scaler(trainer: pl.Trainer) -> Any:
     """Give the ``GradScaler`` of mixed precision, or ``None``.
 
@@ -109,6 +179,10 @@ def warn_of_small_eps(optimizer: Optimizer) -> None:
                 " would be NaN. Set `eps=1e-4` or more, or train with another `precision`."
             )
             return
+
+
+def _others(pruning: pl.Callback, trainer: pl.Trainer) -> list[pl.Callback]:
+    return [callback for callback in trainer.callbacks if callback is not pruning]  # type: ignore[attr-defined]
 
 
 def _is_of_pytorch_lightning(thing: object) -> bool:

@@ -13,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from typing_extensions import override
 
-from lightning_drive import companions, methods, phases, scoring
+from lightning_drive import companions, compatibility, methods, phases, scoring
 from lightning_drive.finding import Scope
 from lightning_drive.methods import Magnitude
 from lightning_drive.planning import Intent
-from lightning_drive.pruning import PruningCallback, is_quick_check
+from lightning_drive.pruning import PruningCallback
 from lightning_drive.report import Control
 from lightning_drive.rewinding import RewindPoint
 from lightning_drive.schedules import Schedule
@@ -136,7 +136,7 @@ class IMPPruningCallback(PruningCallback):
         """Let ``configure_optimizers`` see one cycle."""
         super().setup(trainer, pl_module, stage)
         self._planned = None
-        if stage != "fit" or is_quick_check(trainer):
+        if stage != "fit" or compatibility.is_quick_check(trainer):
             return
         if self._finished and self.masks.hold_for(pl_module):
             return
@@ -154,7 +154,7 @@ class IMPPruningCallback(PruningCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up restored masks again, and a schedule for the phase that the run is in."""
-        if self._restored and not is_quick_check(trainer):
+        if self._restored and not compatibility.is_quick_check(trainer):
             self._resume_schedule(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
         companions.hold_off_early_stopping(trainer, self.reset_best and not self._finished)  # until the last cut
@@ -221,7 +221,7 @@ class IMPPruningCallback(PruningCallback):
         return f"IMP({', '.join(f'{name}={value}' for name, value in self._settings().items())})"
 
     def _due_cycle(self, trainer: pl.Trainer) -> int:
-        if is_quick_check(trainer):
+        if compatibility.is_quick_check(trainer):
             return self.cycles
         return min(trainer.current_epoch // self.epochs_per_cycle, self.cycles)
 
@@ -361,7 +361,7 @@ class IMPPruningCallback(PruningCallback):
     @override
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_training(trainer, pl_module)
-        if is_quick_check(trainer) or self._planned is None:
+        if compatibility.is_quick_check(trainer) or self._planned is None:
             return
         last_cut = self.cycles * self.epochs_per_cycle
         steps_per_epoch = scoring.steps_per_epoch(trainer)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lightning_drive import schedules, tables
+from lightning_drive.methods import check_count
 from lightning_drive.schedules import Schedule
 
 _SHOWN_ROUNDS = 8
@@ -130,6 +131,52 @@ class PruningPlan:
             of = "" if self.max_epochs is None else f" of {self.max_epochs:,}"
             parts.append(f"{self.last_epoch:,}{of} epochs of training before the last cut")
         return f"costs: {'; '.join(parts) or 'next to nothing'}"
+
+
+def plan(
+    module: nn.Module,
+    selected: Mapping[str, nn.Parameter],
+    intent: Intent,
+    *,
+    sparsity: float,
+    schedule: Schedule,
+    scope: str,
+    exclude: Sequence[str] | None,
+    max_epochs: int | None,
+    steps_per_epoch: int | None,
+) -> PruningPlan:
+    """Work out what a callback is going to do to a module.
+
+    Args:
+        module: The module.
+        selected: The prunable parameters, by name.
+        intent: When and how.
+        sparsity: Fraction of the prunable weights to remove.
+        schedule: ``"exponential"`` or ``"linear"``.
+        scope: ``"global"`` or ``"layerwise"``.
+        exclude: Glob patterns over parameter names that stay dense.
+        max_epochs: Epochs of the whole run; ``None`` if that is not known.
+        steps_per_epoch: Training steps in each; ``None`` if that is not known.
+
+    Raises:
+        ValueError: If one of the last two is not a whole number of at least 1.
+
+    """
+    for argument, value in (("max_epochs", max_epochs), ("steps_per_epoch", steps_per_epoch)):
+        if value is not None:
+            check_count(argument, value)
+    sizes = [parameter.numel() for parameter in selected.values()]
+    return PruningPlan(
+        intent.method,
+        planned_parameters(module, selected, exclude),
+        counts(sizes, intent.rounds, sparsity, schedule, scope),
+        intent.passes,
+        intent.pass_over,
+        intent.first_epoch,
+        intent.last_epoch,
+        None if max_epochs is None or steps_per_epoch is None else max_epochs * steps_per_epoch,
+        max_epochs,
+    )
 
 
 def planned_parameters(

@@ -93,6 +93,16 @@ def ranks_of(trainer: pl.Trainer) -> Ranks:
     return Ranks.of(None, trainer.strategy.root_device) if trainer.world_size > 1 else ALONE
 
 
+def random_numbers(trainer: pl.Trainer) -> torch.Generator:
+    """Give random numbers that depend on the first rank's seed, and neither repeat nor use up those of training.
+
+    Args:
+        trainer: The Trainer, with its processes connected.
+
+    """
+    return torch.Generator().manual_seed(ranks_of(trainer).broadcast(torch.initial_seed()) ^ 0x5EED)
+
+
 def steps_per_epoch(trainer: pl.Trainer, epoch: int = 0) -> float:
     """Count the optimizer steps of an epoch; infinite where the length of the data is not known.
 

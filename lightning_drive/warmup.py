@@ -11,13 +11,13 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_drive import companions, finding, gradients, methods, prunable, scoring
+from lightning_drive import companions, compatibility, finding, gradients, methods, prunable, scoring
 from lightning_drive.finding import Scope
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
 from lightning_drive.methods import Method
 from lightning_drive.planning import Intent
-from lightning_drive.pruning import PruningCallback, is_quick_check
+from lightning_drive.pruning import PruningCallback
 from lightning_drive.report import Control
 from lightning_drive.schedules import Schedule
 
@@ -99,12 +99,12 @@ class WarmupPruningCallback(PruningCallback):
 
     @override
     def _is_due(self, trainer: pl.Trainer) -> bool:
-        return is_quick_check(trainer) or trainer.current_epoch >= self.warmup_epochs
+        return compatibility.is_quick_check(trainer) or trainer.current_epoch >= self.warmup_epochs
 
     @override
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.monotonic()
-        method = methods.with_fewer_rounds(self.method, 2) if is_quick_check(trainer) else self.method
+        method = methods.with_fewer_rounds(self.method, 2) if compatibility.is_quick_check(trainer) else self.method
         outcome = self._search(
             trainer,
             pl_module,
@@ -163,7 +163,7 @@ class WarmupPruningCallback(PruningCallback):
         super()._check_module(trainer, pl_module)
         if self._needs_loss and self.loss_fn is None:
             scoring.check_training_step(pl_module)
-        if not is_quick_check(trainer) and 0 <= self._max_epochs <= self.warmup_epochs:
+        if not compatibility.is_quick_check(trainer) and 0 <= self._max_epochs <= self.warmup_epochs:
             raise MisconfigurationException(
                 f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes at the start of epoch"
                 f" {self.warmup_epochs} (counted from 0), but training ends after max_epochs={self._max_epochs}"
@@ -177,7 +177,7 @@ class WarmupPruningCallback(PruningCallback):
         if self._needs_loss or reads_statistics or pl_module.example_input_array is None:
             scoring.check_data(trainer)
         steps = sum(scoring.steps_per_epoch(trainer, epoch) for epoch in range(self.warmup_epochs))
-        if not is_quick_check(trainer) and math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
+        if not compatibility.is_quick_check(trainer) and math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
             raise MisconfigurationException(
                 f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes after {steps:g} steps, but training"
                 f" ends after max_steps={trainer.max_steps}, so it would never prune. Raise `max_steps` or lower"

@@ -17,6 +17,7 @@ FLOORS = (
     {"costs", "files", "methods", "pictures"},
     {"finding", "planning", "report"},
     {"cli", "companions", "compatibility", "display", "scoring", "phases"},
+    {"enforcing", "outcomes"},
     {"pruning"},
     {"warmup"},
     {"callbacks", "lottery"},

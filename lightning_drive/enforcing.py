@@ -1,0 +1,116 @@
+"""Masks on all that is alive in a training run: weights, gradients, states of optimizers and running averages."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_drive import companions, compatibility, masking, shards
+from lightning_drive.masking import MaskedParameters, Masks
+from lightning_drive.messages import listed
+
+
+class Enforcement:
+    """Keeps the masks on one module through every step of its optimizers, from :meth:`begin` to :meth:`end`.
+
+    Args:
+        pl_module: Has every masked parameter under its name, in the mask's shape.
+        masks: Parameter name to boolean mask, on any device; ``True`` keeps.
+
+    Raises:
+        ValueError: If a parameter is missing or has another shape (named).
+
+    """
+
+    def __init__(self, pl_module: pl.LightningModule, masks: Masks) -> None:
+        shards.reshard_(pl_module)
+        self._masks = masks
+        self._parameters = MaskedParameters(pl_module, masks)
+        self._handles: list[RemovableHandle] = []
+        self._hookless = False
+
+    def begin(self, pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the masks on everything that is alive, and have every optimizer step followed by them.
+
+        Args:
+            pruning: The callback that prunes.
+            trainer: Its Trainer, in the middle of ``fit``.
+            pl_module: The module.
+
+        """
+        self._parameters.zero_weights_()
+        self._parameters.zero_gradients_()
+        for average in companions.averaged_models(trainer):
+            self._masks.apply_(average)
+        if compatibility.reads_gradients_early(pruning, trainer, pl_module):
+            keep_overflow = compatibility.scaler(trainer) is not None
+            self._handles += self._parameters.zero_gradients_at_once(keep_overflow=keep_overflow)
+        self._hookless = not pl_module.automatic_optimization
+        for optimizer in trainer.optimizers:
+            self._parameters.zero_optimizer_state_(optimizer)
+            for each in masking.with_wrapped(optimizer):
+                self._follow_steps(trainer, pl_module, each)
+                if self._parameters.may_divide_by_zero:
+                    compatibility.warn_of_small_eps(each)
+
+    def end(self) -> None:
+        """Let go of the optimizers and of the gradients."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def before_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        """Mask the gradients, where they are unscaled already.
+
+        Args:
+            trainer: The Trainer.
+            optimizer: The optimizer that is going to step.
+
+        """
+        if not compatibility.unscales_in_step(trainer, optimizer):
+            self._parameters.zero_gradients_()
+
+    def after_batch(self) -> None:
+        """Mask the weights, where not every change to them has a hook after it."""
+        if self._hookless:
+            self._parameters.zero_weights_()
+
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Refuse to go on where pruned layers were replaced by others.
+
+        Args:
+            pl_module: The module as it is now.
+
+        Raises:
+            MisconfigurationException: If one was (named).
+
+        """
+        replaced = self._parameters.replaced_in(pl_module)
+        if replaced:
+            raise MisconfigurationException(
+                f"The masks are on the parameters that {type(pl_module).__name__} had when it was pruned, but"
+                f" {listed(replaced)} was replaced or removed since, and what is there now would train without a mask."
+                " Write new values into a layer in place, replace it before pruning, or leave it out with `exclude`."
+            )
+
+    def _follow_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Have every step of an optimizer followed by the masks, and led by them where the gradients may need it."""
+        # Lightning also takes wrappers that only look like an optimizer, or were never initialised as one.
+        step = getattr(type(optimizer), "step", None)
+        hooked = getattr(step, "hooked", False) and "_optimizer_step_post_hooks" in vars(optimizer)
+        if not hooked:
+            self._hookless = True
+            return
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        if not pl_module.automatic_optimization or compatibility.unscales_in_step(trainer, optimizer):
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+
+    def _before_step(self, *_: Any) -> None:
+        self._parameters.zero_gradients_()
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._parameters.zero_weights_()
+        if self._parameters.may_divide_by_zero:
+            self._parameters.zero_optimizer_state_(optimizer)

@@ -1,0 +1,217 @@
+"""What a pruning brings: masks found in the middle of a ``fit`` that is left as it was, and the report of them."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_drive import companions, costs, display, finding, flow, gradients, scoring, shards
+from lightning_drive.costs import Costs
+from lightning_drive.finding import Found, Scope
+from lightning_drive.gradients import LossFunction
+from lightning_drive.masking import Masks
+from lightning_drive.methods import Method
+from lightning_drive.report import Control, CycleReport, PruningReport
+from lightning_drive.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search brings back, before any of it is put down."""
+
+    found: Found
+    statistics: dict[nn.Module, dict[str, Tensor]]
+    """BatchNorm layer to the statistics that go with the masks."""
+    costs: Costs
+    phases: dict[str, float]
+    """Seconds by phase."""
+
+
+def search(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    method: Method,
+    select: Callable[[pl.LightningModule], Mapping[str, nn.Parameter]],
+    *,
+    sparsity: float,
+    masks: Masks,
+    schedule: Schedule,
+    scope: Scope,
+    loss_fn: LossFunction | None = None,
+    only_round: int | None = None,
+    shuffle: bool = False,
+    bn_batches: int = 0,
+) -> Outcome:
+    """Find masks and the BatchNorm statistics that go with them; the module and the Trainer stay as they are.
+
+    Args:
+        trainer: A Trainer in the middle of ``fit``.
+        pl_module: Its module.
+        method: The method.
+        select: Gives the prunable parameters of the module, by name.
+        sparsity: As for :func:`lightning_drive.finding.search`.
+        masks: As there; empty for a dense network.
+        schedule: As there.
+        scope: As there.
+        loss_fn: As there; without one, BatchNorm's statistics are not estimated.
+        only_round: As there.
+        shuffle: Whether to give the masks in a random order within each parameter.
+        bn_batches: Training batches to estimate BatchNorm's statistics from; 0: leave them.
+
+    """
+    times = [time.monotonic()] * 2  # when the search began, and when its last round was over
+
+    def on_round(*_: Any) -> None:
+        times[1] = time.monotonic()
+        advance()
+
+    num_rounds = method.rounds if only_round is None else 1
+    ranks = scoring.ranks_of(trainer)
+    shards.reshard_(pl_module)  # validation, a forward pass without a backward pass, leaves parameters whole
+    scoring.free_gradients(trainer, pl_module)
+    parameters = select(pl_module)
+    with (
+        display.progress(trainer, f"Pruning by {type(method).__name__}", num_rounds) as advance,
+        scoring.sandbox(trainer, pl_module),
+        scoring.TrainingBatches(trainer, pl_module).opened() as batches,
+    ):
+        found = finding.search(
+            pl_module,
+            method,
+            sparsity=sparsity,
+            parameters=parameters,
+            batches=batches,
+            loss_fn=loss_fn,
+            masks=masks,
+            schedule=schedule,
+            scope=scope,
+            example_input=flow.first_tensor(pl_module.example_input_array),
+            on_round=on_round,
+            only_round=only_round,
+            shuffle=scoring.random_numbers(trainer) if shuffle else None,
+            ranks=ranks,
+        )
+        measured = costs.measure(pl_module, parameters, found.example_input)
+        times.append(time.monotonic())
+        statistics = {}
+        if loss_fn is not None:
+            with gradients.undisturbed(pl_module), ranks.together():
+                found.masks.apply_(pl_module)
+                statistics = gradients.batch_norm_statistics(pl_module, loss_fn, islice(batches, bn_batches))
+            ranks.mean_(value for layer in statistics.values() for value in layer.values() if value.is_floating_point())
+    times.append(time.monotonic())
+    spans = [after - before for before, after in pairwise(times)]
+    return Outcome(found, statistics, measured, dict(zip(("rounds", "measuring", "batch_norm"), spans, strict=True)))
+
+
+def report(
+    trainer: pl.Trainer,
+    outcome: Outcome,
+    method: str,
+    *,
+    start: float,
+    phase_start: float | None,
+    control: Control,
+    cycle: int | None,
+    before: PruningReport | None,
+) -> PruningReport:
+    """Say what a search brought, where in training and in which time.
+
+    Args:
+        trainer: The Trainer.
+        outcome: What it brought.
+        method: The method's settings.
+        start: When it began, by ``time.monotonic()``.
+        phase_start: When training, or the cycle of it that ends here, began; ``None`` if that is not known.
+        control: What is changed for comparison.
+        cycle: How many cycles lie behind, with this one; ``None`` where there are no cycles.
+        before: The report of the cycle before; ``None`` without one.
+
+    """
+    found, measured, phases = outcome.found, outcome.costs, outcome.phases
+    if phase_start is not None:
+        phases = {"warmup" if cycle is None else "training": start - phase_start, **phases}
+    cycles = () if before is None else before.cycles
+    if cycle is not None:
+        cycles = (*cycles, CycleReport(cycle, found.masks.num_kept, phases, companions.last_metrics(trainer)))
+    return PruningReport.of(
+        found.masks,
+        found.active,
+        method=method,
+        seconds=time.monotonic() - start,
+        epoch=trainer.current_epoch,
+        step=trainer.global_step,
+        warnings=[*found.warnings, *_not_measured(found, measured)],
+        control=control,
+        cycle=cycle,
+        itemsizes=measured.itemsizes,
+        multiply_adds=measured.multiply_adds,
+        phases=phases,
+        rounds=found.rounds if before is None else before.rounds + found.rounds,
+        scores=found.scores,
+        cycles=cycles,
+        other_multiply_adds=measured.others,
+    )
+
+
+def with_commit(report: PruningReport, seconds: float) -> PruningReport:
+    """Add to a report how long it took to put down all that follows from the masks.
+
+    Args:
+        report: The report.
+        seconds: How long.
+
+    """
+    phases = {**report.phases, "commit": seconds}
+    cycles = report.cycles and (*report.cycles[:-1], replace(report.cycles[-1], phases=phases))
+    return replace(report, phases=phases, cycles=cycles)
+
+
+def warn_of_differences(masks: Masks, report: PruningReport, sparsity: float, control: Control) -> None:
+    """Say so if a network was pruned in another way than it would be now: it stays as it is.
+
+    Args:
+        masks: Its masks.
+        report: The report of it.
+        sparsity: What is asked for now.
+        control: What is asked for now.
+
+    """
+    asked = masks.num_prunable * (1 - sparsity)
+    if abs(masks.num_kept - asked) > len(masks):  # rounding may take one weight per parameter
+        rank_zero_warn(
+            f"The checkpoint was pruned to a sparsity of {masks.sparsity:.4f} and stays so: `sparsity={sparsity}` has"
+            " no effect. To prune to another one, start from a dense checkpoint."
+        )
+    if report.control != control:
+        rank_zero_warn(
+            f"The checkpoint was pruned with control={report.control!r} and stays so: `control={control!r}` has no"
+            " effect. Start from a dense checkpoint."
+        )
+
+
+def _not_measured(found: Found, measured: Costs) -> Iterator[str]:
+    """Say what the report does not have, and why."""
+    remedy = "Set `example_input_array` on the module to the tensor that it takes."
+    if found.active is None and not found.path_error:
+        yield (
+            "Effective sparsity and multiply-adds were not measured: paths are not followed through sharded parameters."
+        )
+    if found.path_error:
+        neither = found.example_input is None or measured.error == found.path_error
+        both = " and multiply-adds were" if neither else " was"
+        yield (
+            f"Effective sparsity{both} not measured, since `forward` failed on the first tensor of a batch"
+            f" ({found.path_error}). {remedy}"
+        )
+    if measured.error and measured.error != found.path_error:
+        yield (
+            "Multiply-adds were not measured, since `forward` failed on the first tensor of a batch"
+            f" ({measured.error}). {remedy}"
+        )
+    yield from measured.warnings
