@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -151,6 +151,7 @@ def search(
     """
     check_method(method)
     check_settings(sparsity, schedule, scope)
+    reads_batches = hasattr(method, "batches_per_round")
     holders = shards.holders(parameters)
     current = _starting_masks(module, parameters, masks, sparsity)
     start = min(Masks(masks).sparsity, sparsity)  # rounding may have taken one weight more
@@ -159,37 +160,61 @@ def search(
         start, indices = 0.0, range(only_round, only_round + 1)
     network = Network(module, parameters, batches, loss_fn, example_input, ranks)
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-    cuts: list[str] = []
-    thresholds: list[float | None] = []
-    counts: list[Iterable[int]] = []
-    reads_batches = hasattr(method, "batches_per_round")
+    history = _History()
     with gradients.undisturbed(module, method.mode):
         _mask_(network.weights, current)
         for index in indices:
             density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
             current, rankings, alive = _prune(method.score(network), current, sizes, density, scope, holders)
             _mask_(network.weights, current)
-            counts.append(alive.values())
-            thresholds.append(rankings[""].threshold if scope == "global" else None)
+            history.add(rankings, alive.values())
             if reads_batches or index == indices[-1]:  # what is 0 whatever the batch goes first anyway
-                cuts.extend(_cuts_in_zeros(rankings, index, reads_batches))
+                history.cuts.extend(_cuts_in_zeros(rankings, index, reads_batches))
             if on_round is not None:
                 on_round(index, current)
-    if len(cuts) > 1:
-        cuts[:] = [f"{cuts[0]} This happened {len(cuts)} times."]
-    found = Masks({name: shards.joined(mask, of=parameters[name]) for name, mask in current.items()})
-    if shuffle is not None:
-        found = found.shuffled(shuffle)
-    found, disagreements = _agreed(found, ranks)
-    active, path_error = (None, None) if network.is_sharded else _active(network, found)
-    counts.append(ranking.count_each(found.values()))
+    joined = Masks({name: shards.joined(mask, of=parameters[name]) for name, mask in current.items()})
+    found, disagreements = _agreed(joined if shuffle is None else joined.shuffled(shuffle), ranks)
+    return _described(network, found, history, indices[0], disagreements)
+
+
+@dataclass
+class _History:
+    """What is noted of every round."""
+
+    rankings: Mapping[str, ranking.Ranking] = field(default_factory=dict)
+    """Those of the last round."""
+    thresholds: list[float | None] = field(default_factory=list)
+    """The lowest score that each round kept; ``None`` where there were several rankings."""
+    counts: list[Iterable[int]] = field(default_factory=list)
+    """How many weights every parameter had before each round."""
+    cuts: list[str] = field(default_factory=list)
+    """Where the cut fell inside exact zeros."""
+
+    def add(self, rankings: Mapping[str, ranking.Ranking], alive: Iterable[int]) -> None:
+        self.rankings = rankings
+        self.thresholds.append(rankings[""].threshold if "" in rankings else None)
+        self.counts.append(alive)
+
+    @property
+    def remarks(self) -> list[str]:
+        """The cuts, in one text."""
+        more = f" This happened {len(self.cuts)} times." if len(self.cuts) > 1 else ""
+        return [f"{text}{more}" for text in self.cuts[:1]]
+
+
+def _described(
+    network: Network, masks: Masks, history: _History, first_round: int, disagreements: Sequence[str]
+) -> Found:
+    """Say what there is to know about the masks that were found."""
+    active, path_error = (None, None) if network.is_sharded else _active(network, masks)
+    counts = [*history.counts, ranking.count_each(masks.values())]
     return Found(
-        found,
+        masks,
         active,
         path_error,
-        [*network.warnings, *cuts, *disagreements, *_collapses(found, active)],
-        rounds.removed_by_round(indices[0], thresholds, counts),
-        rounds.score_histogram(rankings.values()),
+        [*network.warnings, *history.remarks, *disagreements, *_collapses(masks, active)],
+        rounds.removed_by_round(first_round, history.thresholds, counts),
+        rounds.score_histogram(history.rankings.values()),
         None if network.is_sharded else network.known_input,
     )
 

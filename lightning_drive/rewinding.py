@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from lightning_drive import masking
 from lightning_drive.messages import listed
 
 
@@ -84,7 +85,7 @@ class Snapshot:
             for name, parameter in parameters.items():
                 parameter.copy_(self.tensors[name])  # type: ignore[arg-type]
                 if masks and name in masks:
-                    parameter.masked_fill_(~masks[name].to(parameter.device), 0)
+                    masking.zero_(parameter, masks[name])
             for name, owner, key in list(_buffers_of(module)):
                 now, then = owner[key], self.tensors.get(name)
                 if name not in self.tensors:

@@ -13,8 +13,8 @@ from lightning_drive import callbacks
 FLOORS = (
     {"handover", "messages", "ranks"},
     {"schedules", "scores", "ranking", "sparsity", "shards"},
-    {"prunable", "gradients", "flow", "masking", "rewinding", "rounds", "tables"},
-    {"costs", "files", "methods", "pictures"},
+    {"prunable", "gradients", "flow", "masking", "rounds", "tables"},
+    {"costs", "files", "methods", "pictures", "rewinding"},
     {"finding", "planning", "report"},
     {"cli", "companions", "compatibility", "display", "scoring", "phases"},
     {"enforcing", "outcomes"},
