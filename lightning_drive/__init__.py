@@ -4,45 +4,61 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_drive.files import load_sparse as load_sparse
-from lightning_drive.files import save_sparse as save_sparse
-from lightning_drive.finding import find_masks as find_masks
-from lightning_drive.masking import Masks as Masks
-from lightning_drive.methods import DRIVE as DRIVE
-from lightning_drive.methods import SNIP as SNIP
-from lightning_drive.methods import Magnitude as Magnitude
-from lightning_drive.methods import Random as Random
-from lightning_drive.methods import SynFlow as SynFlow
-from lightning_drive.report import PruningReport as PruningReport
-
-# Where Lightning is there already, its command line can find the callbacks by their short names.
-if TYPE_CHECKING or "lightning.pytorch" in sys.modules:
-    from lightning_drive.callbacks import DRIVEPruningCallback as DRIVEPruningCallback
-    from lightning_drive.callbacks import SNIPPruningCallback as SNIPPruningCallback
-    from lightning_drive.callbacks import SynFlowPruningCallback as SynFlowPruningCallback
-    from lightning_drive.lottery import IMPPruningCallback as IMPPruningCallback
-
 __version__ = "0.1.0"
 
-_NEEDS_LIGHTNING = {
-    "DRIVEPruningCallback": "callbacks",
-    "SNIPPruningCallback": "callbacks",
-    "SynFlowPruningCallback": "callbacks",
-    "IMPPruningCallback": "lottery",
-}
-
 __all__ = [
-    *("DRIVE", "SNIP", "DRIVEPruningCallback", "IMPPruningCallback", "Magnitude", "Masks", "PruningReport", "Random"),
-    *("SNIPPruningCallback", "SynFlow", "SynFlowPruningCallback", "find_masks", "load_sparse", "save_sparse"),
+    "DRIVE",
+    "SNIP",
+    "DRIVEPruningCallback",
+    "IMPPruningCallback",
+    "Magnitude",
+    "Masks",
+    "PruningReport",
+    "Random",
+    "SNIPPruningCallback",
+    "SynFlow",
+    "SynFlowPruningCallback",
+    "find_masks",
+    "load_sparse",
+    "save_sparse",
 ]
+
+if TYPE_CHECKING:
+    from lightning_drive.callbacks import DRIVEPruningCallback, SNIPPruningCallback, SynFlowPruningCallback
+    from lightning_drive.files import load_sparse, save_sparse
+    from lightning_drive.finding import find_masks
+    from lightning_drive.lottery import IMPPruningCallback
+    from lightning_drive.masking import Masks
+    from lightning_drive.methods import DRIVE, SNIP, Magnitude, Random, SynFlow
+    from lightning_drive.report import PruningReport
+
+_HOMES = {
+    "callbacks": ("DRIVEPruningCallback", "SNIPPruningCallback", "SynFlowPruningCallback"),
+    "files": ("load_sparse", "save_sparse"),
+    "finding": ("find_masks",),
+    "lottery": ("IMPPruningCallback",),
+    "masking": ("Masks",),
+    "methods": ("DRIVE", "SNIP", "Magnitude", "Random", "SynFlow"),
+    "report": ("PruningReport",),
+}
+"""Module to the public names that are in it."""
+
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the callbacks when they are first asked for: Lightning takes longer to import than torch."""
-    if name in _NEEDS_LIGHTNING:
-        return getattr(import_module(f"lightning_drive.{_NEEDS_LIGHTNING[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import what is public when it is first asked for: torch takes seconds to import, and Lightning more."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    return found
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# Where Lightning is there already, its command line can find the callbacks by their short names.
+if "lightning.pytorch" in sys.modules:
+    for _name in (*_HOMES["callbacks"], *_HOMES["lottery"]):
+        __getattr__(_name)

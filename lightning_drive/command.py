@@ -6,23 +6,20 @@ Nothing here imports more than the standard library before it is needed.
 import argparse
 import ast
 import importlib
+import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from lightning_drive import __version__
 
 if TYPE_CHECKING:
     from lightning_drive.report import PruningReport
 
-_KEY = "checkpoint"
-"""What the metadata of a sparse file calls the rest of a checkpoint."""
-
-_HYPER_PARAMETERS, _VERSION = "hyper_parameters", "pytorch-lightning_version"
-
-_KEPT = ("epoch", "global_step", _VERSION, "hparams_name", _HYPER_PARAMETERS)
-"""What is kept of a checkpoint beside its weights: what ``load_from_checkpoint`` reads."""
+_VERSION = "pytorch-lightning_version"
 
 _CALLBACKS = {
     "drive": "DRIVEPruningCallback",
@@ -31,8 +28,56 @@ _CALLBACKS = {
     "imp": "IMPPruningCallback",
 }
 
-_TUPLE = "__tuple__"
-"""Marks a tuple, which JSON does not know."""
+_ABOUT = """\
+For checkpoints of PyTorch Lightning that were pruned by lightning_drive.
+
+Pruning sets most weights of a network to exactly 0. A checkpoint stores each
+of these zeros like any other number; a sparse file stores one bit for it.
+"""
+
+_EXAMPLES = """\
+examples:
+  lightning-drive plan mymodels:ResNet --sparsity 0.98
+  lightning-drive report last.ckpt
+  lightning-drive compress last.ckpt model.safetensors
+  lightning-drive expand model.safetensors dense.ckpt
+
+`lightning-drive COMMAND --help` says more about one of them.
+"""
+
+_ABOUT_PLAN = """\
+Print what a callback would prune of a module, when, and what that would cost.
+Nothing is trained or changed.
+
+Prunable are the weights of all linear and convolutional layers. Biases, norms
+and embeddings are not. The table lists all parameters, and which stay dense.
+"""
+
+_ABOUT_REPORT = """\
+Print what was pruned: which fraction of every layer is left, what the network
+costs now, and where the time went. Needs neither the model nor its data.
+
+Where the file has no report, the zeros in its tensors are counted instead.
+"""
+
+_ABOUT_COMPRESS = """\
+Write the weights of a checkpoint as a sparse file: one bit for each weight,
+which says whether it is 0, and the values of the others, exactly as they are.
+It is a safetensors file, and loading it runs no code. Needs safetensors.
+
+Kept beside the weights: the report of the pruning, hyper-parameters, and what
+`on_save_checkpoint` added, as far as JSON can hold it. What it cannot is named.
+Left out is what only training needs: optimizers, learning-rate schedulers,
+loops and callbacks. Keep the checkpoint if its run is to go on.
+"""
+
+_ABOUT_EXPAND = """\
+Write a sparse file as a checkpoint again, with every zero in it. It is made for
+`load_from_checkpoint`, and for `ckpt_path` of `trainer.test` and `predict`.
+Training cannot go on from it.
+
+In Python, `lightning_drive.load_sparse(PATH)` gives the weights directly.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,11 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after ``lightning-drive``; by default those of this process.
 
     Returns:
-        The exit status: 0, or 2 for an error, which is one line on the error stream.
+        The exit status: 0, or 2 for an error, which is one line on the error stream; without arguments it is the help.
 
     """
-    settings = vars(_parser().parse_args(arguments))
-    run: Callable[..., None] = settings.pop("run")
+    parser = _parser()
+    settings = vars(parser.parse_args(arguments))
+    run: Callable[..., None] | None = settings.pop("run", None)
+    if run is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         run(**settings)
         sys.stdout.flush()
@@ -62,38 +111,37 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message} (`{self.prog} --help` says more)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lightning-drive", description="Sparse files and reports of pruned Lightning checkpoints.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    keep_lines = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="lightning-drive", description=_ABOUT, epilog=_EXAMPLES, formatter_class=keep_lines)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
 
-    compress = commands.add_parser("compress", help="write the weights of a checkpoint as a sparse file")
-    compress.add_argument("checkpoint", metavar="CKPT", type=Path, help="a checkpoint of Lightning, or a state_dict")
-    compress.add_argument("out", metavar="OUT", type=Path, help="the sparse file to write")
-    compress.set_defaults(run=_compress)
+    def add(name: str, run: Callable[..., None], about: str, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=about, formatter_class=keep_lines)
+        command.set_defaults(run=run)
+        return command
 
-    expand = commands.add_parser("expand", help="write a sparse file as a dense checkpoint, for load_from_checkpoint")
-    expand.add_argument("sparse", metavar="SPARSE", type=Path, help="a sparse file")
-    expand.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to write")
-    expand.set_defaults(run=_expand)
-
-    report = commands.add_parser("report", help="print what was pruned, or count the zeros where no report is stored")
-    report.add_argument("checkpoint", metavar="CKPT", type=Path, help="a checkpoint of Lightning, or a state_dict")
-    report.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
-    report.set_defaults(run=_report)
-
-    plan = commands.add_parser(
-        "plan", help="print what a callback would prune of a module, when, and what it would cost"
-    )
+    plan = add("plan", _plan, _ABOUT_PLAN, "before training: what would be pruned, when, and at what cost")
     plan.add_argument(
         "module",
         metavar="MODULE",
-        help="PACKAGE.MODULE:NAME of a torch module, or of what returns one, such as torchvision.models:resnet18",
+        help="PACKAGE.MODULE:NAME of a torch module, or of a class or function that gives one without arguments, such"
+        " as torchvision.models:resnet18; also from the current folder",
     )
-    plan.add_argument("--method", choices=_CALLBACKS, default="drive", help="which callback; default: drive")
-    plan.add_argument("--sparsity", type=float, required=True, help="fraction of the prunable weights to remove")
+    plan.add_argument(
+        "--sparsity",
+        metavar="FRACTION",
+        type=float,
+        required=True,
+        help="fraction of the prunable weights to remove, from 0 to less than 1; 0.98 keeps 2%% of them",
+    )
+    plan.add_argument(
+        "--method", choices=_CALLBACKS, default="drive", help="which callback (default: drive, DRIVEPruningCallback)"
+    )
     plan.add_argument(
         "--set",
         action="append",
@@ -102,9 +150,28 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="another argument of the callback, such as rounds=50 or \"exclude=['fc.*']\"; may be repeated",
     )
-    plan.add_argument("--max-epochs", type=int, help="epochs of the whole run, to say what share of it pruning takes")
-    plan.add_argument("--steps-per-epoch", type=int, help="training steps in each of them")
-    plan.set_defaults(run=_plan)
+    plan.add_argument(
+        "--max-epochs", metavar="N", type=int, help="epochs of the whole run, to say which part of it pruning takes"
+    )
+    plan.add_argument("--steps-per-epoch", metavar="N", type=int, help="training steps in each epoch, for the same")
+
+    a_checkpoint = "a checkpoint of Lightning, or a saved state_dict"
+    report = add("report", _report, _ABOUT_REPORT, "after training: what was pruned")
+    report.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        type=Path,
+        help=f"{a_checkpoint}; or a sparse file",
+    )
+    report.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+
+    compress = add("compress", _compress, _ABOUT_COMPRESS, "write a checkpoint's weights as a sparse file")
+    compress.add_argument("checkpoint", metavar="CKPT", type=Path, help=a_checkpoint)
+    compress.add_argument("out", metavar="OUT", type=Path, help="the sparse file to write")
+
+    expand = add("expand", _expand, _ABOUT_EXPAND, "write a sparse file as a checkpoint again")
+    expand.add_argument("sparse", metavar="SPARSE", type=Path, help="a sparse file, of `compress` or of `save_sparse`")
+    expand.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to write")
 
     for command in (compress, expand):
         command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
@@ -112,13 +179,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compress(checkpoint: Path, out: Path, overwrite: bool) -> None:
-    from lightning_drive import files
+    from lightning_drive import checkpoints, files
 
     _check_free(out, checkpoint, overwrite)
-    content = _load(checkpoint)
-    state_dict = _state_dict(content, checkpoint)
-    kept, left_out = _plain_part(content)
-    files.save_sparse(state_dict, out, metadata={_KEY: json.dumps(kept)})
+    content = checkpoints.load(checkpoint)
+    state_dict = checkpoints.state_dict_of(content, checkpoint)
+    rest = checkpoints.packed(content)
+    files.save_sparse(state_dict, out, metadata=rest.metadata)
 
     weights = sum({tensor.data_ptr(): tensor.nbytes for tensor in state_dict.values()}.values())
     size = out.stat().st_size
@@ -127,44 +194,58 @@ def _compress(checkpoint: Path, out: Path, overwrite: bool) -> None:
     print(
         f"{out}: {size:,} bytes, {size / max(1, weights):.2%} of the weights and {size / before:.2%} of the checkpoint"
     )
-    if size >= weights:
+    if size - sum(map(len, rest.metadata.values())) >= weights:
         print("Nothing was gained: no tensor has enough zeros. Was the checkpoint saved after pruning?")
-    if left_out:
+    if rest.hyper_parameters_left_out:
         print(
-            f"Hyper-parameters that JSON cannot hold are left out: {', '.join(left_out)}. Give them to"
-            " `load_from_checkpoint` again."
+            f"Hyper-parameters that JSON cannot hold are left out: {', '.join(rest.hyper_parameters_left_out)}. Give"
+            " them to `load_from_checkpoint` again."
+        )
+    if rest.entries_left_out:
+        print(
+            f"Entries that JSON cannot hold are left out: {', '.join(rest.entries_left_out)}. If your"
+            " `on_load_checkpoint` reads them, it must do without."
         )
 
 
 def _expand(sparse: Path, out: Path, overwrite: bool) -> None:
     import torch
 
-    from lightning_drive import files
+    from lightning_drive import checkpoints, files
 
     _check_free(out, sparse, overwrite)
     state_dict = files.load_sparse(sparse)
-    checkpoint = _rest(files.read_metadata(sparse).get(_KEY, "{}"), sparse)
+    checkpoint = checkpoints.unpacked(files.read_metadata(sparse), sparse)
     checkpoint[_VERSION] = _current(checkpoint.get(_VERSION))
     with files.replacing(out) as temporary:
         torch.save({**checkpoint, "state_dict": state_dict}, temporary)
 
-    names = ", ".join(map(str, checkpoint.get(_HYPER_PARAMETERS, {}))) or "none"
+    names = ", ".join(map(str, checkpoint.get("hyper_parameters", {}))) or "none"
     print(f"{out}: {out.stat().st_size:,} bytes, {len(state_dict)} tensors, hyper-parameters: {names}")
 
 
 def _report(checkpoint: Path, as_json: bool) -> None:
-    content = _load(checkpoint)
-    callback, state = next(_states(content), ("", {}))
-    report = _report_of(state, checkpoint)
-    zeros = [] if report else _zeros(_state_dict(content, checkpoint))
+    from lightning_drive import checkpoints, files
+
+    is_sparse = checkpoints.is_safetensors(checkpoint)
+    if is_sparse:
+        content = checkpoints.unpacked(files.read_metadata(checkpoint), checkpoint)
+    else:
+        content = checkpoints.load(checkpoint, needs_weights=False)
+    callback, values = checkpoints.pruning_in(content)
+    report = _report_of(values, checkpoint)
+    zeros: list[dict[str, Any]] = []
+    if not report:
+        whole = checkpoints.load(checkpoint) if checkpoint.is_dir() else content  # or say that it is in parts
+        zeros = _zeros(files.load_sparse(checkpoint) if is_sparse else checkpoints.state_dict_of(whole, checkpoint))
     if as_json:
         found = {"callback": callback or None, "report": report.to_dict() if report else None}
         print(json.dumps(found if report else {**found, "tensors": zeros}, indent=2))
     elif report:
         print(report)
     else:
-        reason = f"{callback} has not pruned yet" if callback else "it has no state of a pruning callback"
-        print(f"No report in {checkpoint}: {reason}. Zeros were counted instead, in all parameters and buffers:")
+        reason = f"{callback} had not pruned yet" if callback else "no pruning callback was saved in it"
+        print(f"No report in {checkpoint}: {reason}. These are the zeros in all parameters and buffers:")
         print("\n".join(_table(zeros)))
 
 
@@ -178,16 +259,18 @@ def _plan(
 ) -> None:
     from lightning_drive import callbacks, lottery
 
-    arguments = dict(_setting(text) for text in settings)
     make: Any = getattr(lottery if method == "imp" else callbacks, _CALLBACKS[method])
-    callback = make(sparsity=sparsity, **arguments)
+    others = [name for name in inspect.signature(make).parameters if name != "sparsity"]
+    callback = make(sparsity=sparsity, **dict(_setting(text, _CALLBACKS[method], others) for text in settings))
     print(callback.plan(_module(module), max_epochs=max_epochs, steps_per_epoch=steps_per_epoch))
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def _setting(text: str, callback: str, known: Sequence[str]) -> tuple[str, Any]:
     name, is_given, value = text.partition("=")
     if not is_given or not name.isidentifier():
         raise ValueError(f"`--set` takes NAME=VALUE, such as rounds=50, got {text!r}.")
+    if name not in known:
+        raise ValueError(f"`--set {text}`: {callback} has no such argument. Beside the sparsity: {', '.join(known)}.")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -212,85 +295,38 @@ def _module(path: str) -> Any:
     finally:
         sys.path.remove(here)
     if not isinstance(found, nn.Module) and callable(found):
+        _check_call(found, path)
         found = found()
     if not isinstance(found, nn.Module):
         raise TypeError(f"{path!r} must be a torch module or return one, got {type(found).__name__}.")
     return found
 
 
-# What is in a checkpoint.
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """Load a checkpoint without running any code that is in it."""
-    import pickle
-
-    import torch
-
-    if path.is_dir():
-        raise ValueError(
-            f"{str(path)!r} is a folder. If it is a sharded checkpoint, join it to one file first:"
-            " `python -m lightning.pytorch.utilities.consolidate_checkpoint`."
-        )
+def _check_call(make: Callable[..., Any], path: str) -> None:
+    """Refuse what cannot be called without arguments."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no file {str(path)!r}.") from None
-    except pickle.UnpicklingError as error:
-        if not (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
-            raise ValueError(_no_checkpoint(path)) from error
-        raise ValueError(
-            f"{str(path)!r} holds a {found[1]}, and loading that can run any code. If you trust the file, use Python:"
-            f" `lightning_drive.save_sparse(torch.load({str(path)!r}, weights_only=False)['state_dict'], OUT)`."
+        signature = inspect.signature(make)
+    except ValueError:  # of something written in C
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise TypeError(
+            f"{path!r} needs arguments ({error}). Name a module that is made already, or a function without arguments"
+            " that returns one."
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, IndexError, TypeError) as error:
-        raise ValueError(_no_checkpoint(path)) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} is not a checkpoint: it holds a {type(content).__name__}, not a dictionary.")
-    return content
 
 
-def _no_checkpoint(path: Path) -> str:
-    with path.open("rb") as file:
-        if file.read(9)[8:] == b"{":
-            return f"{str(path)!r} seems to be a safetensors file. If it is a sparse file, `expand` it first."
-    return f"{str(path)!r} is not a file that `torch.save` wrote, or it is damaged or cut off."
+# What is said of it.
 
 
-def _state_dict(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """Find the weights in a checkpoint, which may be nothing else."""
-    import torch
-
-    from lightning_drive.messages import listed
-
-    state_dict = content.get("state_dict", content)
-    if not isinstance(state_dict, dict):
-        raise ValueError(f"The 'state_dict' in {str(path)!r} must be a dictionary, got a {type(state_dict).__name__}.")
-    others = [repr(name) for name, each in state_dict.items() if not isinstance(each, torch.Tensor)]
-    if others:
-        place = "its 'state_dict'" if "state_dict" in content else "it"
-        raise ValueError(
-            f"{str(path)!r} must have a 'state_dict' of nothing but tensors, or be one, but in {place} are"
-            f" {listed(others)}, which are no tensors."
-        )
-    return state_dict
-
-
-def _states(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Find the states of our callbacks, which subclasses may store under names of their own."""
-    callbacks = content.get("callbacks")
-    for name, state in callbacks.items() if isinstance(callbacks, dict) else ():
-        if isinstance(state, dict) and {"version", "masks", "report"} <= state.keys():
-            yield str(name).partition("{")[0], state
-
-
-def _report_of(state: Mapping[str, Any], path: Path) -> "PruningReport | None":
+def _report_of(values: Any, path: Path) -> "PruningReport | None":
     from lightning_drive.report import PruningReport
 
-    if state.get("report") is None:
+    if values is None:
         return None
     try:
-        return PruningReport.from_dict(state["report"])
+        return PruningReport.from_dict(values)
     except ValueError as error:
         raise ValueError(f"The report in {str(path)!r} cannot be read. {error}") from error
 
@@ -317,57 +353,6 @@ def _table(zeros: Sequence[Mapping[str, Any]]) -> list[str]:
         for name, shape, numbers, zero in rows
     )
     return tables.plain([("tensor", "shape", "numbers", "zeros", "share"), *texts])
-
-
-# What goes from a checkpoint into the metadata of a sparse file, and back.
-
-
-def _plain_part(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Give what JSON can hold of a checkpoint beside its weights, and name the hyper-parameters that it cannot."""
-    kept: dict[str, Any] = {}
-    left_out: list[str] = []
-    if "state_dict" not in content:
-        return kept, left_out
-    for key in _KEPT:
-        value = content.get(key)
-        if key == _HYPER_PARAMETERS and isinstance(value, dict):
-            kept[key] = {}
-            for name, each in value.items():
-                if _is_plain({name: each}):
-                    kept[key][name] = _tagged(each)
-                else:
-                    left_out.append(f"{name} ({type(each).__name__})")
-        elif value is not None and _is_plain(value):
-            kept[key] = _tagged(value)
-    return kept, left_out
-
-
-def _is_plain(value: object) -> bool:
-    """Whether a value comes back from JSON as it was, with tuples marked."""
-    if type(value) in (list, tuple):
-        return all(map(_is_plain, value))  # type: ignore[call-overload]
-    if type(value) is dict:
-        return all(type(key) is str and key != _TUPLE and _is_plain(each) for key, each in value.items())
-    return value is None or type(value) in (bool, int, float, str)
-
-
-def _tagged(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return {_TUPLE: [_tagged(each) for each in value]}
-    if isinstance(value, list):
-        return [_tagged(each) for each in value]
-    return {key: _tagged(each) for key, each in value.items()} if isinstance(value, dict) else value
-
-
-def _rest(text: str, path: Path) -> dict[str, Any]:
-    """Read what :func:`_plain_part` kept."""
-    try:
-        rest = json.loads(text, object_hook=lambda value: tuple(value[_TUPLE]) if _TUPLE in value else value)
-    except (ValueError, RecursionError):
-        rest = None
-    if not isinstance(rest, dict):
-        raise ValueError(f"{str(path)!r} has metadata under {_KEY!r} that `lightning-drive compress` did not write.")
-    return {key: value for key, value in rest.items() if key in _KEPT}
 
 
 def _current(version: object) -> str:

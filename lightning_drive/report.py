@@ -1,15 +1,11 @@
 """What was pruned, per layer and in all: tables to read, a dictionary to store, pictures."""
 
-import pickle
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
-import torch
-
-from lightning_drive import pictures, tables
+from lightning_drive import checkpoints, files, pictures, tables
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
 from lightning_drive.rounds import Round, ScoreHistogram
@@ -272,32 +268,32 @@ class PruningReport:
         """Read the report out of a Lightning checkpoint, without the model and without running code from the file.
 
         Args:
-            path: The checkpoint: a file, or the folder that sharded training writes.
+            path: The checkpoint: a file, the folder that sharded training writes, or the sparse file that
+                ``lightning-drive compress`` made of a checkpoint.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no checkpoint, cannot be read safely, or holds no report.
+            ModuleNotFoundError: If it is a sparse file and safetensors is not installed.
 
         """
         path = Path(path)
-        checkpoint = _load(path / "meta.pt" if (path / "meta.pt").is_file() else path)
-        states = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+        if checkpoints.is_safetensors(path):
+            checkpoint = checkpoints.unpacked(files.read_metadata(path), path)
+        else:
+            checkpoint = checkpoints.load(path, needs_weights=False)
+        callback, values = checkpoints.pruning_in(checkpoint)
+        if values is not None:
+            return cls.from_dict(values)
+        where = f"{str(path)!r} (epoch {checkpoint.get('epoch')}, step {checkpoint.get('global_step')})"
+        if callback:
+            raise ValueError(f"{where} holds no report yet: {callback} had not pruned when it was saved.")
+        states = checkpoint.get("callbacks")
         if not isinstance(states, dict):
             raise ValueError(
                 f"{str(path)!r} is not a checkpoint of a Lightning Trainer that has callbacks in it. Give one that was"
                 " saved by ModelCheckpoint or `trainer.save_checkpoint(path)`, without `weights_only`."
             )
-        found = {
-            name: state
-            for name, state in states.items()
-            if isinstance(state, dict) and {"masks", "report"} <= set(state)
-        }
-        reports = [state["report"] for state in found.values() if state["report"] is not None]
-        if reports:
-            return cls.from_dict(reports[0])
-        where = f"{str(path)!r} (epoch {checkpoint.get('epoch')}, step {checkpoint.get('global_step')})"
-        if found:
-            raise ValueError(f"{where} holds no report yet: {listed(found)} had not pruned when it was saved.")
         raise ValueError(
             f"{where} holds no report: it was saved without a pruning callback of lightning_drive. Its callbacks:"
             f" {listed(states)}."
@@ -482,24 +478,3 @@ def _read(kind: type[T], values: Mapping[str, Any]) -> T:
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except TypeError as error:
         raise ValueError(f"The {kind.__name__} is not complete: {error}.") from error
-
-
-def _load(path: Path) -> Any:
-    if not path.exists():
-        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}.")
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{str(path)!r} is not a checkpoint: it is a {'folder' if path.is_dir() else 'file'} of another kind, or is"
-            " damaged."
-        )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{str(path)!r} holds objects that can only be restored by running code from the file, which"
-            " `PruningReport.from_checkpoint` never does. If you trust it, read it with"
-            " `torch.load(path, weights_only=False)`, and give the `report` in one of its `callbacks` to"
-            f" `PruningReport.from_dict`. torch says: {str(error).splitlines()[0]}"
-        ) from error
-    except (RuntimeError, ValueError, EOFError) as error:
-        raise ValueError(f"{str(path)!r} is not a checkpoint that torch can read: {error}") from error

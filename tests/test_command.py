@@ -33,12 +33,25 @@ class Network(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.layers = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.BatchNorm1d(width), nn.Linear(width, 4))
+        self.loaded: dict[str, Any] = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = {"names": ("cat", "dog"), "seen": 3}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.loaded = checkpoint["mine"]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images.flatten(1))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return F.cross_entropy(self(batch[0]), batch[1])
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self(batch[0])
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.hparams["rates"][0])
@@ -121,9 +134,32 @@ def test_expand(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert torch.equal(again(images), module(images))
 
     old, new = (torch.load(path, weights_only=True) for path in (checkpoint, tmp_path / "large.ckpt"))
-    kept = {"epoch", "global_step", "pytorch-lightning_version", "hparams_name"}
-    assert new.keys() == {*kept, "hyper_parameters", "state_dict"}
+    kept = {"epoch", "global_step", "pytorch-lightning_version", "hparams_name", "mine"}
+    assert new.keys() == {*kept, "hyper_parameters", "lightning_drive", "state_dict"}
     assert all(new[key] == old[key] for key in kept)
+    assert again.loaded == {"names": ("cat", "dog"), "seen": 3}
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_expand__for_a_trainer(stage: str, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Trainer that has the callback again takes the file for its ``ckpt_path``."""
+    checkpoint, module, _ = run
+    succeeds(capsys, "compress", checkpoint, tmp_path / "small")
+    succeeds(capsys, "expand", tmp_path / "small", tmp_path / "large.ckpt")
+    fresh = Network(**SETTINGS)
+    trainer = fits.trainer(tmp_path, OurOwn(sparsity=0.98, warmup_epochs=1, rounds=3))
+    getattr(trainer, stage)(fresh, fits.loader(), ckpt_path=tmp_path / "large.ckpt")
+    assert fits.equal_states(fits.state_of(fresh), fits.state_of(module))
+
+
+def test_compress__entries_left_out(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, "centres": torch.ones(3), "keys": {1: 2}}, tmp_path / "odd.ckpt")
+    *_, line = succeeds(capsys, "compress", tmp_path / "odd.ckpt", tmp_path / "small").splitlines()
+    assert line == (
+        "Entries that JSON cannot hold are left out: centres (Tensor), keys (dict). If your `on_load_checkpoint` reads"
+        " them, it must do without."
+    )
 
 
 def test_compress__hyper_parameters_left_out(
@@ -150,19 +186,24 @@ def test_expand__other_versions(
     run: Run,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A bare `state_dict` and checkpoints of any age can be loaded again."""
     checkpoint, module, _ = run
     content = torch.load(checkpoint, weights_only=True)
     content["pytorch-lightning_version"] = version
     torch.save(content if version else content["state_dict"], tmp_path / "old.ckpt")
+    monkeypatch.setattr(Network, "on_load_checkpoint", pl.LightningModule.on_load_checkpoint)  # `mine` may be missing
     succeeds(capsys, "compress", tmp_path / "old.ckpt", tmp_path / "small")
     succeeds(capsys, "expand", tmp_path / "small", tmp_path / "large.ckpt")
     again = Network.load_from_checkpoint(tmp_path / "large.ckpt", width=300)
     assert fits.equal_states(fits.state_of(again), fits.state_of(module))
 
 
-def test_expand__saved_by_python(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_expand__saved_by_python(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Network, "on_load_checkpoint", pl.LightningModule.on_load_checkpoint)
     save_sparse(run[1], tmp_path / "small", metadata={"mine": "text"})
     assert "hyper-parameters: none" in succeeds(capsys, "expand", tmp_path / "small", tmp_path / "large.ckpt")
     again = Network.load_from_checkpoint(tmp_path / "large.ckpt", width=300)
@@ -207,6 +248,39 @@ def test_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert PruningReport.from_dict(found["report"]) == callback.report
 
 
+def test_report__after_compress(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The report goes along into the sparse file, and from there into the checkpoint that is made of it."""
+    checkpoint, _, callback = run
+    small, large, again = (tmp_path / name for name in ("small.safetensors", "large.ckpt", "again.safetensors"))
+    succeeds(capsys, "compress", checkpoint, small)
+    succeeds(capsys, "expand", small, large)
+    succeeds(capsys, "compress", large, again)
+    for path in (small, large, again):
+        assert succeeds(capsys, "report", path) == f"{callback.report}\n"
+        assert json.loads(succeeds(capsys, "report", path, "--json"))["callback"] == "OurOwn"
+        assert PruningReport.from_checkpoint(path) == callback.report
+
+
+def test_report__of_a_sparse_file_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_sparse({"weight": torch.eye(400)}, tmp_path / "small")
+    first, *_, last = succeeds(capsys, "report", tmp_path / "small").splitlines()
+    assert first.startswith(f"No report in {tmp_path / 'small'}: no pruning callback was saved in it.")
+    assert last.split() == ["all", "160,000", "159,600", "99.75%"]
+
+
+def test_report__sharded(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a folder the report can be read, but not the weights."""
+    checkpoint, _, callback = run
+    content = torch.load(checkpoint, weights_only=True)
+    (tmp_path / "sharded").mkdir()
+    del content["state_dict"]
+    torch.save(content, tmp_path / "sharded" / "meta.pt")
+    assert succeeds(capsys, "report", tmp_path / "sharded") == f"{callback.report}\n"
+    del content["callbacks"]
+    torch.save(content, tmp_path / "sharded" / "meta.pt")
+    assert "sharded' is a sharded checkpoint, a folder" in fails(capsys, "report", tmp_path / "sharded")
+
+
 @pytest.mark.parametrize("name", fits.CALLBACKS)
 def test_report__every_callback(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     callback, module = fits.CALLBACKS[name](), fits.ConvModule()
@@ -231,9 +305,9 @@ def test_report__zeros(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         content["callbacks"]["DRIVEPruningCallback"] = DRIVEPruningCallback(sparsity=0.5).state_dict()
     path = tmp_path / "last.ckpt"
     torch.save(state_dict if kind == "state_dict" else content, path)
-    reason = "DRIVEPruningCallback has not pruned yet" if kind == "not_yet" else "it has no state of a pruning callback"
+    reason = "DRIVEPruningCallback had not pruned yet" if kind == "not_yet" else "no pruning callback was saved in it"
     assert succeeds(capsys, "report", path).splitlines() == [
-        f"No report in {path}: {reason}. Zeros were counted instead, in all parameters and buffers:",
+        f"No report in {path}: {reason}. These are the zeros in all parameters and buffers:",
         "tensor  shape  numbers  zeros    share",
         "weight  40x40    1,600  1,560   97.50%",
         "wave    2            2      1   50.00%",
@@ -252,34 +326,21 @@ def test_report__zeros(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[
 # What is wrong.
 
 
-class Payload:
-    """Leaves a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("command", ["compress", "report"])
-def test_errors__checkpoint(command: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each is one line that names the file and says what to do; nothing is written."""
+def test_errors__checkpoint(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is one line that names the file; nothing is written. `test_checkpoints` has all that a file can be."""
     path = tmp_path / "bad.ckpt"
     arguments = (command, path, tmp_path / "out") if command == "compress" else (command, path)
 
     assert f"There is no file '{path}'" in fails(capsys, *arguments)
-    path.mkdir()
-    assert f"'{path}' is a folder. If it is a sharded checkpoint, join it" in fails(capsys, *arguments)
-    path.rmdir()
-    whole = checkpoint.read_bytes()
-    for content in (b"", b"text\n" * 9, whole[: len(whole) // 2], whole[:-100], bytes(whole[:300])):
-        path.write_bytes(content)
-        assert f"'{path}' is not a file that `torch.save` wrote, or it is damaged" in fails(capsys, *arguments)
+    path.write_text("text")
+    assert f"'{path}' is not a file that `torch.save` wrote, or it is damaged" in fails(capsys, *arguments)
+    torch.save({"state_dict": {}, "hyper_parameters": argparse.Namespace(lr=1)}, path)
+    assert f"'{path}' holds a argparse.Namespace, and" in fails(capsys, *arguments)
     safetensors.torch.save_file({"a": torch.ones(1)}, path)
-    assert f"'{path}' seems to be a safetensors file. If it is a sparse file, `expand` it" in fails(capsys, *arguments)
-    torch.save([torch.ones(1)], path)
-    assert f"'{path}' is not a checkpoint: it holds a list, not a dictionary." in fails(capsys, *arguments)
+    assert f"'{path}' {'seems to be' if command == 'compress' else 'is'} a safetensors file" in fails(
+        capsys, *arguments
+    )
     torch.save({"state_dict": [1]}, path)
     assert f"The 'state_dict' in '{path}' must be a dictionary, got a list" in fails(capsys, *arguments)
     torch.save({"state_dict": {"a": torch.ones(1), "b": 1}}, path)
@@ -287,24 +348,6 @@ def test_errors__checkpoint(command: str, checkpoint: Path, tmp_path: Path, caps
     torch.save({"epoch": 1}, path)
     assert "but in it are 'epoch', which are no tensors" in fails(capsys, *arguments)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("command", ["compress", "report"])
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_errors__needs_unpickling(
-    command: str, legacy: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """No code in a checkpoint is run; the error says what is in it, and how to take the risk."""
-    path, trace = tmp_path / "bad.ckpt", tmp_path / "trace"
-    arguments = (command, path, tmp_path / "out") if command == "compress" else (command, path)
-    content = {"state_dict": {}, "hyper_parameters": {"settings": Payload(trace)}}
-    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    error = fails(capsys, *arguments)
-    assert re.search(r"bad\.ckpt' holds a (posix|nt)\.mkdir, and loading that can run any code", error)
-    assert f"torch.load('{path}', weights_only=False)['state_dict'], OUT)" in error
-    assert not trace.exists()
-    torch.save({"state_dict": {}, "hyper_parameters": argparse.Namespace(lr=1)}, path)
-    assert "holds a argparse.Namespace" in fails(capsys, *arguments)
 
 
 def no_such_shape() -> bytes:
@@ -321,7 +364,7 @@ def test_errors__sparse(checkpoint: Path, tmp_path: Path, capsys: pytest.Capture
     assert f"There is no file '{tmp_path / 'missing'}'" in fails(capsys, "expand", tmp_path / "missing", out)
     (tmp_path / "small").write_bytes(no_such_shape())
     assert "is not a file that `save_sparse` wrote" in fails(capsys, "expand", tmp_path / "small", out)
-    for text in ("[1]", "{", "[" * 100_000):
+    for text in ("[1]", "{", "[" * 100_000, '{"__tuple__": 1}'):
         save_sparse({}, tmp_path / "small", metadata={"checkpoint": text})
         assert "that `lightning-drive compress` did not write" in fails(capsys, "expand", tmp_path / "small", out)
     assert not out.exists()
@@ -368,14 +411,25 @@ def test_errors__report_of_another_version(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param((), "the following arguments are required: COMMAND", id="nothing"),
         pytest.param(("shrink",), "invalid choice: 'shrink'", id="command"),
         pytest.param(("compress", "a"), "the following arguments are required: OUT", id="out"),
         pytest.param(("report", "a", "--yaml"), "unrecognized arguments: --yaml", id="option"),
     ],
 )
 def test_errors__arguments(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert message in fails(capsys, *arguments)
+    error = fails(capsys, *arguments)
+    assert message in error
+    assert error.endswith("--help` says more)\n")
+
+
+def test_errors__no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    """Who gives nothing gets the help, and a script that does so an error."""
+    assert main([]) == 2
+    out, help_text = capsys.readouterr()
+    assert out == ""
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--help"])
+    assert capsys.readouterr().out == help_text
 
 
 def test_errors__without_safetensors(
@@ -393,13 +447,13 @@ def test_command(run: Run, tmp_path: Path) -> None:
     """In a process of its own, as a shell runs it."""
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "lightning_drive.command", "report", path],
+            [sys.executable, "-m", module, "report", path],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
         )
-        for path in (str(run[0]), "missing.ckpt")
+        for module, path in (("lightning_drive", str(run[0])), ("lightning_drive.command", "missing.ckpt"))
     ]
     (good, silence), (nothing, error) = [process.communicate() for process in processes]
     assert (processes[0].returncode, good, silence) == (0, f"{run[2].report}\n", "")
@@ -427,18 +481,56 @@ def test_command__entry_point() -> None:
     assert target == f"{main.__module__}:{main.__name__}"
 
 
-def test_command__help_imports_nothing_heavy() -> None:
-    """The module alone, without the package around it, gives help without torch."""
-    script = f"""
-import runpy, sys
-try:
-    runpy.run_path({str(PACKAGE / "lightning_drive" / "command.py")!r}, run_name="alone")["main"](["--help"])
-finally:
-    print(sorted({{"torch", "lightning", "lightning_drive", "safetensors", "numpy"}} & sys.modules.keys()))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("[]\n")
-    assert all(word in done.stdout for word in ("compress", "expand", "report"))
+HEAVY = {"torch", "lightning", "numpy", "safetensors", "yaml"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "stream"),
+    [
+        pytest.param(["--help"], 0, "out", id="help"),
+        pytest.param(["--version"], 0, "out", id="version"),
+        pytest.param(["plan", "--help"], 0, "out", id="help_of_a_command"),
+        pytest.param(["report"], 2, "err", id="wrong_arguments"),
+        pytest.param([], 2, "err", id="nothing"),
+    ],
+)
+def test_command__imports_nothing_heavy(arguments: list[str], status: int, stream: str) -> None:
+    """What needs no torch does not wait for it: measured by what Python says that it imports."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "lightning_drive", *arguments], capture_output=True, text=True
+    )
+    lines = done.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in lines if line.startswith("import time:")}
+    said = [line for line in lines if not line.startswith("import time:")] if stream == "err" else [done.stdout]
+    assert done.returncode == status
+    assert any("lightning-drive" in line for line in said)
+    assert "argparse" in imported  # or nothing was measured
+    assert imported & HEAVY == set()
+
+
+def test_command__version(capsys: pytest.CaptureFixture[str]) -> None:
+    """It stands in one place, where the build takes it from, too."""
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    source = (PACKAGE / "lightning_drive" / "__init__.py").read_text()
+    [version] = re.findall(r'^__version__ = "([\d.]+)"$', source, flags=re.MULTILINE)
+    assert capsys.readouterr().out == f"lightning-drive {version}\n"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("command", ["", "plan", "report", "compress", "expand"])
+def test_command__help_fits(
+    command: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No line is wider than the terminal, and every command is there and says what it is for."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([*command.split(), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines[0].startswith(f"usage: lightning-drive {command}".strip())
+    listed = {line.split()[0] for line in lines if re.match(r"    \w+ {2,}\w", line)}
+    assert listed == (set() if command else {"plan", "report", "compress", "expand"})
 
 
 MODELS = """
@@ -448,6 +540,9 @@ net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
 number = 3
 
 class Models:
+    def wide(width):
+        return nn.Linear(width, width)
+
     def mlp():
         return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
 """
@@ -487,7 +582,9 @@ def test_plan__method(models_here: str, capsys: pytest.CaptureFixture[str]) -> N
         (["{}:number"], "must be a torch module or return one, got int"),
         (["{}:net", "--set", "rounds"], "`--set` takes NAME=VALUE"),
         (["{}:net", "--set", "rounds=0"], "`rounds` must be a whole number of at least 1, got 0"),
-        (["{}:net", "--set", "cycles=2"], "unexpected keyword argument 'cycles'"),
+        (["{}:net", "--set", "cycles=2"], "DRIVEPruningCallback has no such argument. Beside the sparsity: warmup_ep"),
+        (["{}:net", "--set", "sparsity=0.9"], "`--set sparsity=0.9`: DRIVEPruningCallback has no such argument"),
+        (["{}:Models.wide"], "needs arguments (missing a required argument: 'width'). Name a module"),
         (["{}:net", "--max-epochs", "0"], "`max_epochs` must be a whole number of at least 1, got 0"),
     ],
 )

@@ -12,7 +12,7 @@ from lightning_drive import callbacks
 
 FLOORS = (
     {"handover", "messages", "ranks"},
-    {"schedules", "scores", "ranking", "sparsity", "shards"},
+    {"checkpoints", "schedules", "scores", "ranking", "sparsity", "shards"},
     {"prunable", "gradients", "flow", "masking", "rounds", "tables"},
     {"costs", "files", "methods", "pictures", "rewinding"},
     {"finding", "planning", "report"},
@@ -55,6 +55,8 @@ def complaints(module: str, source: str) -> list[str]:
             found.append(f"{module} (floor {floor}) imports {name}")
         # A name that is no module, as in `import lightning_drive` or `from lightning_drive import DRIVE`, is the
         # public face above all floors.
+        if name == "lightning_drive.__version__":  # which `__init__.py` has before it imports anything
+            continue
         if top in {"lightning_drive", ""} and FLOOR_OF.get(rest[0] if rest else "", len(FLOORS)) >= floor:
             found.append(f"{module} (floor {floor}) imports {name}")
     return found
@@ -103,6 +105,7 @@ def test_imports_go_down__can_fail(module: str, source: str) -> None:
         pytest.param("prunable", "from lightning_drive import schedules, scores", id="down"),
         pytest.param("report", "from lightning_drive.masking import Masks", id="down_for_a_name"),
         pytest.param("callbacks", "from lightning_drive.schedules import Schedule", id="down_many_floors"),
+        pytest.param("command", "from lightning_drive import __version__", id="version"),
         pytest.param("scoring", "import lightning.pytorch as pl\nfrom torchmetrics import Metric", id="lightning"),
     ],
 )
@@ -113,13 +116,13 @@ def test_imports_go_down__can_pass(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("statement", "more"),
     [
-        ("import lightning_drive", OF_LIGHTNING | {"torch._dynamo"}),
+        ("import lightning_drive", OF_LIGHTNING | {"torch", "numpy", "lightning_drive.messages"}),
         ("from lightning_drive import find_masks, DRIVE, Masks, PruningReport", OF_LIGHTNING | {"torch._dynamo"}),
         ("from lightning_drive import DRIVEPruningCallback, IMPPruningCallback", set()),
     ],
 )
 def test_import__nothing_heavy(statement: str, more: set[str]) -> None:
-    """Optional packages are never imported, and Lightning, which takes longer than torch, only for the callbacks."""
+    """Optional packages are never imported, torch for a name that needs it, and Lightning only for the callbacks."""
     assert loaded_by(statement, HEAVY | more) == set()
 
 
@@ -139,5 +142,21 @@ def test_public_names() -> None:
     assert set(lightning_drive.__all__) <= set(dir(lightning_drive))
     assert lightning_drive.DRIVEPruningCallback is callbacks.DRIVEPruningCallback
     assert {name for name in lightning_drive.__all__ if getattr(lightning_drive, name).__name__ != name} == set()
+    assert {name for name in lightning_drive.__all__ if vars(lightning_drive)[name].__name__ != name} == set()  # kept
     with pytest.raises(AttributeError, match=r"module 'lightning_drive' has no attribute 'prune'"):
         lightning_drive.prune  # noqa: B018
+
+
+def test_public_names__for_type_checkers() -> None:
+    """What a type checker and an editor see is what there is."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen = imported_modules(ast.unparse(block))
+    homes = {f"{getattr(lightning_drive, name).__module__}.{name}" for name in lightning_drive.__all__}
+    assert seen == homes
+
+
+def test_public_names__star() -> None:
+    found: dict[str, object] = {}
+    exec("from lightning_drive import *", found)
+    assert found.keys() - {"__builtins__"} == set(lightning_drive.__all__)

@@ -18,7 +18,7 @@ import torch
 from fits import ConvModule
 from torch import nn
 
-from lightning_drive import Masks, PruningReport
+from lightning_drive import Masks, PruningReport, save_sparse
 from lightning_drive.report import CycleReport, LayerReport, Picture
 from lightning_drive.rounds import Round, ScoreHistogram
 
@@ -362,28 +362,15 @@ def write(folder: Path, content: object) -> Path:
     return folder / "file.ckpt"
 
 
-def write_bytes(folder: Path, content: bytes) -> Path:
-    (folder / "file.ckpt").write_bytes(content)
-    return folder / "file.ckpt"
-
-
-def truncated(folder: Path) -> Path:
-    path = write(folder, {"callbacks": {}, "weights": torch.zeros(1000)})
-    return write_bytes(folder, path.read_bytes()[:-700])
-
-
-class Custom:
-    """A class that only unpickling could restore."""
+def sparse(folder: Path) -> Path:
+    save_sparse({"weight": torch.zeros(3)}, folder / "file.safetensors")
+    return folder / "file.safetensors"
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        pytest.param(lambda folder: folder / "none.ckpt", FileNotFoundError, "There is no checkpoint", id="no_file"),
-        pytest.param(lambda folder: folder, ValueError, "it is a folder of another kind", id="folder"),
-        pytest.param(lambda folder: write_bytes(folder, b"text"), ValueError, "is not a checkpoint", id="other_file"),
-        pytest.param(truncated, ValueError, "is not a checkpoint", id="truncated"),
-        pytest.param(lambda folder: write(folder, torch.zeros(3)), ValueError, "of a Lightning Trainer", id="tensor"),
+        pytest.param(lambda folder: folder / "none.ckpt", FileNotFoundError, "There is no file", id="no_file"),
         pytest.param(
             lambda folder: write(folder, nn.Linear(2, 2).state_dict()),
             ValueError,
@@ -396,17 +383,13 @@ class Custom:
             r"\(epoch 3, step 9\) holds no report: it was saved without a pruning callback.*: EarlyStopping",
             id="no_pruning_callback",
         ),
-        pytest.param(
-            lambda folder: write(folder, {"callbacks": {}, "hyper_parameters": Custom()}),
-            ValueError,
-            "only be restored by running code from the file.*`PruningReport.from_dict`",
-            id="custom_class",
-        ),
+        pytest.param(sparse, ValueError, "of a Lightning Trainer", id="sparse_file_without"),
     ],
 )
 def test_from_checkpoint__error(
     make: Callable[[Path], Path], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
+    """What else a file can be is in `test_checkpoints`."""
     path = make(tmp_path)
     with pytest.raises(error, match=message) as raised:
         PruningReport.from_checkpoint(path)
