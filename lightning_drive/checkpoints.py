@@ -212,8 +212,8 @@ def _file(path: Path, needs_weights: bool) -> Path:
         return path / _SHARDED_REST
     if is_safetensors(path):
         raise ValueError(
-            f"{str(path)!r} seems to be a safetensors file. If it is a sparse file, `lightning-drive expand` makes it a"
-            " checkpoint first."
+            f"{str(path)!r} seems to be a safetensors file. If it is a sparse file, make a checkpoint of it first, by"
+            " `lightning-drive expand`."
         )
     return path
 

@@ -64,10 +64,10 @@ class PruningPlan:
         SNIP() keeps 6 of 12 prunable weights, a sparsity of 50.00%
         when: at the start of epoch 0, in 1 round
         weights left after round 1: 6
-        parameter  shape  weights  stays dense
-        0.weight   3x4         12            -
-        0.bias     3            3       a bias
-        prunable               12            -
+        parameter  shape  weights      pruned
+        0.weight   3x4         12         yes
+        0.bias     3            3  no: a bias
+        prunable               12           -
         costs: 1 forward and backward pass over a training batch
 
     """
@@ -108,14 +108,19 @@ class PruningPlan:
         places = sorted(
             {round(1 + place * (len(self.kept) - 1) / (_SHOWN_ROUNDS - 1)) for place in range(_SHOWN_ROUNDS)}
         )
-        shown = ", ".join(f"{place}: {self.kept[place - 1]:,}" for place in places)
+        shown = "; ".join(f"{place}: {self.kept[place - 1]:,}" for place in places)
         yield f"weights left after round {shown}"
 
     def _rows(self) -> Sequence[Sequence[str]]:
         return [
-            ("parameter", "shape", "weights", "stays dense"),
+            ("parameter", "shape", "weights", "pruned"),
             *(
-                (each.name, "x".join(map(str, each.shape)), f"{each.num_weights:,}", each.stays_dense or "-")
+                (
+                    each.name,
+                    "x".join(map(str, each.shape)),
+                    f"{each.num_weights:,}",
+                    f"no: {each.stays_dense}" if each.stays_dense else "yes",
+                )
                 for each in self.parameters
             ),
             ("prunable", "", f"{self.num_prunable:,}", "-"),

@@ -74,7 +74,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
     "cut_at_its_beginning": (lambda folder: cut(folder, 20), ValueError, DAMAGED),
     "legacy_cut": (lambda folder: cut(folder, -100, zipped=False), ValueError, DAMAGED),
     "legacy_cut_early": (lambda folder: cut(folder, 60, zipped=False), ValueError, DAMAGED),
-    "safetensors": (safetensors_file, ValueError, "seems to be a safetensors file.*`lightning-drive expand` makes it"),
+    "safetensors": (safetensors_file, ValueError, "seems to be a safetensors file.*by `lightning-drive expand`"),
     "list": (lambda folder: saved(folder, [1]), ValueError, "is not a checkpoint: it holds a list, not a dictionary"),
     "tensor": (lambda folder: saved(folder, torch.ones(1)), ValueError, "is not a checkpoint: it holds a Tensor"),
 }

@@ -216,6 +216,15 @@ def test_compress__dense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert line == "Nothing was gained: no tensor has enough zeros. Was the checkpoint saved after pruning?"
 
 
+def test_compress__much_beside_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is not for want of zeros that this file is larger than its weights."""
+    content = {"state_dict": {"weight": torch.eye(40)}, "notes": "x" * 10_000}
+    torch.save(content, tmp_path / "notes.ckpt")
+    lines = succeeds(capsys, "compress", tmp_path / "notes.ckpt", tmp_path / "small").splitlines()
+    assert len(lines) == 2
+    assert (tmp_path / "small").stat().st_size > 40 * 40 * 4
+
+
 def test_compress__tied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights under two names are counted once."""
     weight = torch.ones(100)
@@ -584,6 +593,7 @@ def test_plan__method(models_here: str, capsys: pytest.CaptureFixture[str]) -> N
         (["{}:net", "--set", "rounds=0"], "`rounds` must be a whole number of at least 1, got 0"),
         (["{}:net", "--set", "cycles=2"], "DRIVEPruningCallback has no such argument. Beside the sparsity: warmup_ep"),
         (["{}:net", "--set", "sparsity=0.9"], "`--set sparsity=0.9`: DRIVEPruningCallback has no such argument"),
+        (["builtins:dict"], "must be a torch module or return one, got dict"),
         (["{}:Models.wide"], "needs arguments (missing a required argument: 'width'). Name a module"),
         (["{}:net", "--max-epochs", "0"], "`max_epochs` must be a whole number of at least 1, got 0"),
     ],

@@ -82,6 +82,20 @@ def test_plan__text(callback: PruningCallback, line: str) -> None:
         assert str(plan).endswith("costs: 12 of 20 epochs of training before the last cut")
 
 
+def test_plan__text_of_rounds_and_parameters() -> None:
+    """Worked out by hand: 1,000 weights and a tenth of those left in each of three rounds."""
+    plan = DRIVEPruningCallback(sparsity=0.999, rounds=3).plan(nn.Linear(50, 20))
+    _, _, kept, *table, costs = str(plan).splitlines()
+    assert kept == "weights left after round 1: 100; 2: 10; 3: 1"
+    assert table == [
+        "parameter  shape  weights            pruned",
+        "weight     20x50    1,000               yes",
+        "bias       20          20  no: not selected",
+        "prunable            1,000                 -",
+    ]
+    assert costs == "costs: 3 forward and backward passes over a training batch"
+
+
 @pytest.mark.parametrize("argument", ["max_epochs", "steps_per_epoch"])
 def test_plan__error(argument: str) -> None:
     with pytest.raises(ValueError, match=f"`{argument}` must be a whole number of at least 1, got 0"):
