@@ -1,4 +1,4 @@
-"""Every block of code in the README and the documentation runs, in the order of its page, in a folder of the page's own.
+"""Every block of code in the README and the documentation runs, in the order of its page, in a folder of its page.
 
 - A block of Python runs in this process. It finds what a reader has: a LightningModule, its data, a checkpoint.
 - A block with a `title` becomes the file of that name, in the page's folder.
@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import mymodel
 import pytest
-import torch
-import torch.nn.functional as F
 from packaging.requirements import Requirement
 from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -40,38 +37,11 @@ INSTEAD = {
 VIRTUAL_ENVIRONMENT = "python3 -m venv .venv"
 
 
-class Classifier(pl.LightningModule):
-    """What a reader brings: here a small convolutional network for ten classes of images with 8x8 pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1, bias=False),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(8 * 8 * 8, 10),
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
-
 def reader() -> dict[str, Any]:
     """Give what a reader has before the first block of a page."""
     pl.seed_everything(0, verbose=False)
-    images, labels = torch.rand(64, 1, 8, 8), torch.arange(64) % 10
-    loader = DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True)
-    return {"MyModel": Classifier, "model": Classifier(), "train_loader": loader, "val_loader": loader}
+    loader = mymodel.MyData().train_dataloader()
+    return {"MyModel": mymodel.MyModel, "model": mymodel.MyModel(), "train_loader": loader, "val_loader": loader}
 
 
 def titled(document: Document) -> Iterable[Region]:
@@ -103,13 +73,13 @@ def run(example: Example) -> None:
 
 
 def bash(command: str) -> None:
-    """Run one command in the current folder, in which `examples` and `tests` are those of this checkout."""
-    for folder in ("examples", "tests", "pyproject.toml"):
-        if not Path(folder).exists():
-            Path(folder).symlink_to(ROOT / folder)
+    """Run one command in the current folder, where a reader of the repository has its parts, and a model."""
+    for name in ("examples", "tests", "pyproject.toml", "tests/mymodel.py"):
+        if not Path(Path(name).name).exists():
+            Path(Path(name).name).symlink_to(ROOT / name)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], env=environment, capture_output=True, text=True)  # noqa: PLW1510
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
@@ -139,11 +109,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     "ignore:.*tensorboardX.* has been removed:UserWarning",
     "ignore:The number of training batches .* is smaller than the logging interval",
     "ignore:You defined a `validation_step` but have no `val_dataloader`",
+    "ignore:Checkpoint directory .* exists and is not empty",
 )
 @pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[f"{page}:{each.line}" for page, each in EXAMPLES])
-def test_block(
-    page: str, example: Example, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_block(page: str, example: Example, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folders[page])
     example.evaluate()
 
@@ -171,4 +140,5 @@ def test_no_block_is_missed(page: Path) -> None:
     assert {info.partition(" ")[0] for info in opening} <= LANGUAGES
     assert not any(info == "yaml" for info in opening), "give it a title, so that it is a file that a command uses"
     run_here = [info for info in opening if info != "text"]
-    assert len(run_here) == sum(of == str(page.relative_to(ROOT)) for of, _ in EXAMPLES)
+    hidden = text.count("<!-- invisible-code-block")
+    assert len(run_here) + hidden == sum(of == str(page.relative_to(ROOT)) for of, _ in EXAMPLES)

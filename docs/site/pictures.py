@@ -1,6 +1,8 @@
 """Draw the pictures of the documentation: a small network on scikit-learn's digits, pruned by DRIVE and by IMP.
 
-    python docs/site/pictures.py        # half a minute; writes docs/pictures/*.png
+Half a minute; it writes `docs/pictures/*.png`:
+
+    python docs/site/pictures.py
 """
 
 import logging
