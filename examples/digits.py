@@ -4,8 +4,8 @@
 
 A small convolutional network learns to read 1,797 images of 8x8 pixels, which come with scikit-learn. It is trained
 densely, and then with 90, 95 and 98 % of its weights removed after three dense epochs. All runs start from the same
-weights and take the same number of epochs in all. The result is a table, the figure `digits.png`, and beside it what the
-report of the sparsest network can draw: densities, rounds and scores.
+weights and take the same number of epochs in all. The result is a table, the figure `digits.png`, and beside it
+what the report of the sparsest network can draw: densities, rounds and scores.
 
 The settings are ours, not the paper's: the paper trains other networks on other data, and for longer.
 
