@@ -25,7 +25,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from comparison import Result, print_table, save_figure
+from comparison import Result, print_table, save_figure, save_pictures
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from paper.images import CIFAR10, Images, ImageTree
@@ -134,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_table(results)
     if options.output:
         save_figure(results, f"{options.network} on CIFAR-10", options.output)
+        if any(result.report for result in results):
+            save_pictures(results, options.output)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,15 @@ def save_figure(results: Sequence[Result], title: str, path: Path) -> None:
     figure.savefig(path, dpi=200)
 
 
+def save_pictures(results: Sequence[Result], path: Path) -> list[Path]:
+    """Draw what the report of the sparsest network has, in files beside the comparison's figure."""
+    report = min((result.report for result in results if result.report), key=lambda report: report.density)
+    paths = {kind: path.with_stem(f"{path.stem}-{kind}") for kind in report.pictures}
+    for kind, picture in paths.items():
+        report.plot(picture, kind)
+    return list(paths.values())
+
+
 def draw_dense_accuracy(axes: Axes, dense: Result) -> None:
     percent = 100 * dense.accuracy
     axes.axhline(percent, color=GREY, linestyle="--", zorder=0)

@@ -59,15 +59,15 @@ class PruningPlan:
         max_epochs: Epochs of the whole run; ``None`` if that is not known.
 
     Example:
-        >>> parameters = PlannedParameter("0.weight", (3, 4), 12), PlannedParameter("0.bias", (3,), 3, "a bias")
+        >>> parameters = PlannedParameter("0.weight", (3, 4), 12), PlannedParameter("0.bias", (3,), 3, "a bias or norm")
         >>> print(PruningPlan("SNIP()", parameters, kept=(6,), passes=1, pass_over="a training batch"))
         SNIP() keeps 6 of 12 prunable weights, a sparsity of 50.00%
         when: at the start of epoch 0, in 1 round
         weights left after round 1: 6
-        parameter  shape  weights      pruned
-        0.weight   3x4         12         yes
-        0.bias     3            3  no: a bias
-        prunable               12           -
+        parameter  shape  weights              pruned
+        0.weight   3x4         12                 yes
+        0.bias     3            3  no: a bias or norm
+        prunable               12                   -
         costs: 1 forward and backward pass over a training batch
 
     """
@@ -201,7 +201,9 @@ def planned_parameters(
             return ""
         if any(fnmatchcase(name, pattern) for pattern in exclude or ()):
             return "excluded"
-        return "not selected" if parameter.requires_grad else "frozen"
+        if not parameter.requires_grad:
+            return "frozen"
+        return "a bias or norm" if parameter.ndim < 2 else "not selected"
 
     return tuple(
         PlannedParameter(name, tuple(parameter.shape), parameter.numel(), reason(name, parameter))

@@ -91,6 +91,7 @@ def test_digits(tmp_path: Path) -> None:
     }
     assert all(accuracy > 30 for accuracy, _, _ in table.values())  # chance is 10 %
     assert image_size(tmp_path / "digits.png")[0] == 1600
+    assert all(image_size(tmp_path / f"digits-{kind}.png")[0] == 1200 for kind in ("density", "rounds", "scores"))
 
 
 @pytest.mark.slow
@@ -118,6 +119,7 @@ def test_cifar10(tmp_path: Path) -> None:
         "DRIVE, 50% sparse": "50%",
     }
     assert image_size(tmp_path / "figure.png")[0] == 1600
+    assert {path.stem for path in tmp_path.glob("figure-*.png")} == {"figure-density", "figure-rounds", "figure-scores"}
 
 
 def test_cifar10__no_data(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_plan__is_kept(make: Any, schedule: str, scope: str, tmp_path: Path) -> 
     reasons = {each.name: each.stays_dense for each in plan.parameters}
     assert reasons["features.0.weight"] == reasons["features.0.bias"] == "excluded"
     assert reasons["norm.weight"] == "frozen"
-    assert reasons["norm.bias"] == "not selected"
+    assert reasons["norm.bias"] == "a bias or norm"
 
 
 def test_plan__passes(tmp_path: Path) -> None:
@@ -88,10 +88,10 @@ def test_plan__text_of_rounds_and_parameters() -> None:
     _, _, kept, *table, costs = str(plan).splitlines()
     assert kept == "weights left after round 1: 100; 2: 10; 3: 1"
     assert table == [
-        "parameter  shape  weights            pruned",
-        "weight     20x50    1,000               yes",
-        "bias       20          20  no: not selected",
-        "prunable            1,000                 -",
+        "parameter  shape  weights              pruned",
+        "weight     20x50    1,000                 yes",
+        "bias       20          20  no: a bias or norm",
+        "prunable            1,000                   -",
     ]
     assert costs == "costs: 3 forward and backward passes over a training batch"
 
