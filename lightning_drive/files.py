@@ -145,7 +145,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         ValueError: If it is another kind of file, is damaged or cut off, or was written by a newer version.
 
     """
-    return _read(path)[1]
+    return _read(path, with_tensors=False)[1]
 
 
 @contextmanager
@@ -349,7 +349,7 @@ def _json(value: object) -> str:
 # Reading.
 
 
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Tensor]]:
+def _read(path: str | Path, *, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, str], dict[str, Tensor]]:
     """Give what a file says of itself, the user's metadata and the stored tensors; their names fit together."""
     library = _library("load_sparse")
     if not Path(path).is_file():
@@ -358,7 +358,8 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, str], dict[str, T
         with library.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             record = _record(path, metadata.pop(_KEY, None))
-            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+            keys = set(file.keys())
+            stored = {key: file.get_tensor(key) for key in keys} if with_tensors else {}
     except (library.SafetensorError, TypeError, RuntimeError) as error:  # the latter of shapes that torch cannot have
         raise ValueError(
             f"{str(path)!r} is not a file that `save_sparse` wrote, or it is damaged or cut off: {error}."
@@ -369,8 +370,8 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, str], dict[str, T
         if kind not in ("whole", "sparse", "tied"):
             raise _damaged(path, f"it does not say how {name!r} is stored")
         expected.update({"whole": (name,), "sparse": _keys(name), "tied": ()}[kind])
-    if expected != stored.keys():
-        raise _damaged(path, f"it should have other tensors: {listed(sorted(expected ^ stored.keys()))}")
+    if expected != keys:
+        raise _damaged(path, f"it should have other tensors: {listed(sorted(expected ^ keys))}")
     return record, metadata, stored
 
 

@@ -320,6 +320,33 @@ def test_metadata(tmp_path: Path) -> None:
     assert files.read_metadata(tmp_path / "file") == {}
 
 
+class Unread:
+    """A safetensors file whose tensors must not be read."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.file = safe_open(*args, **kwargs)
+
+    def __enter__(self) -> "Unread":
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        assert name in ("metadata", "keys")
+        return getattr(self.file, name)
+
+
+def test_metadata__reads_no_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be of a file that is large."""
+    save_sparse({"a": torch.ones(1), "b": torch.eye(100)}, tmp_path / "file", metadata={"mine": "text"})
+    monkeypatch.setattr(safetensors, "safe_open", Unread)
+    assert files.read_metadata(tmp_path / "file") == {"mine": "text"}
+    with pytest.raises(AssertionError):
+        load_sparse(tmp_path / "file")
+
+
 @pytest.mark.parametrize(
     ("metadata", "kind", "message"),
     [
