@@ -200,6 +200,7 @@ def test_packed() -> None:
     )
     assert found.entries_left_out == ["tensor (Tensor)", "keys (dict)", "size (Size)", "__tuple__ (list)", "3 (int)"]
     assert [text.split()[0] for text in found.hyper_parameters_left_out] == ["dtype", "folder"]
+    assert json.loads(found.metadata["checkpoint"]).keys() & {"state_dict", *training} == set()
     assert checkpoints.unpacked(found.metadata, Path("x")) == {
         **plain,
         "hyper_parameters": {"width": 3, "size": (1, 2)},
