@@ -154,6 +154,7 @@ def test_public_names__for_type_checkers() -> None:
     seen = imported_modules(ast.unparse(block))
     homes = {f"{getattr(lightning_drive, name).__module__}.{name}" for name in lightning_drive.__all__}
     assert seen == homes
+    assert set(lightning_drive._HOME_OF) == set(lightning_drive.__all__)
 
 
 def test_public_names__star() -> None:
