@@ -36,10 +36,13 @@ class MyModel(pl.LightningModule):
 class MyData(pl.LightningDataModule):
     """64 images of noise."""
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+    def __init__(self) -> None:
+        super().__init__()
         noise = torch.Generator().manual_seed(0)
-        images, labels = torch.rand(64, 1, 8, 8, generator=noise), torch.arange(64) % 10
-        return DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True)
+        self.images = TensorDataset(torch.rand(64, 1, 8, 8, generator=noise), torch.arange(64) % 10)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.images, batch_size=32, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return self.train_dataloader()
+        return DataLoader(self.images, batch_size=32)

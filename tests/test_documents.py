@@ -40,8 +40,13 @@ VIRTUAL_ENVIRONMENT = "python3 -m venv .venv"
 def reader() -> dict[str, Any]:
     """Give what a reader has before the first block of a page."""
     pl.seed_everything(0, verbose=False)
-    loader = mymodel.MyData().train_dataloader()
-    return {"MyModel": mymodel.MyModel, "model": mymodel.MyModel(), "train_loader": loader, "val_loader": loader}
+    data = mymodel.MyData()
+    return {
+        "MyModel": mymodel.MyModel,
+        "model": mymodel.MyModel(),
+        "train_loader": data.train_dataloader(),
+        "val_loader": data.val_dataloader(),
+    }
 
 
 def titled(document: Document) -> Iterable[Region]:
