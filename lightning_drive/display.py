@@ -1,10 +1,10 @@
-"""What a person sees: progress in the Trainer's own bar, the report in a terminal or a log, pictures in a logger."""
+"""What a person sees: progress in the Trainer's own bar, the report in a terminal or a log, numbers and pictures."""
 
 import importlib.util
 import io
 import logging
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_utilities.core import rank_zero
 
 from lightning_drive.report import PruningReport
+
+_SHOW_PICTURES = (TensorBoardLogger, WandbLogger, MLFlowLogger)
 
 
 @contextmanager
@@ -107,6 +109,18 @@ def show(trainer: pl.Trainer, what: PruningReport | str) -> None:
         console.print(what)
 
 
+def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
+    """Give numbers to all loggers at once, with the step and epoch that Lightning gives to its own.
+
+    Args:
+        trainer: The running Trainer.
+        metrics: Name to value.
+
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=_step(trainer))
+
+
 def log_pictures(trainer: pl.Trainer, report: PruningReport) -> None:
     """Give all pictures that there are to those loggers that take some, if matplotlib is installed.
 
@@ -115,11 +129,12 @@ def log_pictures(trainer: pl.Trainer, report: PruningReport) -> None:
         report: The report.
 
     """
-    if not trainer.is_global_zero or not _is_installed("matplotlib"):
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, _SHOW_PICTURES)]
+    if not loggers or not trainer.is_global_zero or not _is_installed("matplotlib"):
         return
-    for logger in trainer.loggers:
+    for logger in loggers:
         try:
-            _log_pictures(logger, report, trainer.global_step)
+            _log_pictures(logger, report, _step(trainer))
         except Exception as error:  # a picture is not worth a training
             rank_zero_warn(
                 f"The pictures of the pruning could not be logged by {type(logger).__name__}"
@@ -129,7 +144,7 @@ def log_pictures(trainer: pl.Trainer, report: PruningReport) -> None:
 
 def _log_pictures(logger: Logger, report: PruningReport, step: int) -> None:
     for kind in report.pictures:
-        name = f"pruning/{kind}"
+        name = f"pruning/figures/{kind}"  # "pruning/density" is a number: W&B would have one take the other's place
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure(name, report.figure(kind), step)
         elif isinstance(logger, WandbLogger):
@@ -140,6 +155,11 @@ def _log_pictures(logger: Logger, report: PruningReport, step: int) -> None:
             logger.log_image(name, [Image.open(file)], step=step)
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_figure(logger.run_id, report.figure(kind), f"{name}.png")
+
+
+def _step(trainer: pl.Trainer) -> int:
+    """Count as Lightning does for loggers: batches after which an optimizer stepped, however many optimizers did."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def _bar(trainer: pl.Trainer) -> pl.callbacks.ProgressBar | None:
