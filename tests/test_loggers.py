@@ -18,10 +18,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import wandb
-from fits import ConvModule
+from fits import BiaslessMLP, ConvModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import default_collate
 from wandb.proto.wandb_internal_pb2 import Record
 
 from lightning_drive.pruning import PruningCallback
@@ -68,7 +69,8 @@ def read_csv(logger: CSVLogger) -> History:
 
 def read_tensorboard(logger: TensorBoardLogger) -> History:
     events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    tags = events.Tags()["scalars"]  # files of two runs that began within a second come in any order
+    return {tag: sorted((event.step, event.value) for event in events.Scalars(tag)) for tag in tags}
 
 
 def read_mlflow(logger: MLFlowLogger) -> History:
@@ -313,6 +315,28 @@ def test_metrics__resumed(
         else:
             assert {key: len(steps) for key, steps in written.items()} == {key: len(wanted[key]) for key in wanted}
             assert all(steps == sorted(set(steps)) for steps in written.values()), name
+
+
+class AnyBatch(BiaslessMLP):
+    """Logs nothing, and so does not care what Lightning makes of its batches."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def ragged(samples: list[Any]) -> list[torch.Tensor]:
+    return [*default_collate(samples), torch.zeros(3)]
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_metrics__resumed_with_any_batch(tmp_path: Path) -> None:
+    """The numbers need no batch size: Lightning would warn that it had guessed one, or refuse."""
+    crash = Crash(2, 1, checkpoint := tmp_path / "crashed.ckpt")
+    with pytest.raises(CrashError):
+        fits.trainer(tmp_path, crash, fits.drive()).fit(AnyBatch(), fits.loader(collate_fn=ragged))
+    resumed = fits.trainer(tmp_path, fits.drive(), max_epochs=3)
+    resumed.fit(AnyBatch(), fits.loader(collate_fn=ragged), ckpt_path=checkpoint)
+    assert resumed.callback_metrics["pruning/sparsity"] == pytest.approx(0.8, abs=1e-3)
 
 
 def steps_of(history: History) -> dict[str, list[int]]:
