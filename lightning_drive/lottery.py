@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from typing_extensions import override
 
-from lightning_drive import companions, compatibility, methods, phases, scoring
+from lightning_drive import companions, compatibility, display, methods, phases, scoring
 from lightning_drive.finding import Scope
 from lightning_drive.methods import Magnitude
 from lightning_drive.planning import Intent
@@ -160,6 +160,15 @@ class IMPPruningCallback(PruningCallback):
         companions.hold_off_early_stopping(trainer, self.reset_best and not self._finished)  # until the last cut
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Name the cycle in the progress bar, which has just named the epoch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if batch_idx == 0 and not self._finished:
+            display.name_epoch(trainer, f", cycle {self.cycle + 1}/{self.cycles}")
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the run ended before its cycles did."""
         if not self._finished:
@@ -242,10 +251,11 @@ class IMPPruningCallback(PruningCallback):
         self._record(trainer, outcome, self._method(), start, control=self.control if is_last else "none", cycle=cycle)
         self._settle(trainer, pl_module)
         self._committed(commit)
-        self._announce(trainer, outcome.found, None if is_last else self._line())
-        if is_last and self.reset_best:
-            companions.hold_off_early_stopping(trainer, False)
-            companions.forget_best(trainer)
+        with display.above_bar(trainer):
+            self._announce(trainer, outcome.found, None if is_last else self._line())
+            if is_last and self.reset_best:
+                companions.hold_off_early_stopping(trainer, False)
+                companions.forget_best(trainer)
 
     @override
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -88,6 +88,7 @@ class PruningCallback(pl.Callback):
         self._fit_started = False
         self._searching = False
         self._restored = False
+        self._resumes_epoch = False
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._live: Enforcement | None = None
         self._phase_start: float | None = None
@@ -221,6 +222,7 @@ class PruningCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up restored masks again, now that weights and optimizers are restored too."""
         self._phase_start = time.monotonic() if trainer.global_step == 0 else None  # else only part of it is known
+        self._resumes_epoch = True  # unless ``on_train_epoch_start`` comes first
         if not self._finished:
             self._check_training(trainer, pl_module)
         if self.pruned:
@@ -235,15 +237,17 @@ class PruningCallback(pl.Callback):
         self._remember_when_due(trainer, pl_module)
         self._prune_when_due(trainer, pl_module)
         self._log_metrics(trainer, pl_module)
+        self._resumes_epoch = False
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Prune where a run resumes in the middle of an epoch, which starts without ``on_train_epoch_start``."""
+        """Prune and log where a run resumes in the middle of an epoch, which has no ``on_train_epoch_start`` then."""
         self._remember_when_due(trainer, pl_module, batch_idx)
-        if self._prune_when_due(trainer, pl_module):
+        if self._prune_when_due(trainer, pl_module) or self._resumes_epoch:
             self._log_metrics(trainer, pl_module)
+        self._resumes_epoch = False
         if batch_idx == 0 and self._live is not None:
             self._live.check(pl_module)
 
@@ -431,10 +435,7 @@ class PruningCallback(pl.Callback):
             "pruning/seconds": self.report.seconds,
             **self._metrics(),
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(
-                {key: value for key, value in metrics.items() if value is not None}, step=trainer.global_step
-            )
+        display.log_metrics(trainer, {key: value for key, value in metrics.items() if value is not None})
         if self._finished:
             display.log_pictures(trainer, self.report)
 
@@ -457,7 +458,8 @@ class PruningCallback(pl.Callback):
 
     def _log_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.barebones:
-            pl_module.log_dict(self._metrics(), on_step=False, on_epoch=True, sync_dist=True)
+            # A batch size of 1, so that Lightning does not look for one in batches that may be of any kind.
+            pl_module.log_dict(self._metrics(), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     # What is refused before training starts.
 

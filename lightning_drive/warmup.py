@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_drive import companions, compatibility, finding, gradients, methods, prunable, scoring
+from lightning_drive import companions, compatibility, display, finding, gradients, methods, prunable, scoring
 from lightning_drive.finding import Scope
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
@@ -122,9 +122,10 @@ class WarmupPruningCallback(PruningCallback):
         companions.give_statistics(trainer, pl_module, statistics)
         self._settle(trainer, pl_module)
         self._committed(commit)
-        self._announce(trainer, found)
-        if self.reset_best:
-            companions.forget_best(trainer)
+        with display.above_bar(trainer):
+            self._announce(trainer, found)
+            if self.reset_best:
+                companions.forget_best(trainer)
 
     @override
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,65 +1,25 @@
-"""The rounds show up in the Trainer's own progress bar, the report where a person looks, and pictures in loggers."""
+"""The rounds show up in the Trainer's own progress bar, and what is said about them where a person looks."""
 
 import io
 import logging
+import re
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import fits
+import lightning.pytorch as pl
 import pytest
+import terminals
 from fits import ConvModule
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_utilities.core import rank_zero
 
-from lightning_drive import display
-
-
-def test_progress__rich(tmp_path: Path) -> None:
-    """A task with a step for each round runs full and is hidden afterwards; the bar's own task stays its own."""
-    seen: list[tuple[str, float, float | None]] = []
-
-    class Bar(RichProgressBar):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            super().on_train_epoch_start(trainer, pl_module)
-            self.left_over = [task.visible for task in self.progress.tasks if "Pruning" in task.description]
-
-    class Loss:
-        def __call__(self, module: Any, batch: Any) -> Any:
-            tasks = [task for task in bar.progress.tasks if "Pruning" in task.description]
-            seen.extend((task.description, task.completed, task.total) for task in tasks)
-            return module.training_step(batch, 0)
-
-    bar = Bar()
-    callback = fits.drive(warmup_epochs=0, loss_fn=Loss(), bn_batches=0)
-    fits.trainer(tmp_path, callback, bar, enable_progress_bar=True, max_epochs=1).fit(ConvModule(), fits.loader())
-    assert [(completed, total) for _, completed, total in seen] == [(index, 5) for index in range(5)]
-    assert "Pruning by DRIVE" in seen[0][0]
-    assert bar.left_over == [False]
-    assert bar.train_progress_bar.total == 3
-
-
-def test_progress__tqdm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fits.trainer(tmp_path, fits.drive(), TQDMProgressBar(), enable_progress_bar=True).fit(ConvModule(), fits.loader())
-    assert "Pruning by DRIVE:" in capsys.readouterr().out
-
-
-def test_progress__none(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
-    with caplog.at_level("INFO", logger="lightning.pytorch"):
-        fits.trainer(tmp_path, fits.drive()).fit(ConvModule(), fits.loader())
-    assert "Pruning by DRIVE: 5 rounds" in caplog.text
-    assert capsys.readouterr().out == ""
-
-
-def test_progress__disabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A bar that is switched off stays off."""
-    bar = RichProgressBar(refresh_rate=0)
-    running = fits.trainer(tmp_path, bar, enable_progress_bar=True)
-    with display.progress(running, "Pruning", 3) as advance:
-        advance()
-    assert capsys.readouterr().out == ""
+from lightning_drive import PruningReport, display
 
 
 class Terminal(io.StringIO):
@@ -89,6 +49,135 @@ def log_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., logging.Lo
 
 
 LogTo: TypeAlias = Callable[..., logging.Logger]
+
+
+class Watched:
+    """What there was to see of a training in a pseudo-terminal of 80 columns, where also what is logged goes."""
+
+    def __init__(self, folder: Path, *callbacks: pl.Callback) -> None:
+        terminal = terminals.Terminal(columns=80)
+
+        def show(message: Warning | str, category: type[Warning], filename: str, *_: Any) -> None:
+            if "lightning_drive" in filename:
+                print(message, file=sys.stderr)
+
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("always")
+            patch.setattr(warnings, "showwarning", show)
+            patch.setenv("COLUMNS", "80")
+            patch.setenv("TERM", "xterm")
+            patch.setattr(sys, "stdout", terminal.stream)
+            patch.setattr(sys, "stderr", terminal.stream)
+            handler = logging.StreamHandler(terminal.stream)
+            patch.setattr(logging.getLogger("lightning.pytorch"), "handlers", [handler])
+            trainer = fits.trainer(folder, *callbacks, enable_progress_bar=True)
+            trainer.fit(ConvModule(), fits.loader())
+        assert handler.stream is terminal.stream  # it was given back
+        screen = terminal.close()
+        self.text, self.moments = screen.text(), screen.moments
+
+    def has(self, message: str) -> bool:
+        """Whether a message begins a line, and can be read to its end, wherever its lines were broken."""
+        whole = re.sub(r"\s", "", message) in re.sub(r"\s", "", self.text)
+        return whole and any(line.startswith(message[:30]) for line in self.text.splitlines())
+
+    def bars(self) -> list[list[str]]:
+        """Give the lines with bars that were to be seen at once, the last two of each moment."""
+        lines = [[line for line in moment.splitlines() if BAR.match(line)][-2:] for moment in self.moments]
+        return [list(each) for each in dict.fromkeys(map(tuple, lines)) if each]
+
+
+BAR = re.compile(r"(Epoch|Pruning by).*\d/\d")
+BARS: dict[str, Callable[..., pl.Callback]] = {"rich": RichProgressBar, "tqdm": TQDMProgressBar}
+
+
+def slow_loss(module: Any, batch: Any) -> Any:
+    time.sleep(0.12)  # tqdm draws no more often than every tenth of a second
+    return module.training_step(batch, 0)
+
+
+@pytest.mark.parametrize("leave", [False, True], ids=["replaced", "left"])
+@pytest.mark.parametrize("name", BARS)
+def test_progress(name: str, leave: bool, tmp_path: Path, log_to: LogTo) -> None:
+    """The rounds have a bar below that of the epochs, which goes on; nothing of it is left over in the end."""
+    log_to()
+    watched = Watched(tmp_path, fits.drive(loss_fn=slow_loss, bn_batches=0), BARS[name](leave=leave))
+    rounds = [lines for lines in watched.bars() if "Pruning by DRIVE" in lines[-1]]
+    assert all(lines[0].startswith("Epoch 1") for lines in rounds)
+    assert "3/5" in "".join(lines[-1] for lines in rounds)
+    assert "Pruning by" not in watched.text
+    assert re.search(r"^Epoch 3.* 3/3 ", watched.text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", BARS)
+def test_progress__cycles(name: str, tmp_path: Path, log_to: LogTo) -> None:
+    """The epochs' own bar says in which cycle they are, until the last cut."""
+    log_to()
+    watched = Watched(tmp_path, BARS[name](), fits.CALLBACKS["IMP"]())
+    names = {found[0] for lines in watched.bars() for found in [re.match(r"Epoch [^:━╸╺]*", lines[-1])] if found}
+    of = "/3" if name == "rich" else ""
+    named = {each.strip() for each in names if "cycle" in each}
+    assert named == {f"Epoch 0{of}, cycle 1/2", f"Epoch 1{of}, cycle 2/2"}
+    last = [line for line in watched.text.splitlines() if BAR.match(line)][-1]
+    assert last.startswith(f"Epoch 3{of}")
+    assert "cycle" not in last
+
+
+@pytest.mark.parametrize("method", fits.CALLBACKS)
+@pytest.mark.parametrize("name", BARS)
+def test_messages(name: str, method: str, tmp_path: Path, log_to: LogTo) -> None:
+    """What is said while a bar is there can be read in full: it has lines of its own, and no bar is drawn over it."""
+    log_to()
+    callback = fits.CALLBACKS[method](sparsity=0.995)
+    watched = Watched(tmp_path, callback, BARS[name](), EarlyStopping("val_loss", patience=9))
+    report = callback.report
+    assert report is not None
+    assert report.warnings
+    assert all(watched.has(warning) for warning in report.warnings)
+    assert watched.has(f"Pruned by {method}(")
+    assert watched.has("EarlyStopping (monitor='val_loss'): tracking of the best begins again with the sparse network.")
+    if method == "IMP":
+        assert watched.has(
+            "IMP cycle 1 of 2 is over: 71 of 998 weights are kept (sparsity 92.89%), and training returns to the start"
+            " of epoch 0."
+        )
+    assert sum(line.lstrip().startswith("features.4.weight") for line in watched.text.splitlines()) == 1
+    assert max(map(len, watched.text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", BARS)
+def test_progress__log(name: str, tmp_path: Path, log_to: LogTo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the output is a file, as under nohup or in CI, the rounds are one line of text."""
+    log_to(logging.StreamHandler(log := io.StringIO()))
+    monkeypatch.setattr(sys, "stdout", log)
+    fits.trainer(tmp_path, fits.drive(), BARS[name](), enable_progress_bar=True).fit(ConvModule(), fits.loader())
+    lines = [line for line in re.split(r"[\r\n]", log.getvalue()) if "Pruning by" in line]
+    assert lines == ["Pruning by DRIVE: 5 rounds"]
+    assert "\nPruning by DRIVE: 5 rounds\n" in log.getvalue()
+
+
+def test_progress__notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook is no terminal, and shows bars nevertheless."""
+    monkeypatch.setattr(sys, "stdout", out := io.StringIO())
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    fits.trainer(tmp_path, fits.drive(), TQDMProgressBar(), enable_progress_bar=True).fit(ConvModule(), fits.loader())
+    assert re.search(r"Pruning by DRIVE: .* 0/5 ", out.getvalue())
+
+
+def test_progress__none(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        fits.trainer(tmp_path, fits.drive()).fit(ConvModule(), fits.loader())
+    assert "Pruning by DRIVE: 5 rounds" in caplog.text
+    assert capsys.readouterr().out == ""
+
+
+def test_progress__disabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bar that is switched off stays off."""
+    bar = RichProgressBar(refresh_rate=0)
+    running = fits.trainer(tmp_path, bar, enable_progress_bar=True)
+    with display.progress(running, "Pruning", 3) as advance:
+        advance()
+    assert capsys.readouterr().out == ""
 
 
 def shown(tmp_path: Path, *callbacks: Any, **settings: Any) -> str:
@@ -147,55 +236,15 @@ def test_show__silenced(tmp_path: Path, log_to: LogTo) -> None:
     assert "features.4.weight" not in stream.getvalue()
 
 
-def images_of(logger: TensorBoardLogger) -> dict[str, list[Any]]:
-    """Read TensorBoard's files back: tag to its images."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(logger.log_dir, size_guidance={"images": 0})
-    events.Reload()
-    return {tag: events.Images(tag) for tag in events.Tags()["images"]}
-
-
-@pytest.mark.parametrize(
-    ("name", "kinds"), [("DRIVE", ["density", "rounds", "scores"]), ("IMP", ["density", "rounds", "scores", "cycles"])]
-)
-def test_log_pictures__tensorboard(name: str, kinds: list[str], tmp_path: Path) -> None:
-    """The real logger has every picture once, at the step of the (last) cut, as an image that can be read."""
-    pytest.importorskip("tensorboard")
-    logger, callback = TensorBoardLogger(tmp_path), fits.CALLBACKS[name]()
-    fits.trainer(tmp_path, callback, logger=logger).fit(ConvModule(), fits.loader())
-    images = images_of(logger)
-    assert list(images) == [f"pruning/{kind}" for kind in kinds]
-    assert callback.report is not None
-    for [image] in images.values():
-        assert image.step == callback.report.step
-        assert image.width == 800
-        read = pytest.importorskip("matplotlib.image").imread(io.BytesIO(image.encoded_image_string))
-        assert read.std() > 0.05
-
-
-def test_log_pictures__wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real logger, offline, where it is installed."""
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = WandbLogger(save_dir=tmp_path, offline=True)
-    fits.trainer(tmp_path, fits.drive(), logger=logger).fit(ConvModule(), fits.loader())
-    logger.experiment.finish()
-    files = {path.name.split("_")[0] for path in tmp_path.glob("wandb/offline-run-*/files/media/images/pruning/*.png")}
-    assert files == {"density", "rounds", "scores"}
-
-
-@pytest.mark.parametrize("missing", ["matplotlib", None])
-def test_log_pictures__not_possible(missing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without matplotlib there are none; one that cannot be drawn is a warning, and training goes on."""
-    pytest.importorskip("tensorboard")
-    logger, callback = TensorBoardLogger(tmp_path), fits.drive(warmup_epochs=0)
-    running = fits.trainer(tmp_path, callback, logger=logger, max_epochs=1)
-    if missing:
-        monkeypatch.setitem(sys.modules, missing, None)
-        running.fit(ConvModule(), fits.loader())
-    else:
-        monkeypatch.setattr(type(logger.experiment), "add_figure", lambda *_: 1 / 0)
-        with pytest.warns(UserWarning, match=r"pictures of the pruning could not be logged \(ZeroDivisionError"):
-            running.fit(ConvModule(), fits.loader())
+@pytest.mark.parametrize("logger", [TensorBoardLogger, None])
+def test_log_pictures__not_possible(logger: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without matplotlib there are none, and without a logger that takes them nobody draws."""
+    drawn: list[str] = []
+    monkeypatch.setattr(PruningReport, "figure", lambda _, kind: drawn.append(kind))
+    if logger:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    loggers = [CSVLogger(tmp_path), *([logger(tmp_path)] if logger else [])]
+    running = fits.trainer(tmp_path, fits.drive(warmup_epochs=0), logger=loggers, max_epochs=1)
+    running.fit(ConvModule(), fits.loader())
     assert running.current_epoch == 1
-    assert images_of(logger) == {}
+    assert not drawn
