@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_drive.compaction import compact as compact
 from lightning_drive.files import load_sparse as load_sparse
 from lightning_drive.files import save_sparse as save_sparse
 from lightning_drive.finding import find_masks as find_masks
@@ -33,7 +34,15 @@ _NEEDS_LIGHTNING = {
 
 __all__ = [
     *("DRIVE", "SNIP", "DRIVEPruningCallback", "IMPPruningCallback", "Magnitude", "Masks", "PruningReport", "Random"),
-    *("SNIPPruningCallback", "SynFlow", "SynFlowPruningCallback", "find_masks", "load_sparse", "save_sparse"),
+    *(
+        "SNIPPruningCallback",
+        "SynFlow",
+        "SynFlowPruningCallback",
+        "compact",
+        "find_masks",
+        "load_sparse",
+        "save_sparse",
+    ),
 ]
 
 
