@@ -4,14 +4,14 @@ import copy
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import fits
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from models import MLP, Attention, ConvNet, ResidualNet, Restless, Tied, changes, fingerprint, randomised
+from models import MLP, Attention, ConvNet, ResidualNet, Restless, changes, fingerprint, randomised
 from torch import Tensor, nn
 
 from lightning_drive import compact, compaction, flow, load_sparse, save_sparse
@@ -43,7 +43,7 @@ def difference(first: nn.Module, second: nn.Module, *inputs: Any) -> float:
         expected, found = (copy.deepcopy(module).eval()(*inputs) for module in (first, second))
     assert expected.shape == found.shape
     assert expected.dtype == found.dtype
-    return float((expected - found).abs().max() / expected.abs().max())
+    return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-3))
 
 
 def assert_same(given: nn.Module, small: nn.Module, shape: tuple[int, ...], tolerance: float = 1e-5) -> None:
@@ -194,7 +194,7 @@ def test_compact__leaves_what_is_on_paths(seed: int) -> None:
     given = randomised(MLP(6, 20, 20, 20, 20, 3), seed)
     with torch.no_grad():
         for weight in (weight for weight in given.parameters() if weight.ndim > 1):
-            weight.mul_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.07)
+            weight.mul_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.1)
     left = on_paths([weight for weight in given.parameters() if weight.ndim > 1])
     assert all(0 < each < 20 for each in left)
     small = compact(given, numbers(2, 6))
@@ -203,7 +203,7 @@ def test_compact__leaves_what_is_on_paths(seed: int) -> None:
 
 
 def test_compact__agrees_with_effective_sparsity() -> None:
-    """Where constants can be folded, what is left of a convolutional network are the channels that paths lead through."""
+    """Where constants can be folded, a convolutional network keeps exactly the channels that paths lead through."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((2, 12), (12, 12), (12, 12)):
         layers += [nn.Conv2d(inputs, outputs, 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -400,8 +400,11 @@ def swapped() -> nn.Module:
     """A forward of one's own on a layer: it adds the first neuron to the second."""
     module = MLP(4, 6, 3)
     layer = module[2]
-    layer.forward = lambda x: F.linear(torch.cat([x[:, :1], x[:, :1] + x[:, 1:2], x[:, 2:]], 1), layer.weight)  # type: ignore[method-assign]
-    layer.bias = None
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        return F.linear(torch.cat([x[:, :1], x[:, :1] + x[:, 1:2], x[:, 2:]], 1), layer.weight, layer.bias)
+
+    layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
     return module
 
 
@@ -412,7 +415,7 @@ def swapped() -> nn.Module:
         pytest.param(with_hook, id="hook"),
         pytest.param(tied, id="tied"),
         pytest.param(repeated, id="repeated"),
-        pytest.param(lambda: cut(parametrised()) and parametrised(), id="parametrised"),
+        pytest.param(parametrised, id="parametrised"),
         pytest.param(swapped, id="forward_of_its_own"),
     ],
 )
@@ -444,7 +447,9 @@ def test_compact__unusual_layers(make: Callable[[], nn.Module]) -> None:
 def test_compact__other_layers(middle: Callable[[], nn.Module]) -> None:
     """Constants and unread channels before and behind them: right, or left alone."""
     given = sparse(
-        built(lambda: nn.Sequential(nn.Conv2d(2, 8, 3), nn.Sigmoid(), middle(), nn.LazyConv2d(8, 3, padding=1)), IMAGES),
+        built(
+            lambda: nn.Sequential(nn.Conv2d(2, 8, 3), nn.Sigmoid(), middle(), nn.LazyConv2d(8, 3, padding=1)), IMAGES
+        ),
         density=0.6,
         seed=2,
     )
@@ -477,12 +482,11 @@ def test_compact__ends_stay() -> None:
         given.first.weight[:, 0] = 0
         given.second.weight[:, 1:3] = 0
         given.second.weight[1] = 0
-    given.second.forward = given.second.forward  # called twice, and plain
     small = compact(given, numbers(2, 4))
     assert sizes(small) == sizes(given)
 
 
-def test_compact__hidden_reader_of_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compact__hidden_reader_of_silence() -> None:
     """A channel that is read without its gradient, but is zero for the example, is not taken for unread."""
     given = Functional(lambda self, h, x: h * (1 + h.detach()[:, 1:2]))
     with torch.no_grad():
@@ -540,7 +544,7 @@ def test_compact__leaves_no_trace() -> None:
     assert {id(each) for each in small.parameters()}.isdisjoint(map(id, given.parameters()))
     assert {each.data_ptr() for each in small.parameters()}.isdisjoint(each.data_ptr() for each in given.parameters())
     small.train()(numbers(2, *IMAGES)).sum().backward()  # it can be trained on
-    assert changes(given, before) == []
+    assert changes(given, before) == ["torch"]  # of its Dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -634,15 +638,16 @@ def test_compact__lightning(tmp_path: Path) -> None:
     torch.save(small, tmp_path / "small.pt")
     assert_same(module, torch.load(tmp_path / "small.pt", weights_only=False), (1, 8, 8))
 
-    again = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+    again = fits.trainer(tmp_path, max_epochs=1)
     again.fit(small, fits.loader())  # it trains on
     assert small.trainer is again
 
 
 def test_compact__sparse_file(tmp_path: Path) -> None:
     """Weights within what is left stay zero, and are stored as bits."""
-    given = sparse(MLP(60, 60, 60, 3), density=0.05)
+    given = sparse(MLP(60, 120, 120, 3), density=0.1)
     small = compact(given, numbers(2, 60))
+    assert count(small) < count(given)
     kept = sum(int(weight.count_nonzero()) for weight in small.parameters() if weight.ndim > 1)
     assert kept <= sum(int(weight.count_nonzero()) for weight in given.parameters() if weight.ndim > 1)
     save_sparse(small, tmp_path / "small.safetensors")
@@ -711,9 +716,9 @@ def test_compact__refused(make: Callable[[], nn.Module], error: type[Exception],
         compact(module, numbers(2, 4))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 def test_compact__scripted() -> None:
-    with pytest.warns(DeprecationWarning):
-        scripted = torch.jit.script(nn.Linear(4, 3))
+    scripted = torch.jit.script(nn.Linear(4, 3))
     with pytest.raises(TypeError, match=r"`module` is scripted"):
         compact(scripted, numbers(2, 4))
 
