@@ -521,6 +521,15 @@ def test_compact__disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
     assert changes(given, before) == []
 
 
+def test_compact__no_batch() -> None:
+    """One image without a batch dimension: channels are in another place there, and are left."""
+    given = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 8, 1))
+    cut(given)
+    small = compact(given, numbers(8, 8, 8))
+    assert sizes(small) == sizes(given)
+    assert difference(given, small, numbers(8, 8, 8, seed=1)) < 1e-6
+
+
 # The given module, and what the new one shares with it.
 
 

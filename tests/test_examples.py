@@ -129,8 +129,8 @@ def test_cifar10__no_data(tmp_path: Path) -> None:
 
 def test_compact(tmp_path: Path) -> None:
     """The default data, less of it: a row for each network, which is smaller and says the same."""
-    quick = "--epochs 1 --train-images 256 --rounds 5 --repeats 1 --method drive magnitude --sparsity 0.99".split()
-    completed = run("compact.py", *quick, "--output", "results.jsonl", folder=tmp_path)
+    line = "--epochs 1 --train-images 256 --rounds 5 --repeats 1 --method drive magnitude --sparsity 0.99"
+    completed = run("compact.py", *shlex.split(line), "--output", "results.jsonl", folder=tmp_path)
     assert completed.returncode == 0, completed.stderr
     assert "site-packages" not in completed.stderr
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -156,8 +156,8 @@ def test_compact(tmp_path: Path) -> None:
 def test_compact__images(tmp_path: Path) -> None:
     """A tree of images, and a network in colour; and where there is nothing."""
     write_noise(tmp_path / "noise", per_class=4)
-    quick = "--epochs 1 --batch-size 10 --rounds 2 --repeats 1 --method synflow --sparsity 0.98".split()
-    completed = run("compact.py", "--data", "noise", *quick, folder=tmp_path)
+    line = "--epochs 1 --batch-size 10 --rounds 2 --repeats 1 --method synflow --sparsity 0.98"
+    completed = run("compact.py", "--data", "noise", *shlex.split(line), folder=tmp_path)
     assert completed.returncode == 0, completed.stderr
     assert len(re.findall(r"^\| convnet \| synflow \| 98% \|.*\| 391,466 → ", completed.stdout, re.MULTILINE)) == 1
     missing = run("compact.py", "--data", "nowhere", folder=tmp_path)
