@@ -25,12 +25,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch_pruning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from paper.images import Digits, Images, ImageTree
 from paper.networks import NETWORKS, build
@@ -195,7 +195,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torch_pruning": torch_pruning.__version__,
+        "torch_pruning": version("torch-pruning"),
         "lightning_drive": lightning_drive.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }

@@ -1,6 +1,7 @@
 """A compacted module gives what the masked one gives, without what cannot matter, and the masked one is left alone."""
 
 import copy
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -388,6 +389,8 @@ def parametrised() -> nn.Module:
 def tied() -> nn.Module:
     module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     module[2].weight = module[0].weight
+    with torch.no_grad():
+        module[0].weight[1] = 0  # `cut` does the same to the column: the neuron could go, if the layers were apart
     return module
 
 
@@ -488,7 +491,7 @@ def test_compact__ends_stay() -> None:
 
 def test_compact__hidden_reader_of_silence() -> None:
     """A channel that is read without its gradient, but is zero for the example, is not taken for unread."""
-    given = Functional(lambda self, h, x: h * (1 + h.detach()[:, 1:2]))
+    given = Functional(lambda self, h, x: h * (1 + h.detach().amax(1, keepdim=True)))
     with torch.no_grad():
         given.first.weight[1], given.first.bias[1] = torch.tensor([40.0, 0, 0, 0]), -400.0  # relu is 0, mostly
     small = compact(given, numbers(6, 4))
@@ -663,6 +666,18 @@ def test_compact__sparse_file(tmp_path: Path) -> None:
     dense = sum(value.nbytes for value in small.state_dict().values())
     assert (tmp_path / "small.safetensors").stat().st_size < dense
     assert fits.equal_states(load_sparse(tmp_path / "small.safetensors"), fits.state_of(small))
+
+
+def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the page on this shows runs, and makes a network smaller."""
+    page = Path(__file__).parents[1] / "docs" / "compact.md"
+    [block] = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    before, after = map(int, capsys.readouterr().out.split())
+    assert before > 2 * after
+    assert_same(found["net"], found["small"], (3, 32, 32))
 
 
 # What is refused.

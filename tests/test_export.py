@@ -18,7 +18,7 @@ from lightning_drive import Magnitude, compact, find_masks
 # Of torch's exporter and what it imports, with torch 2.14, Python 3.11.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
-BATCH = torch.export.Dim.DYNAMIC
+BATCH = torch.export.Dim("batch")
 """As large as it comes."""
 
 
