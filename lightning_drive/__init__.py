@@ -18,6 +18,7 @@ __all__ = [
     "SNIPPruningCallback",
     "SynFlow",
     "SynFlowPruningCallback",
+    "compact",
     "find_masks",
     "load_sparse",
     "save_sparse",
@@ -25,6 +26,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lightning_drive.callbacks import DRIVEPruningCallback, SNIPPruningCallback, SynFlowPruningCallback
+    from lightning_drive.compaction import compact
     from lightning_drive.files import load_sparse, save_sparse
     from lightning_drive.finding import find_masks
     from lightning_drive.lottery import IMPPruningCallback
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "callbacks": ("DRIVEPruningCallback", "SNIPPruningCallback", "SynFlowPruningCallback"),
+    "compaction": ("compact",),
     "files": ("load_sparse", "save_sparse"),
     "finding": ("find_masks",),
     "lottery": ("IMPPruningCallback",),

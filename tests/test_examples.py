@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -126,6 +127,44 @@ def test_cifar10__no_data(tmp_path: Path) -> None:
     completed = run("cifar10.py", "--data", "nowhere", folder=tmp_path)
     assert completed.returncode == 1
     assert re.fullmatch(r".*cifar-10-batches-py/.*\n", completed.stderr)  # one line
+
+
+def test_compact(tmp_path: Path) -> None:
+    """The default data, less of it: a row for each network, which is smaller and says the same."""
+    line = "--epochs 1 --train-images 256 --rounds 5 --repeats 1 --method drive magnitude --sparsity 0.99"
+    completed = run("compact.py", *shlex.split(line), "--output", "results.jsonl", folder=tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert "site-packages" not in completed.stderr
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["network"], row["data"], row["method"], row["weights_kept"]) for row in rows] == [
+        ("digitnet", "digits", "drive", 238),
+        ("digitnet", "digits", "magnitude", 238),
+    ]
+    for row in rows:
+        assert row["parameters"][0] == 24_058 > row["parameters"][1]
+        for key in ("channels", "multiply_adds", "dense_bytes", "sparse_bytes"):
+            assert row[key][0] > row[key][1] > 0, key
+        assert row["difference"] < 1e-4
+        assert min(row["time_ratio"].values()) > 0
+
+    again = run("compact.py", "--table", "results.jsonl", folder=tmp_path)
+    assert again.stdout == completed.stdout
+    assert re.findall(r"^\| (\w+) \| (\w+) \| (99%) \|.*\| 24,058 → ", again.stdout, re.MULTILINE) == [
+        ("digitnet", "drive", "99%"),
+        ("digitnet", "magnitude", "99%"),
+    ]
+
+
+def test_compact__images(tmp_path: Path) -> None:
+    """A tree of images, and a network in colour; and where there is nothing."""
+    write_noise(tmp_path / "noise", per_class=4)
+    line = "--epochs 1 --batch-size 10 --rounds 2 --repeats 1 --method synflow --sparsity 0.98"
+    completed = run("compact.py", "--data", "noise", *shlex.split(line), folder=tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert len(re.findall(r"^\| convnet \| synflow \| 98% \|.*\| 391,466 → ", completed.stdout, re.MULTILINE)) == 1
+    missing = run("compact.py", "--data", "nowhere", folder=tmp_path)
+    assert missing.returncode == 1
+    assert len(missing.stderr.splitlines()) == 1
 
 
 CLI_METHODS = {"drive": 10, "snip": 10, "synflow": 10, "imp": 22}  # with the epochs of each

@@ -13,8 +13,8 @@ from lightning_drive import callbacks
 FLOORS = (
     {"handover", "messages", "ranks"},
     {"checkpoints", "schedules", "scores", "ranking", "sparsity", "shards"},
-    {"prunable", "gradients", "flow", "masking", "rounds", "tables"},
-    {"costs", "files", "methods", "pictures", "rewinding"},
+    {"channels", "prunable", "gradients", "flow", "masking", "rounds", "tables"},
+    {"compaction", "costs", "files", "methods", "pictures", "rewinding"},
     {"finding", "planning", "report"},
     {"cli", "companions", "compatibility", "display", "scoring", "phases"},
     {"enforcing", "outcomes"},
@@ -32,7 +32,7 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 # Optional, and not imported by `lightning.pytorch` itself (torchmetrics alone brings matplotlib, torchvision, rich).
 OF_LIGHTNING = LIGHTNING | {"matplotlib", "rich", "torchvision"}
 WITH_LIGHTNING = "import lightning.pytorch, lightning_drive"
-HEAVY = {"pytorch_lightning", "sklearn", "jsonargparse", "pandas", "tensorboard", "safetensors"}
+HEAVY = {"pytorch_lightning", "sklearn", "jsonargparse", "pandas", "tensorboard", "safetensors", "torch_pruning"}
 
 
 def imported_modules(source: str) -> set[str]:
