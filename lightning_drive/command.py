@@ -91,7 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     """
     parser = _parser()
-    settings = vars(parser.parse_args(arguments))
+    known, unknown = parser.parse_known_args(arguments)
+    settings = vars(known)
+    command = settings.pop("parser", parser)
+    if unknown:
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
     run: Callable[..., None] | None = settings.pop("run", None)
     if run is None:
         parser.print_help(sys.stderr)
@@ -122,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: Callable[..., None], about: str, summary: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=about, formatter_class=keep_lines)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, parser=command)
         return command
 
     plan = add("plan", _plan, _ABOUT_PLAN, "before training: what would be pruned, when, and at what cost")

@@ -13,6 +13,8 @@ from lightning_drive.schedules import Schedule
 
 _SHOWN_ROUNDS = 8
 
+_SMALL = "a bias or norm"
+
 
 @dataclass(frozen=True)
 class PlannedParameter:
@@ -93,7 +95,7 @@ class PruningPlan:
         return None if self.steps is None else self.passes / self.steps
 
     def __str__(self) -> str:
-        return "\n".join([*self._what(), *tables.plain(self._rows()), self._costs()])
+        return "\n".join([*self._what(), *tables.plain(list(self._rows())), self._costs()])
 
     def _what(self) -> Iterator[str]:
         yield (
@@ -111,27 +113,23 @@ class PruningPlan:
         shown = "; ".join(f"{place}: {self.kept[place - 1]:,}" for place in places)
         yield f"weights left after round {shown}"
 
-    def _rows(self) -> Sequence[Sequence[str]]:
-        return [
-            ("parameter", "shape", "weights", "pruned"),
-            *(
-                (
-                    each.name,
-                    "x".join(map(str, each.shape)),
-                    f"{each.num_weights:,}",
-                    f"no: {each.stays_dense}" if each.stays_dense else "yes",
-                )
-                for each in self.parameters
-            ),
-            ("prunable", "", f"{self.num_prunable:,}", "-"),
-        ]
+    def _rows(self) -> Iterator[Sequence[str]]:
+        yield "parameter", "shape", "weights", "pruned"
+        small = [each for each in self.parameters if each.stays_dense == _SMALL]
+        for each in self.parameters:
+            if each not in small or len(small) == 1:
+                answer = f"no: {each.stays_dense}" if each.stays_dense else "yes"
+                yield each.name, "x".join(map(str, each.shape)), f"{each.num_weights:,}", answer
+        if len(small) > 1:
+            yield f"{len(small)} biases and norms", "", f"{sum(each.num_weights for each in small):,}", "no"
+        yield "prunable", "", f"{self.num_prunable:,}", "-"
 
     def _costs(self) -> str:
         parts = []
         if self.passes:
             parts.append(f"{self.passes:,} forward and backward pass{'es' * (self.passes != 1)} over {self.pass_over}")
         if self.share is not None and self.passes:
-            parts[-1] += f", one for every {1 / self.share:,.0f} training steps" if self.share < 1 else ""
+            parts[-1] += f", beside {self.steps:,} training steps"
         if self.last_epoch > self.first_epoch:
             of = "" if self.max_epochs is None else f" of {self.max_epochs:,}"
             parts.append(f"{self.last_epoch:,}{of} epochs of training before the last cut")
@@ -203,7 +201,7 @@ def planned_parameters(
             return "excluded"
         if not parameter.requires_grad:
             return "frozen"
-        return "a bias or norm" if parameter.ndim < 2 else "not selected"
+        return _SMALL if parameter.ndim < 2 else "not selected"
 
     return tuple(
         PlannedParameter(name, tuple(parameter.shape), parameter.numel(), reason(name, parameter))

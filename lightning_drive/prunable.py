@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -53,8 +54,7 @@ def prunable_parameters(
         for pattern in patterns or ():
             if not _matching(pattern, known):
                 raise ValueError(
-                    f"`{argument}` pattern {pattern!r} matches no parameter. The parameters are (a tied one by its"
-                    f" first name): {listed(known, most=20)}."
+                    f"`{argument}` pattern {pattern!r} matches no parameter. {_help(pattern, known, default)}"
                 )
     names = {*default, *computed}
     if include is not None:
@@ -118,6 +118,14 @@ def check_patterns(argument: str, patterns: Sequence[str] | None) -> None:
         return
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"`{argument}` must be a list of glob patterns over parameter names, got {patterns!r}.")
+
+
+def _help(pattern: str, known: Sequence[str], default: Sequence[str]) -> str:
+    """Say which names there are, those that are likely to be meant first."""
+    names = sorted(known, key=lambda name: name not in default)  # stable
+    layers = dict.fromkeys(f"{name.rpartition('.')[0]}.*" for name in names if "." in name)
+    hint = "".join(f"Did you mean {close!r}? " for close in get_close_matches(pattern, [*names, *layers], n=1))
+    return f"{hint}The parameters are, prunable ones first (a tied one by its first name): {listed(names, most=30)}."
 
 
 def _default_names(module: nn.Module) -> list[str]:

@@ -228,6 +228,8 @@ class PruningCallback(pl.Callback):
         if self.pruned:
             interrupted = self._restored and self.report is not None and trainer.global_step == self.report.step
             (self._settle if interrupted else self._enforce)(trainer, pl_module)
+            if self._restored:
+                display.show(trainer, f"The masks were restored: {self.masks}")
             if self._finished and self.report is not None:
                 outcomes.warn_of_differences(self.masks, self.report, self.sparsity, self.control)
 

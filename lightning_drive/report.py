@@ -18,6 +18,9 @@ Control: TypeAlias = Literal["none", "shuffle", "reinit"]
 Picture: TypeAlias = Literal["density", "rounds", "scores", "cycles"]
 T = TypeVar("T")
 
+_PHASES = {"batch_norm": "BatchNorm", "commit": "putting masks on"}
+"""What to call phases whose names say too little."""
+
 _CONTROLS = {
     "shuffle": "the masks were shuffled within each parameter",
     "reinit": "the survivors were re-initialised",
@@ -444,12 +447,12 @@ class PruningReport:
             )
         if self.dense_bytes is not None:
             yield (
-                f"prunable weights in memory: {tables.count(self.dense_bytes)}B dense,"
-                f" {tables.count(self.nonzero_bytes)}B as non-zero weights and a mask of 1 bit per weight"
+                f"prunable weights: {tables.count(self.dense_bytes)}B dense, as they are in memory;"
+                f" {tables.count(self.nonzero_bytes)}B if stored as non-zero ones and a mask of 1 bit per weight"
             )
         if self.phases:
             yield "seconds: " + ", ".join(
-                f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in self.phases.items()
+                f"{_PHASES.get(name, name)} {seconds:.1f}" for name, seconds in self.phases.items()
             )
         yield from (f"! {warning}" for warning in self.warnings)
 

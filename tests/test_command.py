@@ -429,6 +429,7 @@ def test_errors__arguments(arguments: tuple[str, ...], message: str, capsys: pyt
     error = fails(capsys, *arguments)
     assert message in error
     assert error.endswith("--help` says more)\n")
+    assert error.startswith(f"lightning-drive {arguments[0]}: " if arguments[0] != "shrink" else "lightning-drive: ")
 
 
 def test_errors__no_arguments(capsys: pytest.CaptureFixture[str]) -> None:

@@ -248,3 +248,18 @@ def test_log_pictures__not_possible(logger: Any, tmp_path: Path, monkeypatch: py
     running.fit(ConvModule(), fits.loader())
     assert running.current_epoch == 1
     assert not drawn
+
+
+def test_show__restored(tmp_path: Path, log_to: LogTo) -> None:
+    """A resumed run says that it has its masks again, and how many weights they keep; no other does."""
+
+    def said(callback: pl.Callback, epochs: int, checkpoint: Path | None = None) -> list[str]:
+        log_to(logging.StreamHandler(out := io.StringIO()))
+        trainer = fits.trainer(tmp_path, callback, max_epochs=epochs)
+        trainer.fit(ConvModule(), fits.loader(), ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return [line for line in out.getvalue().splitlines() if "restored: Masks(" in line]
+
+    callback = fits.drive()
+    assert said(callback, 3) == []
+    assert said(fits.drive(), 4, tmp_path / "last.ckpt") == [f"The masks were restored: {callback.masks}"]

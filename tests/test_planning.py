@@ -59,7 +59,7 @@ def test_plan__passes(tmp_path: Path) -> None:
     fits.trainer(tmp_path, callback, max_epochs=1, limit_val_batches=0).fit(fits.ConvModule(), fits.loader())
     assert plan.passes == calls == 12
     assert plan.share == 12 / 300
-    assert "12 forward and backward passes over a training batch, one for every 25 training steps" in str(plan)
+    assert "12 forward and backward passes over a training batch, beside 300 training steps" in str(plan)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,15 @@ def test_plan__text_of_rounds_and_parameters() -> None:
         "prunable            1,000                   -",
     ]
     assert costs == "costs: 3 forward and backward passes over a training batch"
+
+
+def test_plan__text_joins_biases_and_norms() -> None:
+    """They are many and never pruned: one row has them all, in the order of the others."""
+    module = nn.Sequential(nn.Linear(50, 20), nn.BatchNorm1d(20), nn.Embedding(3, 4))
+    *_, row, embedding, small, _, _ = str(DRIVEPruningCallback(sparsity=0.9).plan(module)).splitlines()
+    assert row.split() == ["0.weight", "20x50", "1,000", "yes"]
+    assert embedding.split() == ["2.weight", "3x4", "12", "no:", "not", "selected"]
+    assert small.split() == ["3", "biases", "and", "norms", "60", "no"]
 
 
 @pytest.mark.parametrize("argument", ["max_epochs", "steps_per_epoch"])

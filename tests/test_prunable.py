@@ -1,5 +1,7 @@
 """What is prunable is named, each weight once, in the order of `named_parameters()`; the rest stays dense."""
 
+import re
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -127,8 +129,25 @@ def test_prunable_parameters__frozen_is_left_out() -> None:
 
 @pytest.mark.parametrize("argument", ["include", "exclude"])
 def test_prunable_parameters__unmatched_error(argument: str) -> None:
-    with pytest.raises(ValueError, match=rf"`{argument}` pattern 'encoder.\*' matches no parameter.* 0.weight, 0.bias"):
+    with pytest.raises(
+        ValueError, match=rf"`{argument}` pattern 'encoder.\*' matches no parameter.* 0.weight, 2.weight, 0.bias"
+    ):
         prunable.prunable_parameters(models.MLP(4, 5, 3), **{argument: ["0.*", "encoder.*"]})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [
+        pytest.param("clasifier.weight", "classifier.weight", id="parameter"),
+        pytest.param("classifer.*", "classifier.*", id="layer"),
+    ],
+)
+def test_prunable_parameters__misspelled_error(pattern: str, meant: str) -> None:
+    """The name that was meant is said first, however many there are."""
+    layers = [(f"layer{index}", nn.Linear(2, 2)) for index in range(40)]
+    module = nn.Sequential(OrderedDict([*layers, ("classifier", nn.Linear(2, 2))]))
+    with pytest.raises(ValueError, match=rf"matches no parameter\. Did you mean '{re.escape(meant)}'\? The parameters"):
+        prunable.prunable_parameters(module, exclude=[pattern])
 
 
 @pytest.mark.parametrize("patterns", ["0.*", [0], {"0.*": 1}], ids=["text", "number", "dict"])
