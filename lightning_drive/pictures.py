@@ -18,7 +18,7 @@ _WIDTH = 8.0
 """Inches; a picture is read at about 900 pixels."""
 
 _SCORES = {
-    "DRIVE": r"$|\theta \cdot g|$, which ranks as $|\theta \cdot \partial L / \partial m \cdot \partial L / \partial \theta|$ does",
+    "DRIVE": r"$|\theta g|$, which ranks as $|\theta \cdot \partial L/\partial m \cdot \partial L/\partial\theta|$",
     "SNIP": r"$|\theta \cdot \partial L / \partial \theta|$",
     "SynFlow": r"$|\theta \cdot \partial R / \partial \theta|$",
     "IMP": r"$|\theta|$, the magnitude of a weight",

@@ -54,7 +54,7 @@ def prunable_parameters(
         for pattern in patterns or ():
             if not _matching(pattern, known):
                 raise ValueError(
-                    f"`{argument}` pattern {pattern!r} matches no parameter. {_help(pattern, known, default)}"
+                    f"`{argument}` pattern {pattern!r} matches no parameter. {_named(pattern, known, default)}"
                 )
     names = {*default, *computed}
     if include is not None:
@@ -120,7 +120,7 @@ def check_patterns(argument: str, patterns: Sequence[str] | None) -> None:
         raise TypeError(f"`{argument}` must be a list of glob patterns over parameter names, got {patterns!r}.")
 
 
-def _help(pattern: str, known: Sequence[str], default: Sequence[str]) -> str:
+def _named(pattern: str, known: Sequence[str], default: Sequence[str]) -> str:
     """Say which names there are, those that are likely to be meant first."""
     names = sorted(known, key=lambda name: name not in default)  # stable
     layers = dict.fromkeys(f"{name.rpartition('.')[0]}.*" for name in names if "." in name)
