@@ -149,3 +149,11 @@ def test_no_block_is_missed(page: Path) -> None:
     run_here = [info for info in opening if info != "text"]
     hidden = text.count("<!-- invisible-code-block")
     assert len(run_here) + hidden == sum(of == str(page.relative_to(ROOT)) for of, _ in EXAMPLES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_no_page_is_a_stub(page: Path) -> None:
+    """A page says something, and the site leads to it."""
+    assert len(page.read_text(encoding="utf-8").splitlines()) > 5
+    navigation = (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
+    assert page.name == "README.md" or f": {page.relative_to(ROOT / 'docs')}\n" in navigation
