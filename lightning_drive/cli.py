@@ -7,6 +7,7 @@ from argparse import ArgumentError
 from types import NoneType
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -16,8 +17,8 @@ class OneLineErrorsCLI(LightningCLI):
 
     In LightningCLI itself a wrong value ends in the usage of all arguments, or in a traceback through jsonargparse,
     with the reason somewhere inside. Here whatever is refused while arguments are parsed is said in one line, and so is
-    what a constructor of this package refuses, such as ``sparsity=90``. Errors of other constructors keep their
-    traceback, and with the environment variable ``JSONARGPARSE_DEBUG=true`` all do. Nothing else is different.
+    what this package refuses, such as ``sparsity=90`` or a warm-up that is as long as the training. All other errors
+    keep their traceback, and with the environment variable ``JSONARGPARSE_DEBUG=true`` these do, too.
 
     Example::
 
@@ -32,6 +33,10 @@ class OneLineErrorsCLI(LightningCLI):
         try:
             super().__init__(*args, **kwargs)
         except ArgumentError as error:
+            self._exit(error)
+        except MisconfigurationException as error:  # of settings that do not go together, known when a run is set up
+            if not _is_ours(error):
+                raise
             self._exit(error)
 
     @override

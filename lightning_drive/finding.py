@@ -13,12 +13,14 @@ from lightning_drive import sparsity as measures
 from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
-from lightning_drive.methods import Method, Network, check_choice
+from lightning_drive.methods import Magnitude, Method, Network, Random, check_choice
 from lightning_drive.ranks import ALONE, Ranks
 from lightning_drive.rounds import Round, ScoreHistogram
 from lightning_drive.schedules import Schedule
 
 Scope: TypeAlias = Literal["global", "layerwise"]
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -167,14 +169,13 @@ def search(
             density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
             current, rankings, alive = _prune(method.score(network), current, sizes, density, scope, holders)
             _mask_(network.weights, current)
-            history.add(rankings, alive.values())
-            if reads_batches or index == indices[-1]:  # what is 0 whatever the batch goes first anyway
-                history.cuts.extend(_cuts_in_zeros(rankings, index, reads_batches))
+            history.add(rankings, alive.values(), list(_cuts_in_zeros(rankings, index, reads_batches)))
             if on_round is not None:
                 on_round(index, current)
     joined = Masks({name: shards.joined(mask, of=parameters[name]) for name, mask in current.items()})
     found, disagreements = _agreed(joined if shuffle is None else joined.shuffled(shuffle), ranks)
-    return _described(network, found, history, indices[0], disagreements)
+    silent = [] if isinstance(method, (Magnitude, Random)) else _silent_norms(module)
+    return _described(network, found, history, indices[0], disagreements, silent)
 
 
 @dataclass
@@ -187,32 +188,52 @@ class _History:
     """The lowest score that each round kept; ``None`` where there were several rankings."""
     counts: list[Iterable[int]] = field(default_factory=list)
     """How many weights every parameter had before each round."""
-    cuts: list[str] = field(default_factory=list)
-    """Where the cut fell inside exact zeros."""
+    cuts: list[list[str]] = field(default_factory=list)
+    """Where the cut of each round fell inside exact zeros."""
+    zeros_stay: bool = True
+    """Whether no score that was zero is known to have been higher with a later batch."""
 
-    def add(self, rankings: Mapping[str, ranking.Ranking], alive: Iterable[int]) -> None:
+    def add(self, rankings: Mapping[str, ranking.Ranking], alive: Iterable[int], cuts: list[str]) -> None:
+        for name, before in self.rankings.items():
+            if before.threshold == 0 and name in rankings:
+                now = rankings[name]
+                self.zeros_stay &= now.num_above + now.num_tied * (now.threshold > 0) <= before.num_above
         self.rankings = rankings
         self.thresholds.append(rankings[""].threshold if "" in rankings else None)
         self.counts.append(alive)
+        self.cuts.append(cuts)
 
     @property
     def remarks(self) -> list[str]:
-        """The cuts, in one text."""
-        more = f" This happened {len(self.cuts)} times." if len(self.cuts) > 1 else ""
-        return [f"{text}{more}" for text in self.cuts[:1]]
+        """The cuts that position decided, in one text; a zero that stays one goes before all others in later rounds."""
+        cuts = [text for texts in (self.cuts[-1:] if self.zeros_stay else self.cuts) for text in texts]
+        more = f" This happened {len(cuts)} times." if len(cuts) > 1 else ""
+        return [f"{text}{more}" for text in cuts[:1]]
 
 
 def _described(
-    network: Network, masks: Masks, history: _History, first_round: int, disagreements: Sequence[str]
+    network: Network,
+    masks: Masks,
+    history: _History,
+    first_round: int,
+    disagreements: Sequence[str],
+    silent: Sequence[str],
 ) -> Found:
     """Say what there is to know about the masks that were found."""
     active, path_error = (None, None) if network.is_sharded else _active(network, masks)
+    troubles = [*history.remarks, *_collapses(masks, active)]
+    if troubles and silent:
+        troubles.append(
+            f"The scale of {listed(map(repr, silent), most=3)} is 0 throughout, as some libraries initialise residual"
+            " branches: all weights in front of it score 0. Initialise it with 1 (timm: `zero_init_last=False`), or"
+            " prune after a warm-up."
+        )
     counts = [*history.counts, ranking.count_each(masks.values())]
     return Found(
         masks,
         active,
         path_error,
-        [*network.warnings, *history.remarks, *disagreements, *_collapses(masks, active)],
+        [*network.warnings, *disagreements, *troubles],
         rounds.removed_by_round(first_round, history.thresholds, counts),
         rounds.score_histogram(history.rankings.values()),
         None if network.is_sharded else network.known_input,
@@ -226,11 +247,16 @@ def check_method(method: Method) -> None:
         method: An instance of a method.
 
     Raises:
-        TypeError: If it is not, for example the class itself.
+        TypeError: If it is not, for example the class itself, or lacks something that a method has (named).
 
     """
-    if isinstance(method, type) or not isinstance(method, Method):
-        raise TypeError(f"`method` must be an instance of a method, such as `DRIVE(rounds=100)`, got {method!r}.")
+    given: Any = method
+    if isinstance(given, type) or not isinstance(given, Method):
+        lacks = [repr(name) for name in ("rounds", "mode", "score") if not hasattr(given, name)]
+        reason = f", which has no {' and no '.join(lacks)}" if 0 < len(lacks) < 3 else ""
+        raise TypeError(
+            f"`method` must be an instance of a method, such as `DRIVE(rounds=100)`, got {given!r}{reason}."
+        )
 
 
 def check_settings(sparsity: float, schedule: str, scope: str) -> None:
@@ -318,11 +344,9 @@ def _agreed(masks: Masks, ranks: Ranks) -> tuple[Masks, list[str]]:
 
 
 def _cuts_in_zeros(rankings: Mapping[str, ranking.Ranking], round_index: int, reads_batches: bool) -> Iterator[str]:
-    hint = (
-        "Larger batches, more `batches_per_round` or a longer warm-up give fewer zeros."
-        if reads_batches
-        else "Layers that start at zero, and kernel taps that only ever see padding, have such scores."
-    )
+    always = "Layers that start at zero, and kernel taps that only ever see padding, have such scores."
+    fewer = "Larger batches, more `batches_per_round` or a longer warm-up give fewer zeros."
+    hint = f"{always} {fewer}" if reads_batches else always
     for name, each in rankings.items():
         if each.threshold == 0 and each.num_above + each.num_tied > each.num_kept:
             where = f" in {name!r}" if name else ""
@@ -331,6 +355,15 @@ def _cuts_in_zeros(rankings: Mapping[str, ranking.Ranking], round_index: int, re
                 f" {each.num_kept:,} to keep: the cut fell inside exact zeros, and the rest was kept by position."
                 f" {hint}"
             )
+
+
+def _silent_norms(module: nn.Module) -> list[str]:
+    """Name the norms that let nothing through, since their scale is 0."""
+    return [
+        f"{name}.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, _NORMS) and layer.weight is not None and not layer.weight.any()
+    ]
 
 
 def _active(network: Network, masks: Masks) -> tuple[Masks | None, str | None]:

@@ -120,6 +120,16 @@ def test_wrong_value(command_line: Any, capsys: pytest.CaptureFixture[str], argu
     assert re.search(WRONG[argument].split(": ")[-1].removesuffix(f" Got value: {argument.split('=')[1]}"), seen)
 
 
+def test_wrong_settings_together__one_line(command_line: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is only known when a run is set up is one line, too."""
+    with pytest.raises(SystemExit, match="2"):
+        command_line("--trainer.callbacks.warmup_epochs=7", kind=OneLineErrorsCLI)
+    *_, seen = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"error: DRIVEPruningCallback\(warmup_epochs=7\) prunes at the start of epoch 7 .* max_epochs=3 .*", seen
+    )
+
+
 def test_wrong_value__missing(command_line: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG.replace("sparsity: 0.8", ""))
     with pytest.raises(SystemExit):
