@@ -129,6 +129,7 @@ def test_cifar10__no_data(tmp_path: Path) -> None:
     assert re.fullmatch(r".*cifar-10-batches-py/.*\n", completed.stderr)  # one line
 
 
+@pytest.mark.slow
 def test_compact(tmp_path: Path) -> None:
     """The default data, less of it: a row for each network, which is smaller and says the same."""
     line = "--epochs 1 --train-images 256 --rounds 5 --repeats 1 --method drive magnitude --sparsity 0.99"
@@ -155,6 +156,16 @@ def test_compact(tmp_path: Path) -> None:
     ]
 
 
+def test_compact__page(tmp_path: Path) -> None:
+    """The table of the page on `compact` is what its committed results give."""
+    docs = EXAMPLES.parent / "docs"
+    page = (docs / "compact.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- table begins -->")[2].partition("<!-- table ends -->")[0]
+    assert shown.strip() == run("compact.py", "--table", str(docs / "compact.jsonl"), folder=tmp_path).stdout.strip()
+    assert len(shown.strip().splitlines()) == 2 + 2 * 2 * 3  # networks, sparsities, methods
+
+
+@pytest.mark.slow
 def test_compact__images(tmp_path: Path) -> None:
     """A tree of images, and a network in colour; and where there is nothing."""
     write_noise(tmp_path / "noise", per_class=4)
