@@ -174,8 +174,8 @@ def search(
                 on_round(index, current)
     joined = Masks({name: shards.joined(mask, of=parameters[name]) for name, mask in current.items()})
     found, disagreements = _agreed(joined if shuffle is None else joined.shuffled(shuffle), ranks)
-    silent = [] if isinstance(method, (Magnitude, Random)) else _silent_norms(module)
-    return _described(network, found, history, indices[0], disagreements, silent)
+    reads_gradients = not isinstance(method, (Magnitude, Random))
+    return _described(network, found, history, indices[0], disagreements, reads_gradients)
 
 
 @dataclass
@@ -217,17 +217,13 @@ def _described(
     history: _History,
     first_round: int,
     disagreements: Sequence[str],
-    silent: Sequence[str],
+    reads_gradients: bool,
 ) -> Found:
     """Say what there is to know about the masks that were found."""
     active, path_error = (None, None) if network.is_sharded else _active(network, masks)
     troubles = [*history.remarks, *_collapses(masks, active)]
-    if troubles and silent:
-        troubles.append(
-            f"The scale of {listed(map(repr, silent), most=3)} is 0 throughout, as some libraries initialise residual"
-            " branches: all weights in front of it score 0. Initialise it with 1 (timm: `zero_init_last=False`), or"
-            " prune after a warm-up."
-        )
+    if troubles and reads_gradients and not network.is_sharded:
+        troubles.extend(_silent_norms(network.module))
     counts = [*history.counts, ranking.count_each(masks.values())]
     return Found(
         masks,
@@ -357,13 +353,19 @@ def _cuts_in_zeros(rankings: Mapping[str, ranking.Ranking], round_index: int, re
             )
 
 
-def _silent_norms(module: nn.Module) -> list[str]:
-    """Name the norms that let nothing through, since their scale is 0."""
-    return [
-        f"{name}.weight"
+def _silent_norms(module: nn.Module) -> Iterator[str]:
+    """Name the norms that let nothing through, since their scale is 0, and say what that does to scores."""
+    silent = [
+        f"'{name}.weight'"
         for name, layer in module.named_modules()
         if isinstance(layer, _NORMS) and layer.weight is not None and not layer.weight.any()
     ]
+    if silent:
+        yield (
+            f"The scale of {listed(silent, most=3)} is 0 throughout, as some libraries initialise residual branches:"
+            " all weights in front of it score 0. Initialise it with 1 (timm: `zero_init_last=False`), or prune after"
+            " a warm-up."
+        )
 
 
 def _active(network: Network, masks: Masks) -> tuple[Masks | None, str | None]:

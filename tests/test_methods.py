@@ -790,6 +790,34 @@ def test_find_masks__part_without_flow_warns() -> None:
     assert texts[0].startswith("In round 1 only 12 weights had a score above zero, fewer than the 30 to keep")
 
 
+class SilentBranch(nn.Module):
+    """x + norm(a(x)) with a norm whose scale is 0, then a classifier: nothing comes through ``a``, of small weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.c = nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 3)
+        nn.init.zeros_(self.norm.weight)
+        nn.init.constant_(self.a.weight, 1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(x + self.norm(self.a(x)))
+
+
+def test_find_masks__silent_norm() -> None:
+    """It is named where it did harm to scores by gradients, and nowhere else."""
+    data = {"batches": models.make_batches(4), "loss_fn": models.loss_fn}
+    for sparsity, harm in (
+        (0.3, "In round 1 only 12 weights"),
+        (0.7, "Layer collapse: no weight is left in 'a.weight'"),
+    ):
+        first, second = caught(SilentBranch(), SNIP(), sparsity=sparsity, **data)
+        assert first.startswith(harm)
+        assert second.startswith("The scale of 'norm.weight' is 0 throughout")
+    assert caught(SilentBranch(), SNIP(), sparsity=0.0, **data) == []
+    (text,) = caught(SilentBranch(), Magnitude(), sparsity=0.7)
+    assert text.startswith("Layer collapse: no weight is left in 'a.weight'")
+
+
 @pytest.mark.parametrize(
     ("layer", "named"),
     [
