@@ -1,12 +1,13 @@
 """What must not become slow or large: ratios to peers in the same process; seconds are of the processor, not the clock.
 
-The bounds are about 1.5 times what was measured on 2026-11-25 (torch 2.14.1, one thread of an AMD EPYC).
-`tests/benchmarks` measures all there is to know, and `docs/performance.md` has the results.
+Other work on the machine only ever adds time (shared caches, shared memory bandwidth), so the least of several
+measurements counts, on both sides. The bounds are 1.4 to 2 times what was measured on 2026-11-27 (torch 2.14.1, one
+thread of an AMD EPYC); `tests/benchmarks` measures all there is to know, and `docs/performance.md` has the results.
 """
 
+import copy
 import time
 from itertools import pairwise
-from statistics import median
 
 import pytest
 import torch
@@ -26,14 +27,23 @@ def network() -> nn.Sequential:
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
+def least(measured: list[list[float]]) -> float:
+    """Give the seconds of a whole search from the least that each of its rounds took in several such searches."""
+    return sum(min(times) for times in zip(*measured, strict=True))
+
+
 def test_round() -> None:
-    """To score, rank and mask 937,728 weights costs less than to find one threshold by torch's own function."""
+    """To score, rank and mask 937,728 weights takes about as long as to find one threshold by torch's own function."""
     module = network()
     values = scores(sum(layer.weight.numel() for layer in module if isinstance(layer, nn.Linear)))
-    rounds, thresholds, _ = rounds_and_passes(
-        module, Magnitude(rounds=12), lambda: values.kthvalue(len(values) // 20), time.process_time
-    )
-    assert median(rounds) <= 1.0 * median(thresholds)
+
+    def search() -> tuple[list[float], list[float], float]:
+        return rounds_and_passes(
+            copy.deepcopy(module), Magnitude(rounds=12), lambda: values.kthvalue(len(values) // 20), time.process_time
+        )
+
+    rounds, thresholds, _ = zip(*(search() for _ in range(8)), strict=True)
+    assert least([*rounds]) <= 1.8 * least([*thresholds])
 
 
 def test_pass() -> None:
@@ -48,10 +58,13 @@ def test_pass() -> None:
         loss(plain, batches[0]).backward()
         plain.zero_grad()
 
-    rounds, passes, _ = rounds_and_passes(
-        module, DRIVE(rounds=8), bare_pass, time.process_time, batches=batches, loss_fn=loss
-    )
-    assert median(rounds) <= 1.45 * median(passes)
+    def search() -> tuple[list[float], list[float], float]:
+        return rounds_and_passes(
+            copy.deepcopy(module), DRIVE(rounds=8), bare_pass, time.process_time, batches=batches, loss_fn=loss
+        )
+
+    rounds, passes, _ = zip(*(search() for _ in range(3)), strict=True)
+    assert least([*rounds]) <= 1.8 * least([*passes])
 
 
 @pytest.mark.parametrize("density", [0.02, 0.5])
@@ -67,9 +80,9 @@ def test_mask(density: float) -> None:
     ours, peers = in_turn(
         seconds(covered.zero_weights_, time.process_time),
         {"multiplication": seconds(lambda: torch._foreach_mul_(weights, factors), time.process_time)},
-        repeats=30,
+        repeats=100,
     )
-    assert median(ours) <= 1.75 * median(peers["multiplication"])
+    assert min(ours) <= 1.8 * min(peers["multiplication"])
 
 
 def test_memory() -> None:
