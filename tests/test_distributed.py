@@ -11,6 +11,7 @@ from typing import Any
 
 import distributed
 import fits
+import processes
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,10 +31,12 @@ EPOCHS = range(distributed.EPOCHS - 1)
 
 def start(folder: Path, launch: str, *scenarios: str) -> None:
     """Run scenarios in two processes, started by Lightning or by ``torchrun``."""
-    command = [sys.executable, distributed.__file__, str(folder), launch, *scenarios]
+    arguments = [distributed.__file__, str(folder), launch, *scenarios]
     if launch == "torchrun":
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    else:
+        done = processes.script(*arguments, folder=folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

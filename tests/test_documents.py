@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import mymodel
+import processes
 import pytest
 from packaging.requirements import Requirement
 from sybil import Document, Example, Region, Sybil
@@ -26,6 +27,7 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "bash", "yaml", "text"}
+BIN = Path(sys.executable).parent
 
 INSTEAD = {
     "python examples/digits.py": "python examples/digits.py --help",  # `.ci/run` runs it, from a wheel
@@ -75,18 +77,23 @@ def run(example: Example) -> None:
             check_installable(shlex.split(command)[2:])
             continue
         begin = max((begin for begin in INSTEAD if command.startswith(begin)), key=len, default=None)
-        bash(INSTEAD[begin] if begin else command)
+        call(INSTEAD[begin] if begin else command)
 
 
-def bash(command: str) -> None:
+def call(command: str) -> None:
     """Run one command in the current folder, where a reader of the repository has its parts, and a model."""
     for name in ("examples", "tests", "pyproject.toml", "tests/mymodel.py"):
         if not Path(Path(name).name).exists():
             Path(Path(name).name).symlink_to(ROOT / name)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment = {**inherited, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], env=environment, capture_output=True, text=True)
+    first, *arguments = shlex.split(command)
+    if first == "python" and arguments[0].endswith(".py"):
+        done = processes.script(*arguments, folder=Path.cwd())
+    elif first == "lightning-drive":
+        done = processes.script(BIN / first, *arguments, folder=Path.cwd())
+    else:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment = {**inherited, "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]])}
+        done = subprocess.run(["bash", "-euc", command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 

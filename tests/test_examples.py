@@ -3,16 +3,16 @@
 import importlib
 import importlib.util
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -23,16 +23,9 @@ ROW = re.compile(
 )
 
 
-def run(script: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(script: str, *arguments: str, folder: Path) -> CompletedProcess[str]:
     """Run an example in a folder, on the package of this checkout."""
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
+    return processes.script(EXAMPLES / script, *arguments, folder=folder)
 
 
 def read_table(output: str) -> dict[str, tuple[float, str, str]]:

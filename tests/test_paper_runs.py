@@ -3,10 +3,8 @@
 import importlib
 import json
 import logging
-import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -19,6 +17,7 @@ from typing import Any
 import paper_images
 import pytest
 import torch
+from processes import Script
 
 from lightning_drive import PruningReport
 
@@ -212,60 +211,45 @@ SHORT = (
 )
 
 
-def start(folder: Path, results: str, *methods: str, more: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Start `run.py` as a user does."""
+def words(results: str, *methods: str, jobs: int = 1, more: tuple[str, ...] = ()) -> list[str]:
     options = ["--experiments", "digits", "--methods", *methods, "--sparsities", "0.9", "--seeds", "0"]
-    return subprocess.Popen(
-        [sys.executable, PAPER / "run.py", *options, "--jobs", "2", "--results", results, "--", *SHORT, *more],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(PAPER.parents[1]), "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return [*options, "--jobs", str(jobs), "--results", results, "--", *SHORT, *more]
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[str, str]:
-    """Wait for output and errors, and leave nothing running."""
-    try:
-        return process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+def start(folder: Path, results: str, *methods: str, **options: Any) -> Script:
+    """Start `run.py` as a user does."""
+    return Script(PAPER / "run.py", *words(results, *methods, **options), folder=folder)
 
 
 def read(path: Path) -> dict[str, Any]:
     return {line["method"]: line for line in map(json.loads, path.read_text().splitlines())}
 
 
-def wait_for(folder: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+def wait_for(folder: Path, pattern: str, script: Script) -> None:
     deadline = time.monotonic() + 120
     while not list(folder.glob(pattern)):
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert script.process.is_alive()
         time.sleep(0.01)
 
 
 @pytest.mark.slow
-def test_run__killed(tmp_path: Path) -> None:
+def test_run__killed(paper: Callable[[str], ModuleType], tmp_path: Path) -> None:
     """What was done is kept, and what was under way goes on: as if nothing had happened."""
-    whole = start(tmp_path, "whole.jsonl", "dense", "imp")
-    _, errors = finish(whole)
-    assert whole.returncode == 0, errors
+    whole = start(tmp_path, "whole.jsonl", "dense", "imp").finish()
+    assert whole.returncode == 0, whole.stderr
 
     checkpoints = tmp_path / "killed.jsonl.checkpoints"
     killed = start(tmp_path, "killed.jsonl", "dense", "imp")
     wait_for(checkpoints, "*imp*/epoch=[2-9].ckpt", killed)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    killed.send(signal.SIGKILL)
+    assert killed.finish().returncode == -signal.SIGKILL
     before = read(tmp_path / "killed.jsonl") if (tmp_path / "killed.jsonl").exists() else {}
     assert "imp" not in before
 
-    again = start(tmp_path, "killed.jsonl", "dense", "imp")
-    output, errors = finish(again)
-    assert again.returncode == 0, errors
-    assert f"{2 - len(before)} runs to do" in output
+    again = start(tmp_path, "killed.jsonl", "dense", "imp").finish()
+    assert again.returncode == 0, again.stderr
+    assert f"{2 - len(before)} runs to do" in again.stdout
     assert not checkpoints.exists()
     found, expected = read(tmp_path / "killed.jsonl"), read(tmp_path / "whole.jsonl")
     assert found.keys() == {"dense", "imp"}
@@ -279,21 +263,19 @@ def test_run__killed(tmp_path: Path) -> None:
     assert found["imp"]["overrides"] == list(SHORT)
     assert all(line["accuracy"] > 0.3 for line in found.values())  # chance is 0.1
 
-    other = start(tmp_path, "killed.jsonl", "dense", "imp", more=("--protocol.epochs=7",))
-    _, errors = finish(other)
-    assert other.returncode == 1
-    assert "Give the same, or another --results." in errors
+    with pytest.raises(SystemExit, match="Give the same, or another --results"):
+        paper("run").main(words("killed.jsonl", "dense", "imp", more=("--protocol.epochs=7",)))
 
 
 @pytest.mark.slow
 def test_run__interrupted(tmp_path: Path) -> None:
     """Ctrl+C ends what is under way at once, and what waits for its turn is not begun."""
-    started = start(tmp_path, "r.jsonl", "dense", "snip", "synflow", "imp", more=("--protocol.epochs=5000",))
+    started = start(tmp_path, "r.jsonl", "dense", "snip", "synflow", "imp", jobs=2, more=("--protocol.epochs=5000",))
     wait_for(tmp_path / "r.jsonl.checkpoints", "*dense*/epoch=[2-9].ckpt", started)
-    os.killpg(started.pid, signal.SIGINT)
-    _, errors = finish(started, timeout=30)
-    assert started.returncode == 1
-    assert "The same command goes on from here." in errors
+    started.send(signal.SIGINT)
+    stopped = started.finish(timeout=30)
+    assert stopped.returncode == 1
+    assert "The same command goes on from here." in stopped.stderr
     assert not (tmp_path / "r.jsonl").exists()
 
 
@@ -302,12 +284,11 @@ def test_run__failure(tmp_path: Path) -> None:
     """A run that fails is told, and the others are done."""
     some = start(
         tmp_path, "r.jsonl", "snip", "magnitude", more=("--pruning.exclude=[network.0.weight]", "--data.batch_size=600")
-    )
-    output, errors = finish(some)
+    ).finish()
     assert some.returncode == 1
-    assert "1 runs failed" in errors
-    assert "magnitude, 90%, seed 0: failed" in output
-    assert "exclude" in errors  # which that callback does not have
+    assert "1 runs failed" in some.stderr
+    assert "magnitude, 90%, seed 0: failed" in some.stdout
+    assert "exclude" in some.stderr  # which that callback does not have
     assert read(tmp_path / "r.jsonl").keys() == {"snip"}
 
 

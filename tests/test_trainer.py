@@ -1,8 +1,6 @@
 """Whatever switch of the Trainer is turned: pruned once per cut, to the exact count, and zeros stay, until a stop."""
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,6 +10,7 @@ from typing import Any
 
 import fits
 import lightning.pytorch as pl
+import processes
 import pytest
 import resumable
 import stopped
@@ -477,8 +476,7 @@ def test_exception__before_training(tmp_path: Path) -> None:
 def stops(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All runs of `stopped.py`, in a process of their own."""
     folder = tmp_path_factory.mktemp("stopped")
-    command = [sys.executable, stopped.__file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = processes.script(stopped.__file__, folder, folder=folder)
     assert done.returncode == 0, done.stderr
     return torch.load(folder / "results.pt", weights_only=True)
 
