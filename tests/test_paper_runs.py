@@ -306,7 +306,7 @@ KEPT = {  # a tenth of the prunable weights
 }
 FEW = (
     *("--protocol.epochs=2", "--protocol.warmup_epochs=1", "--protocol.cycles=1", "--protocol.epochs_per_cycle=1"),
-    *("--pruning.sparsity=0.9", "--data.root=here", "--data.batch_size=2", "--trainer.limit_train_batches=2"),
+    *("--pruning.sparsity=0.9", "--data.root=here", "--data.batch_size=2", "--trainer.limit_train_batches=1"),
     *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=1"),
     *("--trainer.enable_checkpointing=false", "--trainer.accelerator=cpu"),
 )
