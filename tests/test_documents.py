@@ -93,7 +93,8 @@ def call(command: str) -> None:
     else:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         environment = {**inherited, "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]])}
-        done = subprocess.run(["bash", "-euc", command], env=environment, capture_output=True, text=True)
+        words = ["bash", "-euo", "pipefail", "-c", command]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
