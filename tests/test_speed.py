@@ -1,7 +1,7 @@
 """What must not become slow or large: ratios to peers in the same process; seconds are of the processor, not the clock.
 
 Other work on the machine only ever adds time (shared caches, shared memory bandwidth), so the least of several
-measurements counts, on both sides. The bounds are 1.4 to 2 times what was measured on 2026-11-27 (torch 2.14.1, one
+measurements counts, on both sides. The bounds are 1.2 to 1.8 times what was measured on 2026-11-27 (torch 2.14.1, one
 thread of an AMD EPYC); `tests/benchmarks` measures all there is to know, and `docs/performance.md` has the results.
 """
 
@@ -43,7 +43,7 @@ def test_round() -> None:
         )
 
     rounds, thresholds, _ = zip(*(search() for _ in range(8)), strict=True)
-    assert least([*rounds]) <= 1.8 * least([*thresholds])
+    assert least([*rounds]) <= 1.5 * least([*thresholds])
 
 
 def test_pass() -> None:
@@ -64,7 +64,7 @@ def test_pass() -> None:
         )
 
     rounds, passes, _ = zip(*(search() for _ in range(3)), strict=True)
-    assert least([*rounds]) <= 1.8 * least([*passes])
+    assert least([*rounds]) <= 1.45 * least([*passes])
 
 
 @pytest.mark.parametrize("density", [0.02, 0.5])
@@ -82,7 +82,7 @@ def test_mask(density: float) -> None:
         {"multiplication": seconds(lambda: torch._foreach_mul_(weights, factors), time.process_time)},
         repeats=100,
     )
-    assert min(ours) <= 1.8 * min(peers["multiplication"])
+    assert min(ours) <= 1.75 * min(peers["multiplication"])
 
 
 def test_memory() -> None:
