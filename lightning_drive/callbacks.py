@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from lightning_drive.finding import Scope
-from lightning_drive.gradients import Mode
+from lightning_drive.undisturbed import Mode
 from lightning_drive.methods import DRIVE, SNIP, SynFlow
 from lightning_drive.report import Control
 from lightning_drive.schedules import Schedule

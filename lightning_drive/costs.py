@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_drive import gradients, shards
+from lightning_drive import shards
 from lightning_drive.messages import listed
+from lightning_drive.undisturbed import in_mode
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,15 @@ class Costs:
 
 
 def measure(module: nn.Module, parameters: Mapping[str, nn.Parameter], example_input: Tensor | None) -> Costs:
-    """Count, with torch's flop counter, the multiply-adds of one forward pass of one sample. The module stays as it is.
+    """Count, with torch's flop counter, the multiply-adds of one forward pass of one sample.
 
     One multiply-add is two of the counter's flops. It counts products of matrices, convolutions and attention, but
     not, for example, norms and activations. What an operation costs belongs to the parameter that it is given, in
     whatever layer or function that happens.
 
     Args:
-        module: The network; its ``forward`` takes one tensor.
-        parameters: Parameter name to live parameter; those that are sharded over ranks are not counted for.
+        module: The network, or a replica, since it is run; its ``forward`` takes one tensor.
+        parameters: Parameter name to its parameter; those that are sharded over ranks are not counted for.
         example_input: An input of the right shape, batch dimension first, of which the first sample is used.
 
     """
@@ -49,7 +50,7 @@ def measure(module: nn.Module, parameters: Mapping[str, nn.Parameter], example_i
     if example_input is None or any(map(shards.is_sharded, parameters.values())):
         return Costs(itemsizes, unknown, None)
     try:
-        with gradients.undisturbed(module, "eval"):
+        with in_mode(module, "eval"):
             first = next(iter(parameters.values()))
             sample = (example_input[:1] if example_input.ndim else example_input).to(first.device)
             if sample.is_floating_point():

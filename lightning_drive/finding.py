@@ -17,6 +17,7 @@ from lightning_drive.methods import Magnitude, Method, Network, Random, check_ch
 from lightning_drive.ranks import ALONE, Ranks
 from lightning_drive.rounds import Round, ScoreHistogram
 from lightning_drive.schedules import Schedule
+from lightning_drive.undisturbed import in_mode, undisturbed
 
 Scope: TypeAlias = Literal["global", "layerwise"]
 
@@ -103,20 +104,24 @@ def find_masks(
         (14, 56)
 
     """
+    check_method(method)
+    check_settings(sparsity, schedule, scope)
     shards.reshard_(module)
-    found = search(
-        module,
-        method,
-        sparsity=sparsity,
-        batches=batches,
-        loss_fn=loss_fn,
-        masks=masks,
-        schedule=schedule,
-        scope=scope,
-        parameters=prunable.prunable_parameters(module, include, exclude),
-        example_input=example_input,
-        on_round=on_round,
-    )
+    names = prunable.prunable_parameters(module, include, exclude)
+    with undisturbed(module, method.mode) as scored:
+        found = search(
+            scored.module,
+            method,
+            sparsity=sparsity,
+            batches=batches,
+            loss_fn=loss_fn and gradients.on_replica_only(scored.of(loss_fn), module),
+            masks=masks,
+            schedule=schedule,
+            scope=scope,
+            parameters=parameters_by_name(scored.module, names),
+            example_input=example_input,
+            on_round=on_round,
+        )
     if found.path_error and example_input is not None:
         found.warnings.append(f"Input-output paths could not be followed from `example_input`: {found.path_error}")
     for text in found.warnings:
@@ -143,16 +148,15 @@ def search(
 ) -> Found:
     """Find masks and tell what happened: :func:`find_masks` for a caller that warns and reports in its own way.
 
-    The arguments are those of :func:`find_masks`, with the live prunable ``parameters`` by name in place of
-    ``include`` and ``exclude``, and three more: ``only_round`` does a single one of the method's rounds, from the masks
+    The module is masked and run: give it what :func:`~lightning_drive.undisturbed.undisturbed` yields. The arguments
+    are those of :func:`find_masks`, with its prunable ``parameters`` by name in place of ``include`` and ``exclude``,
+    and three more: ``only_round`` does a single one of the method's rounds, from the masks
     that those before it left, ``shuffle`` gives the outcome in a random order within each parameter, and ``ranks`` are
     processes that each score their own batches: gradients are averaged over them, and all get the masks of the first.
 
     Parameters may be split over ranks (FSDP2). Every rank then scores and masks its own part, and only histograms of
     scores are exchanged; masks are put together at the end. ``on_round`` is given this rank's part.
     """
-    check_method(method)
-    check_settings(sparsity, schedule, scope)
     reads_batches = hasattr(method, "batches_per_round")
     holders = shards.holders(parameters)
     current = _starting_masks(module, parameters, masks, sparsity)
@@ -163,15 +167,14 @@ def search(
     network = Network(module, parameters, batches, loss_fn, example_input, ranks)
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     history = _History()
-    with gradients.undisturbed(module, method.mode):
+    _mask_(network.weights, current)
+    for index in indices:
+        density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
+        current, rankings, alive = _prune(method.score(network), current, sizes, density, scope, holders)
         _mask_(network.weights, current)
-        for index in indices:
-            density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
-            current, rankings, alive = _prune(method.score(network), current, sizes, density, scope, holders)
-            _mask_(network.weights, current)
-            history.add(rankings, alive.values(), list(_cuts_in_zeros(rankings, index, reads_batches)))
-            if on_round is not None:
-                on_round(index, current)
+        history.add(rankings, alive.values(), list(_cuts_in_zeros(rankings, index, reads_batches)))
+        if on_round is not None:
+            on_round(index, current)
     joined = Masks({name: shards.joined(mask, of=parameters[name]) for name, mask in current.items()})
     found, disagreements = _agreed(joined if shuffle is None else joined.shuffled(shuffle), ranks)
     reads_gradients = not isinstance(method, (Magnitude, Random))
@@ -234,6 +237,18 @@ def _described(
         rounds.score_histogram(history.rankings.values()),
         None if network.is_sharded else network.known_input,
     )
+
+
+def parameters_by_name(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Select parameters of a module.
+
+    Args:
+        module: The module.
+        names: Names as in ``module.named_parameters()``.
+
+    """
+    parameters = dict(module.named_parameters())
+    return {name: parameters[name] for name in names}
 
 
 def check_method(method: Method) -> None:
@@ -371,7 +386,7 @@ def _silent_norms(module: nn.Module) -> Iterator[str]:
 def _active(network: Network, masks: Masks) -> tuple[Masks | None, str | None]:
     """Find the weights on input-output paths, or say why that could not be done."""
     try:
-        with gradients.undisturbed(network.module, "eval"):
+        with in_mode(network.module, "eval"):
             return Masks(flow.active_masks(network.module, masks, network.example_input())), None
     except Exception as error:  # the module's own `forward`, called in a way it may not be made for
         return None, f"{type(error).__name__}: {error}"

@@ -1,6 +1,6 @@
 """Passes through a network made all-positive: synaptic flow, and which weights still lie on a path.
 
-Both replace the parameters for one call only (``torch.func.functional_call``); the module itself is never written to.
+Both run a replica of the module that has other tensors in place of its parameters; the module itself is only read.
 """
 
 import inspect
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_drive.replicas import Replica
 
 _WITHOUT_FLOW = {
     *("relu6", "hardtanh", "hardtanh_", "hardsigmoid", "tanh", "tanh_", "sigmoid", "sigmoid_", "softsign"),
@@ -80,7 +81,7 @@ class SynapticFlow:
     variance stay. In a feed-forward network the scores :math:`|\theta \odot \partial R / \partial |\theta||` of every
     layer then sum to :math:`R`.
 
-    Use it in eval mode with autocast off (:func:`lightning_drive.gradients.undisturbed`).
+    Use it in eval mode with autocast off (:func:`lightning_drive.undisturbed.undisturbed`).
 
     Args:
         module: The network; its ``forward`` takes one tensor.
@@ -96,12 +97,20 @@ class SynapticFlow:
         for name, parameter in module.named_parameters():
             if parameter.is_complex():
                 raise ValueError(f"SynFlow is not defined for complex parameters ({name!r}). Use another method.")
-        self._module = module
         self._parameters = parameters
         self._leaves = {
             name: torch.empty_like(parameter, dtype=torch.float64, requires_grad=True)
             for name, parameter in parameters.items()
         }
+        self._others: dict[str, tuple[Tensor, Tensor]] = {}
+        self._replica = Replica(module, self._stand_in).module
+
+    def _stand_in(self, name: str, value: Tensor) -> Tensor:
+        if name in self._leaves:
+            return self._leaves[name]
+        twin = _flow_value(name, value)
+        self._others[name] = value, twin
+        return twin
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -121,12 +130,9 @@ class SynapticFlow:
         """
         for name, weight in self.weights.items():
             weight.copy_(self._parameters[name].detach()).abs_()
-        others = {
-            name: _flow_value(name, value)
-            for name, value in (*self._module.named_parameters(), *self._module.named_buffers())
-            if name not in self._leaves
-        }
-        outputs = functional_call(self._module, others | self._leaves, (_ones(example_input, torch.float64),))
+        for name, (value, twin) in self._others.items():
+            twin.copy_(_flow_value(name, value))
+        outputs = self._replica(_ones(example_input, torch.float64))
         total = _sum_of_outputs(outputs)
         if not total.requires_grad:
             return {name: torch.zeros_like(weight) for name, weight in self.weights.items()}, total.item()
@@ -188,12 +194,13 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
         reached[name] = (leaf.grad > 0).logical_and_(masks[name])
         leaf.grad = None  # one at a time: all of them would take as much memory as the weights
 
+    replica = Replica(module, lambda name, value: tensors.get(name, value)).module
     for name in masks:
         tensors[name].register_post_accumulate_grad_hook(partial(note, name))  # type: ignore[no-untyped-call]
     with torch.enable_grad(), _Paths():
         ones = _ones(example_input, torch.float32)
         signal = _begin(ones) if ones.is_floating_point() else ones
-        total = _sum_of_outputs(functional_call(module, tensors, (signal,)))
+        total = _sum_of_outputs(replica(signal))
     if total.requires_grad:
         total.backward()  # type: ignore[no-untyped-call]
     return {name: reached[name] if name in reached else torch.zeros_like(mask) for name, mask in masks.items()}
@@ -215,7 +222,7 @@ def first_tensor(batch: Any) -> Tensor | None:
 
 def _flow_value(name: str, value: Tensor) -> Tensor:
     if not value.is_floating_point():
-        return value
+        return value.detach().clone()
     value = value.detach().double().abs()
     return torch.zeros_like(value) if _is_bias(name) or name.endswith("running_mean") else value
 

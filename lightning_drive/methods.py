@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_drive import flow, gradients, scores, shards
-from lightning_drive.gradients import LossFunction, Mode
+from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
 from lightning_drive.ranks import ALONE, Ranks
+from lightning_drive.undisturbed import Mode
 
 
 class Network:
@@ -88,13 +89,7 @@ class Network:
             raise ValueError(f"This method scores by the gradient of a loss, so it needs `{missing}`, got None.")
         with self._ranks.together():
             batches = islice(self._batches, num_batches)
-            found = gradients.loss_gradients(
-                self.module,
-                self._parameters,
-                self._loss_fn,
-                batches,
-                hookless=self._ranks.size > 1 and not self.is_sharded,
-            )
+            found = gradients.loss_gradients(self.module, self._parameters, self._loss_fn, batches)
         if not self.is_sharded:  # else FSDP2 has averaged them
             self._ranks.mean_(found.values())
         return {name: scores.in_full(gradient) for name, gradient in found.items()}
