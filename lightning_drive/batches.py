@@ -221,6 +221,9 @@ class _Copies:
             return sharedctypes.synchronized(sharedctypes.copy(value.get_obj()), value.get_lock())
         if isinstance(value, types.MethodType):
             return types.MethodType(value.__func__, self.of(value.__self__))
+        if isinstance(value, types.BuiltinMethodType):
+            owner = self.of(value.__self__)
+            return value if owner is value.__self__ else getattr(owner, value.__name__)
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, partial):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -141,7 +142,7 @@ class Shuffled(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if index == 0:
             self.rng.shuffle(self.order)
-        return sample(int(self.order[index]))
+        return sample(int(self.order[index]) % 10)
 
 
 class Noise(nn.Module):
@@ -202,9 +203,6 @@ class WithLines(IterableDataset[Tensor]):
         path.write_text("".join(f"{k}\n" for k in range(NUM)))
         self.file = path.open()
 
-    def __len__(self) -> int:
-        return NUM
-
     def __iter__(self) -> Iterator[Tensor]:
         while line := self.file.readline():
             yield sample(int(line))
@@ -259,7 +257,9 @@ DATA: dict[str, Callable[[Path], Any]] = {
     "module": lambda _: DataLoader(Data(Noise())),
     "closure": lambda _: DataLoader(Data(closure())),
     "python_random": lambda _: DataLoader(Data(random.Random(1).random)),
-    "bound_numpy": lambda _: DataLoader(Data(partial(next, itertools.count()))),
+    "numpy_method": lambda _: DataLoader(Data(np.random.default_rng(4).random)),
+    "legacy_numpy": lambda _: DataLoader(Data(np.random.RandomState(4).rand)),
+    "counted": lambda _: DataLoader(Data(partial(next, itertools.count()))),
     "class_generator": lambda _: DataLoader(OfTheClass()),
     "shared_value": lambda _: DataLoader(Shared()),
     "shuffled_list": lambda _: DataLoader(Shuffled(list(range(NUM)))),
@@ -344,8 +344,6 @@ class Mapped(Generating):
 
 class Piped(Generating):
     def __init__(self) -> None:
-        import os
-
         read, write = os.pipe()
         os.write(write, b"".join(b"%d\n" % k for k in range(100)))
         os.close(write)
