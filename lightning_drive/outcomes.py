@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_drive import batches as data
 from lightning_drive import companions, costs, display, finding, flow, gradients, scoring, shards
 from lightning_drive.costs import Costs
 from lightning_drive.finding import Found, Scope
@@ -78,7 +79,7 @@ def search(
     with (
         display.progress(trainer, f"Pruning by {type(method).__name__}", num_rounds) as advance,
         scoring.sandbox(trainer, pl_module),
-        scoring.TrainingBatches(trainer, pl_module).opened() as batches,
+        data.TrainingBatches(trainer, pl_module).opened() as batches,
     ):
         found = finding.search(
             pl_module,

@@ -1,11 +1,10 @@
-"""Batches and losses taken from a running Trainer, without leaving a trace in it."""
+"""Losses taken from a running Trainer, without leaving a trace in it."""
 
-import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,74 +12,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
 from lightning_drive import flow, gradients
 from lightning_drive.ranks import ALONE, Ranks
-
-
-class TrainingBatches:
-    """The training batches, ready for the device, from an iterator of their own.
-
-    The Trainer's live iterator is never touched: with persistent workers, ``iter(trainer.train_dataloader)`` would
-    restart it and training would lose batches. Every pass starts at the loader's first batch, in its own order and
-    under ``limit_train_batches``; both transfer hooks of the module run. Reading them raises what :func:`check_data`
-    does.
-
-    Args:
-        trainer: A Trainer in the middle of ``fit``.
-        pl_module: Its module.
-
-    """
-
-    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._trainer = trainer
-        self._pl_module = pl_module
-        self._loader: CombinedLoader | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        if self._loader is None:
-            self._loader = _independent(_live(self._trainer))
-        length = self._trainer.num_training_batches  # the loop, not the loader, counts up to `limit_train_batches`
-        for batch, _, _ in islice(iter(self._loader), int(length) if math.isfinite(length) else None):
-            yield self._transferred(batch)
-
-    def _transferred(self, batch: Any) -> Any:
-        batch = self._trainer.precision_plugin.convert_input(batch)
-        batch = self._pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-    @contextmanager
-    def opened(self) -> Generator["TrainingBatches"]:
-        """Stop workers at the end, and put the random generators that the loaders own back to where they were."""
-        loaders = _live(self._trainer).flattened
-        generators = {id(found): found for loader in loaders for found in _generators_of(loader)}
-        states = {key: generator.get_state() for key, generator in generators.items()}
-        try:
-            yield self
-        finally:
-            if self._loader is not None:
-                self._loader.reset()
-            for key, generator in generators.items():
-                generator.set_state(states[key])
-
-
-def check_data(trainer: pl.Trainer) -> None:
-    """Refuse training data that cannot be read a second time.
-
-    Args:
-        trainer: A Trainer in the middle of ``fit``, after ``on_train_start``.
-
-    Raises:
-        MisconfigurationException: If it is a stream.
-
-    """
-    _independent(_live(trainer))
 
 
 def ranks_of(trainer: pl.Trainer) -> Ranks:
@@ -247,45 +185,6 @@ def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Generator[Non
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:
     pass
-
-
-def _live(trainer: pl.Trainer) -> CombinedLoader:
-    """Give the loader that training itself reads; there is one from `on_train_start` on."""
-    live = trainer.fit_loop._combined_loader
-    assert live is not None
-    return live
-
-
-def _independent(live: CombinedLoader) -> CombinedLoader:
-    """Copy a combined loader so far that iterating the copy leaves the original alone."""
-    loader = CombinedLoader(live.iterables, live._mode)
-    loader.flattened = [_independent_part(part) for part in live.flattened]
-    loader.limits = live.limits
-    return loader
-
-
-def _independent_part(loader: Any) -> Any:
-    dataset = getattr(loader, "dataset", None)
-    in_workers = getattr(loader, "num_workers", 0) > 0
-    if isinstance(loader, Iterator) or (isinstance(dataset, Iterator) and not in_workers):
-        raise MisconfigurationException(
-            f"The training data ({type(dataset or loader).__name__}) is an iterator: batches read to score weights"
-            " would be lost to training. Let its `__iter__` return a new iterator each time, or read it in a worker"
-            " (`num_workers=1`), which has a copy of its own."
-        )
-    if not isinstance(loader, DataLoader):
-        return loader
-    loader = copy.copy(loader)
-    loader._iterator = None  # the live one of persistent workers
-    return loader
-
-
-def _generators_of(loader: Any) -> Iterator[torch.Generator]:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    for owner in (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
-            yield generator
 
 
 @contextmanager

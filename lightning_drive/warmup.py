@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_drive import companions, compatibility, display, finding, gradients, methods, prunable, scoring
+from lightning_drive import batches, companions, compatibility, display, finding, gradients, methods, prunable, scoring
 from lightning_drive.finding import Scope
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
@@ -176,7 +176,7 @@ class WarmupPruningCallback(PruningCallback):
         super()._check_training(trainer, pl_module)
         reads_statistics = self.bn_batches > 0 and self.warmup_epochs > 0
         if self._needs_loss or reads_statistics or pl_module.example_input_array is None:
-            scoring.check_data(trainer)
+            batches.check_data(trainer)
         steps = sum(scoring.steps_per_epoch(trainer, epoch) for epoch in range(self.warmup_epochs))
         if not compatibility.is_quick_check(trainer) and math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
             raise MisconfigurationException(

@@ -16,7 +16,7 @@ FLOORS = (
     {"channels", "prunable", "gradients", "flow", "masking", "rounds", "tables"},
     {"compaction", "costs", "files", "methods", "pictures", "rewinding"},
     {"finding", "planning", "report"},
-    {"cli", "companions", "compatibility", "display", "scoring", "phases"},
+    {"batches", "cli", "companions", "compatibility", "display", "scoring", "phases"},
     {"enforcing", "outcomes"},
     {"pruning"},
     {"warmup"},

@@ -1,0 +1,455 @@
+"""Data that know where they are lose nothing to scoring: not a batch, not a random number, not a count."""
+
+import copy
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing import Value
+from pathlib import Path
+from typing import Any
+
+import fits
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    ChainDataset,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+)
+
+NUM = 6
+
+
+def sample(number: float) -> Tensor:
+    return torch.tensor([float(number) + 1, 1.0])
+
+
+class Resumable:
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __len__(self) -> int:
+        return NUM
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for k in range(self.at % NUM, NUM):
+            self.at = k + 1
+            yield sample(k).view(1, 2)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+class Stateful(DataLoader[Any]):
+    """Keeps its iterator and the batches it gave, as torchdata's StatefulDataLoader does."""
+
+    given, live = 0, None
+
+    def __iter__(self) -> Any:
+        self.live = iter(super().__iter__())
+        return self._counted()
+
+    def _counted(self) -> Iterator[Any]:
+        for batch in self.live:  # type: ignore[attr-defined]
+            self.given += 1
+            yield batch + self.given
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.given = state["given"]
+
+
+class Stream(IterableDataset[Tensor]):
+    def __init__(self, place: Callable[[], Any] = lambda: [0]) -> None:
+        self.place = place()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(NUM):
+            self.place[0] += 1
+            yield sample(self.place[0])
+
+
+class Data(Dataset[Tensor]):
+    """Adds to each sample what a function of its own gives, which may be another at each call."""
+
+    def __init__(self, noise: Callable[[], float]) -> None:
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return NUM
+
+    def __getitem__(self, index: int) -> Tensor:
+        return sample(index + self.noise())
+
+
+class Counting:
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> int:
+        self.count += 1
+        return self.count
+
+
+class OfTheClass(Data):
+    rng = np.random.default_rng(2)
+
+    def __init__(self) -> None:
+        type(self).rng = np.random.default_rng(2)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return sample(index + self.rng.random())
+
+
+class Shared(Data):
+    def __init__(self) -> None:
+        self.value = Value("i", 0)
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.value.value += 1
+        return sample(self.value.value)
+
+
+class Shuffled(Dataset[Tensor]):
+    """Shuffles its own order in place when the first sample is asked for."""
+
+    def __init__(self, order: Any) -> None:
+        self.order, self.rng = order, np.random.RandomState(1)
+
+    def __len__(self) -> int:
+        return NUM
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index == 0:
+            self.rng.shuffle(self.order)
+        return sample(int(self.order[index]) % 10)
+
+
+class Noise(nn.Module):
+    """A transform that is a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self) -> float:
+        self.count += 1
+        return float(self.count)
+
+
+class Epochs(Sampler[int]):
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return NUM
+
+    def __iter__(self) -> Iterator[int]:
+        self.epoch += 1
+        return iter(torch.randperm(NUM, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+class Permuting(Epochs):
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(3)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.rng.permutation(NUM).tolist()
+
+
+class Placed(Epochs):
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for index in range(self.at % NUM, NUM):
+            self.at = index + 1
+            yield index
+
+
+class Batches(BatchSampler):
+    def __init__(self) -> None:
+        super().__init__(range(NUM), 1, False)
+        self.turn = itertools.cycle([1, 2, 0, 4])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return ([(index + next(self.turn)) % NUM] for [index] in super().__iter__())
+
+
+class WithLines(IterableDataset[Tensor]):
+    """Goes on in an open file, from the start at its end."""
+
+    def __init__(self, path: Path) -> None:
+        path.write_text("".join(f"{k}\n" for k in range(NUM)))
+        self.file = path.open()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while line := self.file.readline():
+            yield sample(int(line))
+        self.file.seek(0)
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
+class Kept(DataLoader[Any]):
+    """Keeps the iterator, but makes a new one each time."""
+
+    def __iter__(self) -> Any:
+        self.last = super().__iter__()
+        return self.last
+
+
+class EpochLoader(DataLoader[Any]):
+    """Tells its dataset, also one that workers copy, in which epoch it is."""
+
+    def __iter__(self) -> Any:
+        self.dataset.noise.count += 10
+        return super().__iter__()
+
+
+def closure() -> Callable[[], float]:
+    generator = torch.Generator().manual_seed(1)
+    return lambda: float(torch.rand((), generator=generator))
+
+
+def collate(counter: Counting, batch: list[Tensor]) -> Tensor:
+    return torch.stack(batch) + counter()
+
+
+def chained() -> DataLoader[Any]:
+    return DataLoader(ChainDataset([Stream(), Stream(lambda: torch.zeros(1))]))
+
+
+DATA: dict[str, Callable[[Path], Any]] = {
+    "loader": lambda _: Resumable(),
+    "stateful": lambda _: Stateful(Data(lambda: 0)),
+    "epoch_loader": lambda _: EpochLoader(Data(Counting())),
+    "epoch_loader_with_worker": lambda _: EpochLoader(Data(Counting()), num_workers=1),
+    "kept_iterator": lambda _: Kept(Data(Counting())),
+    "stream": lambda _: DataLoader(Stream(), batch_size=None),
+    "stream_in_worker": lambda _: DataLoader(Stream(), num_workers=1, persistent_workers=True),
+    "stream_tensor": lambda _: DataLoader(Stream(lambda: torch.zeros(1))),
+    "stream_array": lambda _: DataLoader(Stream(lambda: np.zeros(1))),
+    "stream_dict": lambda _: DataLoader(Stream(lambda: {0: 0})),
+    "chained": lambda _: chained(),
+    "counter": lambda _: DataLoader(Data(Counting())),
+    "module": lambda _: DataLoader(Data(Noise())),
+    "closure": lambda _: DataLoader(Data(closure())),
+    "python_random": lambda _: DataLoader(Data(random.Random(1).random)),
+    "numpy_method": lambda _: DataLoader(Data(np.random.default_rng(4).random)),
+    "legacy_numpy": lambda _: DataLoader(Data(np.random.RandomState(4).rand)),
+    "counted": lambda _: DataLoader(Data(partial(next, itertools.count()))),
+    "class_generator": lambda _: DataLoader(OfTheClass()),
+    "shared_value": lambda _: DataLoader(Shared()),
+    "shuffled_list": lambda _: DataLoader(Shuffled(list(range(NUM)))),
+    "shuffled_long_list": lambda _: DataLoader(Shuffled(list(range(20_000)))),
+    "shuffled_array": lambda _: DataLoader(Shuffled(np.arange(NUM))),
+    "subset": lambda _: DataLoader(Subset(Data(Counting()), range(3))),
+    "concatenated": lambda _: DataLoader(ConcatDataset([Data(Counting()), Subset(Data(closure()), [1, 2])])),
+    "sampler_epoch": lambda _: DataLoader(Data(lambda: 0), sampler=Epochs()),
+    "sampler_epoch_workers": lambda _: DataLoader(Data(lambda: 0), sampler=Epochs(), num_workers=1),
+    "sampler_numpy": lambda _: DataLoader(Data(lambda: 0), sampler=Permuting()),
+    "sampler_position": lambda _: DataLoader(Data(lambda: 0), sampler=Placed()),
+    "batch_sampler": lambda _: DataLoader(Data(lambda: 0), batch_sampler=Batches()),
+    "batch_sampler_around": lambda _: DataLoader(Data(lambda: 0), batch_sampler=BatchSampler(Epochs(), 2, False)),
+    "generator": lambda _: DataLoader(
+        Data(lambda: 0), sampler=RandomSampler(range(NUM), generator=torch.Generator().manual_seed(1))
+    ),
+    "collate": lambda _: DataLoader(Data(lambda: 0), collate_fn=partial(collate, Counting())),
+    "dict": lambda _: {"a": Resumable(), "b": DataLoader(Data(Counting()))},
+    "list": lambda _: [Resumable(), DataLoader(Data(lambda: 0), sampler=Epochs())],
+    "max_size": lambda _: CombinedLoader([Resumable(), DataLoader(Stream())], "max_size"),
+    "file": lambda path: DataLoader(WithLines(path / "lines"), batch_size=None),
+}
+
+
+class Net(pl.LightningModule):
+    def __init__(self, on_scoring: Callable[["Net"], None] = lambda _: None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.on_scoring = nn.Linear(2, 4), on_scoring
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list) else [batch]
+        return sum((self.net(value).square().mean() for value in values if value is not None), torch.zeros(()))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append((self.current_epoch, copy.deepcopy(str(batch))))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.001)
+
+
+def seen(path: Path, loader: Any, *callbacks: pl.Callback, max_epochs: int = 3) -> list[Any]:
+    net = Net()
+    fits.trainer(path, *callbacks, max_epochs=max_epochs).fit(net, loader)
+    return net.seen
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+@pytest.mark.parametrize("make", DATA.values(), ids=DATA)
+def test_training__same_batches(make: Callable[[Path], Any], warmup_epochs: int, tmp_path: Path) -> None:
+    """Training reads what it would without pruning, whatever the data keep and wherever."""
+    loader = make(tmp_path)
+    pruned = seen(tmp_path, loader, fits.drive(warmup_epochs=warmup_epochs, rounds=8, sparsity=0.5))
+    assert pruned == seen(tmp_path, make(tmp_path))
+
+
+class Repeating(DataLoader[Any]):
+    """Keeps one iterator for all epochs, as timm's and Ultralytics' loaders do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.iterator = super().__iter__()
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(len(self) // 3):
+            yield next(self.iterator)
+
+
+class Generating(IterableDataset[Tensor]):
+    def __init__(self) -> None:
+        self.stream = (sample(k) for k in range(100))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from itertools.islice(self.stream, NUM)
+
+
+class Mapped(Generating):
+    def __init__(self) -> None:
+        self.stream = map(sample, (k for k in range(100)))
+
+
+class Piped(Generating):
+    def __init__(self) -> None:
+        read, write = os.pipe()
+        os.write(write, b"".join(b"%d\n" % k for k in range(100)))
+        os.close(write)
+        self.stream = os.fdopen(read, "rb")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(NUM):
+            yield sample(int(self.stream.readline()))
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class ItsOwnIterator:
+    def __iter__(self) -> "ItsOwnIterator":
+        return self
+
+    def __next__(self) -> Tensor:
+        return sample(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [
+        (lambda: Repeating(Data(lambda: 0)), r"\(Data\) goes on in `Repeating.iterator`"),
+        (lambda: DataLoader(Generating(), batch_size=None), r"\(Generating\) goes on in `Generating.stream`"),
+        (lambda: DataLoader(Mapped(), batch_size=None), r"\(Mapped\) goes on in `Mapped.stream`"),
+        (lambda: DataLoader(ChainDataset([Generating()])), r"\(ChainDataset\) goes on in `Generating.stream`"),
+        (ItsOwnIterator, r"\(ItsOwnIterator\) is an iterator"),
+    ],
+)
+def test_check_data__error(make: Callable[[], Any], place: str, tmp_path: Path) -> None:
+    """What goes on in something that has no copy is refused before training, by name."""
+    net = Net()
+    with pytest.raises(MisconfigurationException, match=place + ".*batches read to score weights would be lost"):
+        fits.trainer(tmp_path, fits.drive(warmup_epochs=1, sparsity=0.5)).fit(net, make())
+    assert net.seen == []
+
+
+def test_check_data__pipe_error(tmp_path: Path) -> None:
+    data = Piped()
+    with pytest.raises(MisconfigurationException, match=r"\(Piped\) goes on in `Piped.stream` \(BufferedReader\)"):
+        fits.trainer(tmp_path, fits.drive(sparsity=0.5)).fit(Net(), DataLoader(data, batch_size=None))
+    data.close()
+
+
+STATEFUL = ["loader", "stateful", "stream", "counter", "sampler_epoch", "batch_sampler", "dict"]
+
+
+class AtScoring(Net):
+    """Calls something in the middle of the rounds."""
+
+    calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.trainer.fit_loop.epoch_loop.batch_progress.current.started == 0 or self.calls:
+            self.calls += 1
+        if self.calls == 5:
+            self.on_scoring(self)
+        return super().training_step(batch, batch_idx)
+
+
+def state_of(value: Any) -> Any:
+    """Note what is in the attributes of the data, however deep."""
+    if isinstance(value, CombinedLoader | DataLoader | Dataset | Sampler | Resumable):
+        return {
+            name: state_of(attribute) for name, attribute in vars(value).items() if name not in ("_iterator", "live")
+        }
+    if isinstance(value, dict):
+        return {name: state_of(entry) for name, entry in value.items()}
+    return value.count if isinstance(value, Counting) else repr(value)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_interrupt__data_as_before(name: str, tmp_path: Path) -> None:
+    """An interrupt in the rounds finds the data as training left them, and so does whoever saves there."""
+    loader, states = DATA[name](tmp_path), []
+
+    def interrupt(net: Net) -> None:
+        states.append(state_of(loader))
+        raise KeyboardInterrupt
+
+    class Before(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            states.append(state_of(loader))
+
+    trainer = fits.trainer(tmp_path, Before(), fits.drive(warmup_epochs=0, rounds=8, sparsity=0.5))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer.fit(AtScoring(interrupt), loader)
+    assert len(states) == 2
+    assert states[0] == states[1] == state_of(loader)
+
+
+@pytest.mark.parametrize("name", ["loader", "stateful", "dict"])
+def test_save_while_scoring__places(name: str, tmp_path: Path) -> None:
+    """A checkpoint that is saved in the rounds has the places from before them."""
+    saved: list[Any] = []
+
+    def save(net: Net) -> None:
+        saved.append(net.trainer.fit_loop._combined_loader._state_dicts())
+
+    class Before(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            saved.append(copy.deepcopy(trainer.fit_loop._combined_loader._state_dicts()))
+
+    trainer = fits.trainer(tmp_path, Before(), fits.drive(warmup_epochs=0, rounds=8, sparsity=0.5), max_epochs=1)
+    trainer.fit(AtScoring(save), DATA[name](tmp_path))
+    assert len(saved) == 2
+    assert saved[0] == saved[1] != []
