@@ -277,9 +277,8 @@ class PruningCallback(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring masks and report back to the process that spawned this one."""
-        if self._handover.is_elsewhere and trainer.is_global_zero:
-            self._handover.leave({**self.state_dict(), "start": None})
+        """Return masks and report to the process that called ``fit``, where Lightning spawned or forked this one."""
+        self._handover.send(trainer.strategy.launcher, lambda: {**self.state_dict(), "start": None})
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -288,6 +287,7 @@ class PruningCallback(pl.Callback):
             with suppress(ValueError):  # masks that do not fit, which were the exception then
                 self.masks.apply_(pl_module)
         scoring.begin_epoch_again(trainer)
+        self._handover.discard()
         self._release()
 
     @override
@@ -329,11 +329,11 @@ class PruningCallback(pl.Callback):
         """Leave the live parameters and hooks of this process out of copies and pickles."""
         self._collect()
         own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # the module's
-        return {**own, "_live": None, "_module": None}
+        return {**own, "_live": None, "_module": None, "_handover": self._handover.of_copy()}
 
     def _collect(self) -> None:
-        """Take what a copy of this callback has found out in a process that was spawned from this one."""
-        if self._module is None and (state := self._handover.take()) is not None:  # this process has not trained itself
+        """Take what a copy of this callback found in processes that Lightning launched for a ``fit`` of this one."""
+        if (state := self._handover.take()) is not None:
             self._take(state)
 
     def _take(self, state_dict: dict[str, Any]) -> None:
