@@ -34,8 +34,11 @@ class Tiny(pl.LightningModule):
         torch.manual_seed(seed)
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, fits.NUM_CLASSES))
 
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(images)
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05)
@@ -143,9 +146,9 @@ def test_handover__copies(tmp_path: Path, copied: Callable[[Any], Any]) -> None:
     state = {**job(fits.drive(warmup_epochs=0), 0, tmp_path)[0].state_dict(), "start": None}
     for callback in (others[1], others[0], original):
         assert not callback.pruned
-        pickle.loads(pickle.dumps(_Parcel(callback._handover._address, state)).replace(b"-0.pt", b"-0.pt"))
+        pickle.loads(pickle.dumps(_Parcel(callback._handover._address, state)))
         assert callback.pruned
-        [launched] = [pickle.loads(pickle.dumps(callback))]
+        launched = pickle.loads(pickle.dumps(callback))
         assert launched._handover._origin == callback._handover._address
 
 
@@ -248,7 +251,7 @@ def test_fits_leave_nothing_behind(tmp_path: Path, temporary: Path) -> None:
             "modules": sum(type(each) is Tiny for each in objects),
             "callbacks": sum(type(each) is DRIVEPruningCallback for each in objects),
             "handovers": sum(type(each) is Handover for each in objects),
-            "hooks": [len(hooks) for hooks in (nn.modules.module._global_forward_hooks, _step_hooks())],
+            "hooks": len(nn.modules.module._global_forward_hooks),
             "imported": len(sys.modules),
         }
 
@@ -257,10 +260,6 @@ def test_fits_leave_nothing_behind(tmp_path: Path, temporary: Path) -> None:
 
     fit()
     before = left()
-    for _ in range(30):
+    for _ in range(300):
         fit()
     assert left() == before
-
-
-def _step_hooks() -> Any:
-    return torch.optim.optimizer._global_optimizer_post_hooks
