@@ -100,6 +100,21 @@ def state_dict_of(content: Mapping[str, Any], path: Path) -> Mapping[str, Tensor
     return state_dict
 
 
+def pruning_states(content: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
+    """Return the states of our callbacks in a checkpoint, known by their form, under their names there.
+
+    Args:
+        content: The checkpoint.
+
+    """
+    callbacks = content.get("callbacks")
+    return {
+        name: state
+        for name, state in (callbacks if isinstance(callbacks, dict) else {}).items()
+        if isinstance(state, dict) and {"version", "masks", "report"} <= state.keys()
+    }
+
+
 def pruning_in(content: Mapping[str, Any]) -> tuple[str, Any]:
     """Find our callback in a checkpoint, whatever a subclass of it is called.
 
@@ -110,12 +125,8 @@ def pruning_in(content: Mapping[str, Any]) -> tuple[str, Any]:
         The callback's class, ``""`` without one; and its report as a dictionary, ``None`` if it has not pruned yet.
 
     """
-    callbacks, own = content.get("callbacks"), content.get(_PRUNING)
-    found = [
-        (str(name).partition("{")[0], state["report"])
-        for name, state in (callbacks if isinstance(callbacks, dict) else {}).items()
-        if isinstance(state, dict) and {"version", "masks", "report"} <= state.keys()
-    ]
+    own = content.get(_PRUNING)
+    found = [(str(name).partition("{")[0], state["report"]) for name, state in pruning_states(content).items()]
     if isinstance(own, dict):
         found.append((str(own.get("callback")), own.get("report")))
     pruned = [each for each in found if each[1] is not None]

@@ -1,63 +1,100 @@
-"""What a callback found out in a process that Lightning spawned or forked, brought back to the one that did so."""
+"""Return masks and report from the processes of one ``fit`` under Lightning's multiprocessing launchers."""
 
+import multiprocessing
 import os
 import tempfile
-import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+from weakref import WeakValueDictionary
 
 import torch
 
 
 class Handover:
-    """A file by which copies of a callback in other processes reach the original.
+    """The way back for the state of a callback from processes that Lightning's launcher spawned or forked.
 
-    Lightning brings the weights back from processes that it spawned or forked, but not what callbacks know. A copy in
-    another process leaves its state (:meth:`leave`), and the original takes it (:meth:`take`). The file is in the
-    folder for temporary files, and goes with the original.
+    Such a launcher returns the weights to the process that called ``fit``, but not what callbacks know. The copy of a
+    callback in the launched process adds a :class:`_Parcel` to what the launcher returns (:meth:`send`). Receiving it
+    puts the state into the handover of the callback that ``fit`` was called with (:meth:`take`). Other copies of a
+    callback, such as those in the workers of a process pool, send nothing and receive nothing.
+
+    Args:
+        origin: The address of the callback that this one's callback is a copy of; ``None`` for no copy.
 
     Example:
         >>> handover = Handover()
-        >>> handover.is_elsewhere, handover.take() is None
-        (False, True)
+        >>> handover.take() is None
+        True
 
     """
 
-    def __init__(self) -> None:
-        self._path = Path(tempfile.gettempdir()) / f"lightning_drive-{uuid4().hex}.pt"
-        self._owner = os.getpid()
-        weakref.finalize(self, _remove, self._path, self._owner)
+    def __init__(self, origin: str | None = None) -> None:
+        self._address, self._origin, self._process = uuid4().hex, origin, os.getpid()
+        self._received: dict[str, Any] | None = None
+        _receivers[self._address] = self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Handover":
-        """Let a copy in the same process be an original of its own."""
-        return Handover()
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Give every copy an address of its own."""
+        return Handover, (self._origin,)
 
-    @property
-    def is_elsewhere(self) -> bool:
-        """Whether this is a copy in another process than that of the original."""
-        return os.getpid() != self._owner
+    def of_copy(self) -> "Handover":
+        """Return the handover for a copy or pickle of the callback."""
+        return Handover(self._address)
 
-    def leave(self, state: dict[str, Any]) -> None:
-        """Leave a state for the original.
+    def send(self, launcher: Any, state: Callable[[], dict[str, Any]]) -> None:
+        """Let the launcher of this process return a state to the callback that ``fit`` was called with.
 
         Args:
-            state: Plain types and tensors.
+            launcher: The Trainer's launcher, or ``None``. Only one that returns results from its processes is used.
+            state: Returns the state, of plain types and tensors; called when the launcher collects its results.
 
         """
-        unfinished = self._path.with_suffix(".unfinished")
-        torch.save(state, unfinished)
-        unfinished.replace(self._path)
+        forked = os.getpid() != self._process
+        address = self._address if forked else self._origin
+        collect = getattr(launcher, "get_extra_results", None)
+        if collect is None or address is None:
+            return
+        launcher.get_extra_results = lambda trainer: {**collect(trainer), address: _Parcel(address, state())}
 
     def take(self) -> dict[str, Any] | None:
-        """Take the state that a copy has left, or ``None``. Forked again, a copy only reads it."""
-        if not self._path.exists():
-            return None
-        state: dict[str, Any] = torch.load(self._path, weights_only=True)
-        _remove(self._path, self._owner)
-        return state
+        """Return the received state, once; ``None`` if there is none."""
+        received, self._received = self._received, None
+        return received
+
+    def discard(self) -> None:
+        """Remove the file of a parcel that was sent here and will not be received, after a failure."""
+        _file(self._address, os.getpid()).unlink(missing_ok=True)
 
 
-def _remove(path: Path, owner: int) -> None:
-    if os.getpid() == owner:
-        path.unlink(missing_ok=True)
+_receivers: WeakValueDictionary[str, Handover] = WeakValueDictionary()
+"""The handovers of this process, by their address."""
+
+
+class _Parcel:
+    """A state for one address. Pickling writes it to a file, and unpickling delivers it and removes the file.
+
+    The launcher's queue cannot carry it: nobody reads from that before the process has ended, and a pipe holds 64 KiB.
+    """
+
+    def __init__(self, address: str, state: dict[str, Any]) -> None:
+        self._address, self._state = address, state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parent = multiprocessing.parent_process()
+        file = _file(self._address, os.getpid() if parent is None else parent.pid)
+        torch.save(self._state, file)
+        return _receive, (self._address, str(file))
+
+
+def _receive(address: str, file: str) -> None:
+    state = torch.load(file, weights_only=True)
+    Path(file).unlink()
+    if (receiver := _receivers.get(address)) is not None:
+        receiver._received = state
+
+
+def _file(address: str, receiving_process: int | None) -> Path:
+    """Name the file for one receiver; forked receivers share an address, but not the process."""
+    return Path(tempfile.gettempdir()) / f"lightning_drive-{address}-{receiving_process}.pt"

@@ -1,5 +1,6 @@
 """How masks live through a training run: its steps, checkpoints and resumes."""
 
+import copy
 import time
 import weakref
 from collections.abc import Callable
@@ -8,12 +9,25 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_drive import compatibility, display, finding, methods, outcomes, planning, prunable, scoring, shards
+from lightning_drive import (
+    checkpoints,
+    compatibility,
+    display,
+    finding,
+    messages,
+    methods,
+    outcomes,
+    planning,
+    prunable,
+    scoring,
+    shards,
+)
 from lightning_drive.enforcing import Enforcement
 from lightning_drive.finding import Found, Scope
 from lightning_drive.handover import Handover
@@ -277,9 +291,8 @@ class PruningCallback(pl.Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring masks and report back to the process that spawned this one."""
-        if self._handover.is_elsewhere and trainer.is_global_zero:
-            self._handover.leave({**self.state_dict(), "start": None})
+        """Return masks and report to the process that called ``fit``, where Lightning spawned or forked this one."""
+        self._handover.send(trainer.strategy.launcher, lambda: {**self.state_dict(), "start": None})
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -288,6 +301,7 @@ class PruningCallback(pl.Callback):
             with suppress(ValueError):  # masks that do not fit, which were the exception then
                 self.masks.apply_(pl_module)
         scoring.begin_epoch_again(trainer)
+        self._handover.discard()
         self._release()
 
     @override
@@ -301,6 +315,29 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Note a search for a learning rate or batch size: it saves before training starts, and returns to that."""
         self._searching = not self._fit_started
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take over the state of a pruning callback of another name; Lightning restores that of the same name."""
+        states = checkpoint.get("callbacks") or {}
+        if {self.state_key, self._legacy_state_key} & states.keys():
+            return
+        taken = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        others = {name: states[name] for name in checkpoints.pruning_states(checkpoint) if name not in taken}
+        pruned = [name for name, state in others.items() if state["report"] is not None]
+        fitting = [name for name, state in others.items() if ("settings" in state) == ("settings" in self.state_dict())]
+        if len(others) == 1 and fitting:
+            self.load_state_dict(copy.deepcopy(others[fitting[0]]))
+            if pruned:
+                display.show(trainer, f"{type(self).__name__} takes over the masks of {pruned[0]} in the checkpoint.")
+        elif pruned and trainer.state.fn == TrainerFn.FITTING:
+            raise ValueError(
+                f"{type(self).__name__} goes on only with the masks of one callback of its kind, IMP or not, but the"
+                f" checkpoint was pruned by {messages.listed(others)}. Resume with the callback that the checkpoint was"
+                " saved with, or begin anew from a dense checkpoint."
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -329,11 +366,11 @@ class PruningCallback(pl.Callback):
         """Leave the live parameters and hooks of this process out of copies and pickles."""
         self._collect()
         own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # the module's
-        return {**own, "_live": None, "_module": None}
+        return {**own, "_live": None, "_module": None, "_handover": self._handover.of_copy()}
 
     def _collect(self) -> None:
-        """Take what a copy of this callback has found out in a process that was spawned from this one."""
-        if self._module is None and (state := self._handover.take()) is not None:  # this process has not trained itself
+        """Take what a copy of this callback found in processes that Lightning launched for a ``fit`` of this one."""
+        if (state := self._handover.take()) is not None:
             self._take(state)
 
     def _take(self, state_dict: dict[str, Any]) -> None:

@@ -14,7 +14,15 @@ from fits import NUM_PRUNABLE, PRUNABLE, ConvModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_drive import DRIVE, DRIVEPruningCallback, Masks, PruningReport, find_masks
+from lightning_drive import (
+    DRIVE,
+    DRIVEPruningCallback,
+    IMPPruningCallback,
+    Masks,
+    PruningReport,
+    SNIPPruningCallback,
+    find_masks,
+)
 
 
 class Diary(pl.Callback):
@@ -508,3 +516,55 @@ def test_load_state_dict__error(tmp_path: Path) -> None:
     running.save_checkpoint(tmp_path / "foreign.ckpt")
     with pytest.raises(ValueError, match=r"hold 'encoder\.weight', but the module has no parameter of that name"):
         fits.trainer(tmp_path, fits.drive()).fit(ConvModule(), fits.loader(), ckpt_path=tmp_path / "foreign.ckpt")
+
+
+class Renamed(SNIPPruningCallback):
+    """A callback under another name."""
+
+
+class RenamedIMP(IMPPruningCallback):
+    """IMP under another name."""
+
+
+def imp(kind: type[IMPPruningCallback] = IMPPruningCallback) -> IMPPruningCallback:
+    return kind(sparsity=0.8, cycles=2, epochs_per_cycle=1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (lambda: SNIPPruningCallback(sparsity=0.8), lambda: Renamed(sparsity=0.8)),
+        (lambda: Renamed(sparsity=0.8), fits.drive),
+        (lambda: imp(RenamedIMP), imp),
+    ],
+)
+def test_checkpoint_of_another_callback(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: Any, second: Any
+) -> None:
+    """Masks under another name are taken over, in one line; nothing is pruned again."""
+    before, after, module = first(), second(), ConvModule()
+    run = fits.trainer(tmp_path, before, max_epochs=3)
+    run.fit(ConvModule(), fits.loader())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match="Please add the following callbacks"), caplog.at_level("INFO"):
+        fits.trainer(tmp_path, after, max_epochs=4).fit(module, fits.loader(), ckpt_path=tmp_path / "last.ckpt")
+    line = f"{type(after).__name__} takes over the masks of {type(before).__name__} in the checkpoint."
+    assert sum(line in record.getMessage() for record in caplog.records) == 1
+    assert after.masks.digest() == before.masks.digest()
+    assert after.masks.hold_for(module)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(lambda: SNIPPruningCallback(sparsity=0.8), imp), (imp, lambda: SNIPPruningCallback(sparsity=0.8))],
+)
+def test_checkpoint_of_another_callback__error(tmp_path: Path, first: Any, second: Any) -> None:
+    before, after = first(), second()
+    run = fits.trainer(tmp_path, before, max_epochs=3)
+    run.fit(ConvModule(), fits.loader())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    with (
+        pytest.warns(UserWarning, match="Please add the following callbacks"),
+        pytest.raises(ValueError, match=f"{type(after).__name__} goes on only .* pruned by {type(before).__name__}"),
+    ):
+        fits.trainer(tmp_path, after, max_epochs=4).fit(ConvModule(), fits.loader(), ckpt_path=tmp_path / "last.ckpt")
