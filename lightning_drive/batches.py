@@ -27,7 +27,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lightning_drive import gradients
+from lightning_drive import undisturbed
 
 
 class TrainingBatches:
@@ -84,7 +84,7 @@ def check_data(trainer: pl.Trainer) -> None:
     source = _Source(_live(trainer))
     try:
         if source.has_unusable:  # whether it is in the way only reading tells
-            with gradients.preserved_rng():
+            with undisturbed.preserved_rng():
                 next(iter(source.loader), None)
     finally:
         source.close()

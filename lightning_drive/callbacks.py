@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 from lightning_drive.finding import Scope
-from lightning_drive.undisturbed import Mode
 from lightning_drive.methods import DRIVE, SNIP, SynFlow
 from lightning_drive.report import Control
 from lightning_drive.schedules import Schedule
+from lightning_drive.undisturbed import Mode
 from lightning_drive.warmup import WarmupPruningCallback
 
 

@@ -1,12 +1,10 @@
 """What pruning means to the other callbacks of a Trainer: those that keep averages, and those that track the best."""
 
 import math
-from collections.abc import Container
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -53,22 +51,6 @@ def restart_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None
             callback._latest_update_epoch = trainer.current_epoch
 
 
-def give_statistics(trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Container[nn.Module]) -> None:
-    """Give running averages the statistics of some layers: their own are those of the weights before pruning.
-
-    Args:
-        trainer: The Trainer.
-        pl_module: Its module.
-        layers: BatchNorm layers of the module whose statistics have just been estimated.
-
-    """
-    names = [name for name, layer in pl_module.named_modules() if layer in layers]
-    for average in averaged_models(trainer):
-        for name in names:
-            for key, buffer in pl_module.get_submodule(name).named_buffers():
-                average.get_submodule(name).get_buffer(key).copy_(buffer)
-
-
 def hold_off_early_stopping(trainer: pl.Trainer, on: bool) -> None:
     """Keep EarlyStopping from looking at the monitored value, or let it look again.
 
@@ -84,11 +66,14 @@ def hold_off_early_stopping(trainer: pl.Trainer, on: bool) -> None:
                 vars(callback)["_should_skip_check"] = _skip_check
 
 
-def forget_best(trainer: pl.Trainer) -> None:
+def forget_best(trainer: pl.Trainer) -> str:
     """Let best-model tracking begin again: a dense epoch must not win "best" over the sparse ones.
 
     Args:
         trainer: The Trainer, whose ModelCheckpoint and EarlyStopping callbacks with a monitor are reset.
+
+    Returns:
+        What to tell the user; empty if there is no such callback.
 
     """
     forgotten = []
@@ -102,11 +87,12 @@ def forget_best(trainer: pl.Trainer) -> None:
             callback.best_k_models, callback.kth_best_model_path, callback.kth_value = {}, "", worst
             callback.best_model_path, callback.best_model_score, callback.current_score = "", None, None
         forgotten.append(f"{type(callback).__name__} (monitor={callback.monitor!r})")
-    if forgotten:
-        rank_zero_info(
-            f"{', '.join(forgotten)}: tracking of the best begins again with the sparse network. Files of earlier"
-            " epochs stay where they are. `reset_best=False` turns this off."
-        )
+    if not forgotten:
+        return ""
+    return (
+        f"{', '.join(forgotten)}: tracking of the best begins again with the sparse network. Files of earlier epochs"
+        " stay where they are. `reset_best=False` turns this off."
+    )
 
 
 def last_metrics(trainer: pl.Trainer) -> dict[str, float]:

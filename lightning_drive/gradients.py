@@ -15,6 +15,7 @@ from lightning_drive.messages import listed
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
 """``loss_fn(module, batch)`` returns a scalar tensor."""
 
+
 def loss_gradients(
     module: nn.Module,
     parameters: Mapping[str, nn.Parameter],
@@ -112,7 +113,8 @@ def batch_norm_statistics(
         batches: The batches to average over.
 
     Returns:
-        Name of a BatchNorm layer to the names and new values of its buffers; empty if no layer takes part or there is no batch.
+        Name of a BatchNorm layer to the names and new values of its buffers; empty if no layer takes part or there is
+        no batch.
 
     """
     layers = {

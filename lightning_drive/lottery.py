@@ -247,15 +247,10 @@ class IMPPruningCallback(PruningCallback):
             shuffle=is_last and self.control == "shuffle",
         )
         # Everything is computed: from here on only commit.
-        commit = time.monotonic()
         self._record(trainer, outcome, self._method(), start, control=self.control if is_last else "none", cycle=cycle)
-        self._settle(trainer, pl_module)
-        self._committed(commit)
+        self._commit(trainer, pl_module)
         with display.above_bar(trainer):
             self._announce(trainer, outcome.found, None if is_last else self._line())
-            if is_last and self.reset_best:
-                companions.hold_off_early_stopping(trainer, False)
-                companions.forget_best(trainer)
 
     @override
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -269,6 +264,7 @@ class IMPPruningCallback(PruningCallback):
         start.rewind_schedulers_([config.scheduler for config in self._schedulers])
         trainer.lr_scheduler_configs[:] = self._schedulers  # SWA may have put its own there
         companions.restart_averages(trainer, pl_module)
+        companions.hold_off_early_stopping(trainer, self.reset_best and not self._finished)
         super()._settle(trainer, pl_module)
 
     def _start_of_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule, start: RewindPoint) -> RewindPoint:

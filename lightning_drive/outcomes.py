@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import Any
@@ -10,8 +11,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_drive import batches as data
 from lightning_drive import companions, costs, display, finding, flow, gradients, scoring, shards
+from lightning_drive.batches import TrainingBatches
 from lightning_drive.costs import Costs
 from lightning_drive.finding import Found, Scope
 from lightning_drive.gradients import LossFunction
@@ -19,6 +20,8 @@ from lightning_drive.masking import Masks
 from lightning_drive.methods import Method
 from lightning_drive.report import Control, CycleReport, PruningReport
 from lightning_drive.schedules import Schedule
+from lightning_drive.scoring import Sandbox
+from lightning_drive.undisturbed import Mode
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Outcome:
     """What a search brings back, before any of it is put down."""
 
     found: Found
-    statistics: dict[nn.Module, dict[str, Tensor]]
-    """BatchNorm layer to the statistics that go with the masks."""
+    statistics: dict[str, dict[str, Tensor]]
+    """Name of a BatchNorm layer to the statistics that go with the masks."""
     costs: Costs
     phases: dict[str, float]
     """Seconds by phase."""
@@ -43,7 +46,7 @@ def search(
     masks: Masks,
     schedule: Schedule,
     scope: Scope,
-    loss_fn: LossFunction | None = None,
+    loss: Callable[[Sandbox], LossFunction] | None = None,
     only_round: int | None = None,
     shuffle: bool = False,
     bn_batches: int = 0,
@@ -59,7 +62,7 @@ def search(
         masks: As there; empty for a dense network.
         schedule: As there.
         scope: As there.
-        loss_fn: As there; without one, BatchNorm's statistics are not estimated.
+        loss: Returns the ``loss_fn`` of a sandbox, as there; without it, BatchNorm's statistics are not estimated.
         only_round: As there.
         shuffle: Whether to give the masks in a random order within each parameter.
         bn_batches: Training batches to estimate BatchNorm's statistics from; 0: leave them.
@@ -75,39 +78,58 @@ def search(
     ranks = scoring.ranks_of(trainer)
     shards.reshard_(pl_module)  # validation, a forward pass without a backward pass, leaves parameters whole
     scoring.free_gradients(trainer, pl_module)
-    parameters = select(pl_module)
+    live = select(pl_module)
+
+    def loss_in(sandbox: Sandbox) -> LossFunction | None:
+        return loss and gradients.on_replica_only(loss(sandbox), pl_module)
+
     with (
         display.progress(trainer, f"Pruning by {type(method).__name__}", num_rounds) as advance,
-        scoring.sandbox(trainer, pl_module),
-        data.TrainingBatches(trainer, pl_module).opened() as batches,
+        _scored(trainer, pl_module, method.mode) as (sandbox, batches),
     ):
+        parameters = finding.parameters_by_name(sandbox.module, live)
         found = finding.search(
-            pl_module,
+            sandbox.module,
             method,
             sparsity=sparsity,
             parameters=parameters,
             batches=batches,
-            loss_fn=loss_fn,
+            loss_fn=loss_in(sandbox),
             masks=masks,
             schedule=schedule,
             scope=scope,
-            example_input=flow.first_tensor(pl_module.example_input_array),
+            example_input=flow.first_tensor(sandbox.module.example_input_array),
             on_round=on_round,
             only_round=only_round,
             shuffle=scoring.random_numbers(trainer) if shuffle else None,
             ranks=ranks,
         )
-        measured = costs.measure(pl_module, parameters, found.example_input)
-        times.append(time.monotonic())
-        statistics = {}
-        if loss_fn is not None:
-            with gradients.undisturbed(pl_module), ranks.together():
-                found.masks.apply_(pl_module)
-                statistics = gradients.batch_norm_statistics(pl_module, loss_fn, islice(batches, bn_batches))
-            ranks.mean_(value for layer in statistics.values() for value in layer.values() if value.is_floating_point())
+        measured = costs.measure(sandbox.module, parameters, found.example_input)
+        measured = replace(measured, itemsizes={name: each.dtype.itemsize for name, each in live.items()})
+    times.append(time.monotonic())
+    statistics = {}
+    if loss is not None and bn_batches:
+        with _scored(trainer, pl_module) as (sandbox, batches), ranks.together():
+            found.masks.apply_(sandbox.module)
+            loss_fn = loss_in(sandbox)
+            assert loss_fn is not None
+            statistics = gradients.batch_norm_statistics(sandbox.module, loss_fn, islice(batches, bn_batches))
+        ranks.mean_(value for layer in statistics.values() for value in layer.values() if value.is_floating_point())
     times.append(time.monotonic())
     spans = [after - before for before, after in pairwise(times)]
     return Outcome(found, statistics, measured, dict(zip(("rounds", "measuring", "batch_norm"), spans, strict=True)))
+
+
+@contextmanager
+def _scored(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, mode: Mode = "train"
+) -> Iterator[tuple[Sandbox, TrainingBatches]]:
+    """Score a replica of the module, on training batches from their beginning."""
+    with (
+        scoring.sandbox(trainer, pl_module, mode) as sandbox,
+        TrainingBatches(sandbox.trainer, sandbox.module).opened() as batches,
+    ):
+        yield sandbox, batches
 
 
 def report(

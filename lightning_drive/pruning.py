@@ -3,23 +3,25 @@
 import copy
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_drive import (
     checkpoints,
+    companions,
     compatibility,
     display,
     finding,
+    gradients,
     messages,
     methods,
     outcomes,
@@ -30,6 +32,7 @@ from lightning_drive import (
 )
 from lightning_drive.enforcing import Enforcement
 from lightning_drive.finding import Found, Scope
+from lightning_drive.gradients import LossFunction
 from lightning_drive.handover import Handover
 from lightning_drive.masking import Masks
 from lightning_drive.methods import Method
@@ -40,6 +43,16 @@ from lightning_drive.rewinding import RewindPoint
 from lightning_drive.schedules import Schedule
 
 _VERSION = 1
+
+
+class Pruning(NamedTuple):
+    """What a callback knows of a pruning; set as a whole, so that a save at any moment has one that fits together."""
+
+    masks: Masks = Masks()
+    """The masks, on the CPU; empty before pruning."""
+    report: PruningReport | None = None
+    unfinished: Mapping[str, Mapping[str, Tensor]] | None = None
+    """While all that follows from the masks is being done: new statistics of BatchNorm, by layer and buffer."""
 
 
 class PruningCallback(pl.Callback):
@@ -93,8 +106,7 @@ class PruningCallback(pl.Callback):
         self.exclude = exclude
         self.reset_best = reset_best
         self.control: Control = control
-        self._masks = Masks()
-        self._report: PruningReport | None = None
+        self._pruning = Pruning()
         self._handover = Handover()
         self._remember_epoch = remember_epoch
         self._start: RewindPoint | None = None
@@ -106,18 +118,19 @@ class PruningCallback(pl.Callback):
         self._module: weakref.ref[pl.LightningModule] | None = None
         self._live: Enforcement | None = None
         self._phase_start: float | None = None
+        self._forgotten = ""
 
     @property
     def masks(self) -> Masks:
         """The masks, on the CPU; empty before pruning."""
         self._collect()
-        return self._masks
+        return self._pruning.masks
 
     @property
     def report(self) -> PruningReport | None:
         """What was pruned; ``None`` before pruning."""
         self._collect()
-        return self._report
+        return self._pruning.report
 
     @property
     def pruned(self) -> bool:
@@ -173,7 +186,7 @@ class PruningCallback(pl.Callback):
         raise NotImplementedError
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find masks, put them down by :meth:`_record`, and settle."""
+        """Find masks, put them down by :meth:`_record`, and finish by :meth:`_commit`."""
         raise NotImplementedError
 
     @property
@@ -182,7 +195,10 @@ class PruningCallback(pl.Callback):
         return self.pruned
 
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do all that follows from masks that were put down; doing it twice does no harm."""
+        """Do what follows from masks that were put down; doing it twice does no harm."""
+        statistics = self._pruning.unfinished or {}
+        for module in (pl_module, *companions.averaged_models(trainer)):
+            gradients.load_batch_norm_statistics(module, statistics)
         self._enforce(trainer, pl_module)
 
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -200,7 +216,7 @@ class PruningCallback(pl.Callback):
 
     def _start_afresh(self) -> None:
         """Forget a module that the callback was used with before."""
-        self._masks, self._report, self._start = Masks(), None, None
+        self._pruning, self._start = Pruning(), None
 
     # When: each hook says what it does here.
 
@@ -240,8 +256,10 @@ class PruningCallback(pl.Callback):
         if not self._finished:
             self._check_training(trainer, pl_module)
         if self.pruned:
-            interrupted = self._restored and self.report is not None and trainer.global_step == self.report.step
-            (self._settle if interrupted else self._enforce)(trainer, pl_module)
+            if self._pruning.unfinished is None:
+                self._enforce(trainer, pl_module)
+            else:
+                self._commit(trainer, pl_module)
             if self._restored:
                 display.show(trainer, f"The masks were restored: {self.masks}")
             if self._finished and self.report is not None:
@@ -298,6 +316,9 @@ class PruningCallback(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Finish what was cut short, a commit or a step, for a checkpoint of the exception; let go of the module."""
         if self._fit_started and self.pruned:
+            with suppress(Exception):  # which may be what the exception was about; a resume does it again
+                if self._pruning.unfinished is not None and trainer.world_size == 1:
+                    self._commit(trainer, pl_module)
             with suppress(ValueError):  # masks that do not fit, which were the exception then
                 self.masks.apply_(pl_module)
         scoring.begin_epoch_again(trainer)
@@ -315,6 +336,7 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Note a search for a learning rate or batch size: it saves before training starts, and returns to that."""
         self._searching = not self._fit_started
+        scoring.let_epoch_begin_again(trainer, checkpoint)
 
     @override
     def on_load_checkpoint(
@@ -347,6 +369,7 @@ class PruningCallback(pl.Callback):
             "masks": self.masks.state_dict(),
             "report": None if self.report is None else self.report.to_dict(),
             "start": None if self._start is None else self._start.state_dict(),
+            "unfinished": self._pruning.unfinished,
         }
 
     @override
@@ -375,8 +398,11 @@ class PruningCallback(pl.Callback):
 
     def _take(self, state_dict: dict[str, Any]) -> None:
         report = state_dict["report"]
-        self._masks = Masks.from_state_dict(state_dict["masks"])
-        self._report = None if report is None else PruningReport.from_dict(report)
+        self._pruning = Pruning(
+            Masks.from_state_dict(state_dict["masks"]),
+            None if report is None else PruningReport.from_dict(report),
+            state_dict.get("unfinished"),
+        )
 
     # What happens when it is time.
 
@@ -411,7 +437,7 @@ class PruningCallback(pl.Callback):
         pl_module: pl.LightningModule,
         method: Method,
         *,
-        loss_fn: Callable[..., Any] | None = None,
+        loss: Callable[[scoring.Sandbox], LossFunction] | None = None,
         only_round: int | None = None,
         shuffle: bool = False,
         bn_batches: int = 0,
@@ -426,7 +452,7 @@ class PruningCallback(pl.Callback):
             masks=self.masks,
             schedule=self.schedule,
             scope=self.scope,
-            loss_fn=loss_fn,
+            loss=loss,
             only_round=only_round,
             shuffle=shuffle,
             bn_batches=bn_batches,
@@ -442,7 +468,7 @@ class PruningCallback(pl.Callback):
         control: Control,
         cycle: int | None = None,
     ) -> None:
-        """Put masks and report down; what follows from them is repeated when an interrupted run is resumed."""
+        """Put masks and report down, at once: from here on the network counts as pruned."""
         report = outcomes.report(
             trainer,
             outcome,
@@ -451,15 +477,19 @@ class PruningCallback(pl.Callback):
             phase_start=self._phase_start,
             control=control,
             cycle=cycle,
-            before=None if cycle is None else self._report,
+            before=None if cycle is None else self.report,
         )
-        self._masks, self._report = outcome.found.masks.to("cpu"), report
+        self._pruning = Pruning(outcome.found.masks.to("cpu"), report, outcome.statistics)
 
-    def _committed(self, start: float) -> None:
-        """Note how long it took to put down all that follows from the masks."""
-        assert self._report is not None
+    def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do all that follows from masks that were put down; a resume repeats it if it is cut short."""
+        start = time.monotonic()
+        self._settle(trainer, pl_module)
+        if self._finished and self.reset_best:
+            self._forgotten = companions.forget_best(trainer)
         self._phase_start = time.monotonic()
-        self._report = outcomes.with_commit(self._report, self._phase_start - start)
+        report = self.report and outcomes.with_commit(self.report, self._phase_start - start)
+        self._pruning = Pruning(self.masks, report)
 
     def _announce(self, trainer: pl.Trainer, found: Found, text: str | None = None) -> None:
         """Tell the user and the loggers what was pruned: all of the report, or a text in its place."""
@@ -477,6 +507,9 @@ class PruningCallback(pl.Callback):
         display.log_metrics(trainer, {key: value for key, value in metrics.items() if value is not None})
         if self._finished:
             display.log_pictures(trainer, self.report)
+        if self._forgotten:
+            rank_zero_info(self._forgotten)
+            self._forgotten = ""
 
     def _enforce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the masks on everything that is alive, and have every optimizer step followed by them."""

@@ -1,11 +1,13 @@
 """Losses taken from a running Trainer, without leaving a trace in it."""
 
+import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -14,11 +16,13 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torch import Tensor, nn
 
 from lightning_drive import flow, gradients
 from lightning_drive.ranks import ALONE, Ranks
+from lightning_drive.undisturbed import Mode, undisturbed
+
+T = TypeVar("T")
 
 
 def ranks_of(trainer: pl.Trainer) -> Ranks:
@@ -72,6 +76,21 @@ def begin_epoch_again(trainer: pl.Trainer) -> None:
         trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
 
 
+def let_epoch_begin_again(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Do the same as :func:`begin_epoch_again` in a checkpoint that is being saved, while training goes on.
+
+    Args:
+        trainer: The Trainer that saves.
+        checkpoint: The checkpoint.
+
+    """
+    epochs = trainer.fit_loop.epoch_progress.total
+    if epochs.started < epochs.ready:  # type: ignore[attr-defined]
+        progress = copy.deepcopy(trainer.fit_loop.epoch_loop.batch_progress)
+        progress.reset_on_run()
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"] = progress.state_dict()
+
+
 def free_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Let go of gradients that Lightning is about to throw away, so that scoring does not need room beside them.
 
@@ -93,17 +112,24 @@ def free_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 def training_step_loss(trainer: pl.Trainer) -> gradients.LossFunction:
     """Make a loss function out of the module's own ``training_step``.
 
+    The module's ``on_train_epoch_start`` and ``on_train_batch_start`` are called before it, as in training, where they
+    come after those of callbacks: ``training_step`` may need what they prepare.
+
     Args:
-        trainer: A Trainer in the middle of ``fit``.
+        trainer: The Trainer of a :func:`sandbox`.
 
     Returns:
-        ``loss_fn(pl_module, batch)``, to be called within :func:`sandbox`.
+        ``loss_fn(pl_module, batch)``, to be called with the module of the sandbox.
 
     """
     indices = count()
 
     def loss_fn(pl_module: pl.LightningModule, batch: Any) -> Tensor:
-        kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, next(indices))
+        index = next(indices)
+        if index == 0:
+            pl_module.on_train_epoch_start()
+        pl_module.on_train_batch_start(batch, index)
+        kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, index)
         output = pl_module.training_step(*kwargs.values())
         loss = output.get("loss") if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):
@@ -149,77 +175,86 @@ def check_training_step(pl_module: pl.LightningModule) -> None:
         )
 
 
-@contextmanager
-def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Generator[None]:
-    """Call ``training_step`` inside, and no log, metric or logger knows of it afterwards.
+class Sandbox(NamedTuple):
+    """What to score in place of a Trainer and its module."""
 
-    ``self.log`` does nothing, ``self.logger`` is the dummy that ``fast_dev_run`` uses, torchmetrics keep their states,
-    and new tensors have the precision in which the module is scored. Weights, gradients, buffers, modes and random
-    states are the business of :func:`lightning_drive.gradients.undisturbed`. What ``training_step`` does to plain
-    Python attributes cannot be undone.
+    trainer: pl.Trainer
+    module: pl.LightningModule
+    of: Callable[[Any], Any]
+    """Returns what stands for an object that refers to the module, such as a `loss_fn` that holds it."""
+
+
+@contextmanager
+def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: Mode = "train") -> Generator[Sandbox]:
+    """Call ``training_step`` inside, and neither the Trainer nor the module nor a logger ever knows of it.
+
+    What is scored is a replica of the module, see :func:`lightning_drive.undisturbed.undisturbed`: its metrics, lists
+    and counters are its own. Its ``log`` does nothing, and its Trainer is a copy as far as a module may write to it:
+    with loggers that do nothing (the dummies of ``fast_dev_run``), and with copies of the settings of optimizers and
+    learning-rate schedulers. New tensors have the precision in which the module is scored.
 
     Args:
         trainer: A Trainer in the middle of ``fit``.
         pl_module: Its module.
+        mode: See :func:`lightning_drive.undisturbed.undisturbed`.
 
     """
-    modules = [module for module in pl_module.modules() if isinstance(module, pl.LightningModule)]
-    logs = [(module, name, vars(module).get(name)) for module in modules for name in ("log", "log_dict")]
-    loggers, dtype = trainer.loggers, torch.get_default_dtype()
-    parameter = next(pl_module.parameters())
-    with _preserved_metrics(pl_module):
-        try:
-            trainer.loggers = [DummyLogger() for _ in loggers]
-            torch.set_default_dtype(torch.promote_types(parameter.dtype, torch.float32))
-            for module, name, _ in logs:
-                vars(module)[name] = _log_nothing
-            yield
-        finally:
-            for module, name, own in logs:
-                vars(module).pop(name)
-                if own is not None:
-                    vars(module)[name] = own
-            torch.set_default_dtype(dtype)
-            trainer.loggers = loggers
+    quiet = _quiet(trainer)
+    dtype = torch.get_default_dtype()
+    try:
+        with undisturbed(pl_module, mode, {id(trainer): quiet}) as scored:
+            module: Any = scored.module
+            _connect(quiet, module, scored.of)
+            torch.set_default_dtype(torch.promote_types(next(pl_module.parameters()).dtype, torch.float32))
+            yield Sandbox(quiet, module, scored.of)
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _quiet(trainer: pl.Trainer) -> pl.Trainer:
+    """Copy a Trainer as far as a module that is scored may write to it."""
+    quiet: Any = _twin(trainer)
+    quiet._accelerator_connector = _twin(quiet._accelerator_connector)
+    quiet._accelerator_connector.strategy = _twin(trainer.strategy)
+    quiet.loggers = [DummyLogger() for _ in trainer.loggers]
+    return quiet  # type: ignore[no-any-return]
+
+
+def _connect(quiet: Any, module: nn.Module, of: Callable[[Any], Any]) -> None:
+    """Let a quiet Trainer and the module that is scored know each other."""
+    for each in module.modules():
+        if isinstance(each, pl.LightningModule):
+            vars(each).update(_trainer=quiet, log=_log_nothing, log_dict=_log_nothing)
+    strategy = quiet.strategy
+    strategy._lightning_module = strategy._model = module
+    optimizers = {id(optimizer): _quiet_optimizer(optimizer, of) for optimizer in strategy.optimizers}
+    strategy.optimizers = list(optimizers.values())
+    strategy.lr_scheduler_configs = [
+        replace(config, scheduler=_quiet_scheduler(config.scheduler, optimizers))
+        for config in strategy.lr_scheduler_configs
+    ]
+
+
+def _quiet_optimizer(optimizer: Any, of: Callable[[Any], Any]) -> Any:
+    twin = _twin(optimizer)
+    if "param_groups" in vars(twin):
+        twin.param_groups = [{**group, "params": [of(each) for each in group["params"]]} for group in twin.param_groups]
+    return twin
+
+
+def _quiet_scheduler(scheduler: Any, optimizers: Mapping[int, Any]) -> Any:
+    twin = _twin(scheduler)
+    if "optimizer" in vars(twin):
+        twin.optimizer = optimizers.get(id(twin.optimizer), twin.optimizer)
+    return twin
+
+
+def _twin(thing: T) -> T:
+    """Make an object of the same class with the same attributes."""
+    twin: T = object.__new__(type(thing))
+    vars(twin).update(vars(thing))
+    return twin
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:
     pass
-
-
-@contextmanager
-def _preserved_metrics(pl_module: pl.LightningModule) -> Generator[None]:
-    """Put the states of all torchmetrics back, in place, so that metrics that share states go on sharing them."""
-    metrics = [module for module in pl_module.modules() if isinstance(module, (Metric, MetricCollection))]
-    restores = [_restore_later(vars(metric)) for metric in metrics]
-    try:
-        yield
-    finally:
-        for restore in restores:
-            restore()
-
-
-def _restore_later(attributes: dict[str, Any]) -> Callable[[], None]:
-    tensors = [(value, value.detach().clone()) for value in attributes.values() if isinstance(value, Tensor)]
-    lists = [(value, list(value)) for value in attributes.values() if isinstance(value, list)]
-    # `MetricCollection` keeps its compute groups as a dict of lists
-    dicts = [
-        (value, {key: list(entry) if isinstance(entry, list) else entry for key, entry in value.items()})
-        for value in attributes.values()
-        if type(value) is dict
-    ]
-    before = dict(attributes)
-
-    def restore() -> None:
-        attributes.clear()
-        attributes.update(before)
-        with torch.no_grad():
-            for tensor, saved in tensors:
-                tensor.copy_(saved)
-        for sequence, items in lists:
-            sequence[:] = items
-        for mapping, entries in dicts:
-            mapping.clear()
-            mapping.update(entries)
-
-    return restore

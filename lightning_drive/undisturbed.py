@@ -85,6 +85,19 @@ def undisturbed(
 
 
 @contextmanager
+def preserved_rng() -> Generator[None]:
+    """Put the random state of torch (CPU and CUDA), numpy and Python back on exit."""
+    state = _RandomState()
+    try:
+        try:
+            yield
+        finally:
+            state.put_back()
+    finally:
+        state.put_back()  # once more, should an interrupt have cut it short
+
+
+@contextmanager
 def in_mode(module: nn.Module, mode: Mode) -> Generator[None]:
     """Set train or eval mode, without Dropout, and put every flag back.
 
@@ -173,13 +186,29 @@ def _check_same(before: list[tuple[str, int, Tensor | None]], now: list[tuple[st
 # Settings of the thread and of the process.
 
 
+class _RandomState:
+    """The random state of torch (CPU and CUDA), numpy and Python when this was made."""
+
+    def __init__(self) -> None:
+        self._numpy = sys.modules.get("numpy")  # never imported for this alone
+        self._states = random.getstate(), self._numpy and self._numpy.random.get_state(), torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    def put_back(self) -> None:
+        """Put it back; doing it twice does no harm."""
+        random.setstate(self._states[0])
+        if self._numpy:
+            self._numpy.random.set_state(self._states[1])
+        torch.set_rng_state(self._states[2])
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
 class _Settings:
     """The settings that scoring changes, as they were when this was made; reading them changes nothing."""
 
     def __init__(self, device_types: list[str]) -> None:
-        self._numpy = sys.modules.get("numpy")  # never imported for this alone
-        self._random = random.getstate(), self._numpy and self._numpy.random.get_state(), torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        self._random = _RandomState()
         self._grad = torch.is_grad_enabled()
         self._autocast = {each: torch.is_autocast_enabled(each) for each in device_types}
         self._modes = torch._C._len_torch_function_stack()
@@ -198,12 +227,7 @@ class _Settings:
             torch.set_autocast_enabled(device_type, is_on)
         torch.set_grad_enabled(self._grad)
         _PLAIN_PYTHON.leave(self)
-        random.setstate(self._random[0])
-        if self._numpy:
-            self._numpy.random.set_state(self._random[1])
-        torch.set_rng_state(self._random[2])
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)
+        self._random.put_back()
 
 
 class _PlainPython:

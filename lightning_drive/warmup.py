@@ -109,23 +109,17 @@ class WarmupPruningCallback(PruningCallback):
             trainer,
             pl_module,
             method,
-            loss_fn=self._loss_fn(trainer, pl_module),
+            loss=self._loss,
             shuffle=self.control == "shuffle",
             bn_batches=self.bn_batches,
         )
-        found, statistics = outcome.found, outcome.statistics
+        found = outcome.found
         found.warnings.extend(self._frozen_layers(trainer, pl_module, found.masks))
         # Everything is computed: from here on only commit.
-        commit = time.monotonic()
         self._record(trainer, outcome, str(method), start, control=self.control)
-        gradients.load_batch_norm_statistics(statistics)
-        companions.give_statistics(trainer, pl_module, statistics)
-        self._settle(trainer, pl_module)
-        self._committed(commit)
+        self._commit(trainer, pl_module)
         with display.above_bar(trainer):
             self._announce(trainer, found)
-            if self.reset_best:
-                companions.forget_best(trainer)
 
     @override
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -148,10 +142,12 @@ class WarmupPruningCallback(PruningCallback):
                         f" happens, got {self.warmup_epochs}, or say with `exclude` that they are to stay dense."
                     )
 
-    def _loss_fn(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> gradients.LossFunction:
-        """Give what runs a batch through the module, and returns the loss to score by."""
-        if self._needs_loss or pl_module.automatic_optimization:
-            return self.loss_fn or scoring.training_step_loss(trainer)
+    def _loss(self, sandbox: scoring.Sandbox) -> gradients.LossFunction:
+        """Return what runs a batch through the module, and returns the loss to score by."""
+        if self.loss_fn is not None:
+            return sandbox.of(self.loss_fn)  # type: ignore[no-any-return]
+        if self._needs_loss or sandbox.module.automatic_optimization:
+            return scoring.training_step_loss(sandbox.trainer)
         return scoring.forward  # good enough for BatchNorm's statistics
 
     @property
