@@ -13,8 +13,9 @@ from lightning_drive import callbacks
 FLOORS = (
     {"handover", "messages", "ranks"},
     {"checkpoints", "schedules", "scores", "ranking", "sparsity", "shards"},
-    {"channels", "prunable", "gradients", "flow", "masking", "rounds", "tables"},
-    {"compaction", "costs", "files", "methods", "pictures", "rewinding"},
+    {"channels", "gradients", "masking", "prunable", "replicas", "rounds", "tables"},
+    {"files", "flow", "pictures", "rewinding", "undisturbed"},
+    {"compaction", "costs", "methods"},
     {"finding", "planning", "report"},
     {"batches", "cli", "companions", "compatibility", "display", "scoring", "phases"},
     {"enforcing", "outcomes"},
@@ -23,7 +24,7 @@ FLOORS = (
     {"callbacks", "lottery"},
     {"command"},
 )
-FIRST_LIGHTNING_FLOOR = 5
+FIRST_LIGHTNING_FLOOR = 6
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning", "lightning_utilities", "torchmetrics"}
 PACKAGE = Path(__file__).parents[1] / "lightning_drive"
 MODULES = sorted(PACKAGE.glob("[!_]*.py"))
