@@ -109,8 +109,8 @@ def _dataclass(kind: type[T], values: object, path: str) -> T:
     unknown = [name if isinstance(name, str) else shown(name) for name in values if name not in known]
     if unknown:
         raise ValueError(
-            f"The {kind.__name__}{place} has fields that this lightning_drive does not know"
-            f" ({', '.join(sorted(unknown)[:8])}): it was written by a newer version, or is none."
+            f"The {kind.__name__} has fields that this lightning_drive does not know"
+            f" ({', '.join(sorted(unknown)[:8])}){place}: it was written by a newer version, or is none."
         )
     missing = [
         repr(name)

@@ -375,6 +375,7 @@ class IMPPruningCallback(PruningCallback):
     @override
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_training(trainer, pl_module)
+        self.masks.parameters_of(pl_module)  # or it is another module
         if (
             self._restored
             and self.pruned
