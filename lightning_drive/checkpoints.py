@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_drive import forms, sources
 from lightning_drive.messages import listed
 
 _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
@@ -34,6 +36,9 @@ _TRAINING = (
 )
 """What Lightning stores to go on with training, and the weights."""
 
+_MOST_BITS = 14_000
+"""Of an integer in JSON: Python reads up to 4,300 digits."""
+
 _TUPLE = "__tuple__"
 """Marks a tuple, which JSON does not know."""
 
@@ -52,12 +57,13 @@ def load(path: str | Path, *, needs_weights: bool = True) -> dict[str, Any]:
 
     """
     path, file = Path(path), _file(Path(path), needs_weights)
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except OSError:
-        raise
-    except Exception as error:  # of many kinds, where a file is damaged
-        raise ValueError(_unreadable(path, error)) from error
+    with sources.held(file) as same:
+        try:
+            content = torch.load(same, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(same))
+        except OSError:
+            raise
+        except Exception as error:  # of many kinds, where a file is damaged
+            raise ValueError(_unreadable(path, error, is_sound=_is_sound(same))) from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} is not a checkpoint: it holds a {type(content).__name__}, not a dictionary.")
     return content
@@ -70,6 +76,7 @@ def is_safetensors(path: str | Path) -> bool:
         path: Any path.
 
     """
+    sources.check(path)
     if not Path(path).is_file():
         return False
     with Path(path).open("rb") as file:
@@ -90,6 +97,9 @@ def state_dict_of(content: Mapping[str, Any], path: Path) -> Mapping[str, Tensor
     state_dict = content.get("state_dict", content)
     if not isinstance(state_dict, dict):
         raise ValueError(f"The 'state_dict' in {str(path)!r} must be a dictionary, got a {type(state_dict).__name__}.")
+    odd = [forms.shown(name) for name in state_dict if not isinstance(name, str)]
+    if odd:
+        raise ValueError(f"The names in the 'state_dict' of {str(path)!r} must be texts, but {listed(odd)} is none.")
     others = [repr(name) for name, each in state_dict.items() if not isinstance(each, Tensor)]
     if others:
         place = "its 'state_dict'" if "state_dict" in content else "it"
@@ -126,9 +136,13 @@ def pruning_in(content: Mapping[str, Any]) -> tuple[str, Any]:
 
     """
     own = content.get(_PRUNING)
-    found = [(str(name).partition("{")[0], state["report"]) for name, state in pruning_states(content).items()]
+    found = [
+        ((name if isinstance(name, str) else forms.shown(name)).partition("{")[0], state["report"])
+        for name, state in pruning_states(content).items()
+    ]
     if isinstance(own, dict):
-        found.append((str(own.get("callback")), own.get("report")))
+        name = own.get("callback")
+        found.append((name if isinstance(name, str) else forms.shown(name), own.get("report")))
     pruned = [each for each in found if each[1] is not None]
     return next(iter(pruned or found), ("", None))
 
@@ -210,8 +224,7 @@ def unpacked(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
 
 def _file(path: Path, needs_weights: bool) -> Path:
     """Give the file to read, or say why there is none."""
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    sources.check(path)
     if path.is_dir():
         if not (path / _SHARDED_REST).is_file():
             raise ValueError(f"{str(path)!r} is a folder, not a checkpoint. Give a file in it.")
@@ -220,7 +233,7 @@ def _file(path: Path, needs_weights: bool) -> Path:
                 f"{str(path)!r} is a sharded checkpoint, a folder with the weights in parts. Join them to one file"
                 f" first: `python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`."
             )
-        return path / _SHARDED_REST
+        return path / _SHARDED_REST  # a regular file, as was checked
     if is_safetensors(path):
         raise ValueError(
             f"{str(path)!r} seems to be a safetensors file. If it is a sparse file, make a checkpoint of it first, by"
@@ -229,8 +242,23 @@ def _file(path: Path, needs_weights: bool) -> Path:
     return path
 
 
-def _unreadable(path: Path, error: Exception) -> str:
+def _is_sound(file: str) -> bool:
+    """Whether the checksums in a file of ``torch.save`` are right."""
+    try:
+        with zipfile.ZipFile(file) as content:
+            return content.testzip() is None
+    except (OSError, ValueError, NotImplementedError, EOFError, zlib.error, zipfile.BadZipFile):
+        return False
+
+
+def _unreadable(path: Path, error: Exception, *, is_sound: bool) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if not found and is_sound and isinstance(error, pickle.UnpicklingError):
+        return (
+            f"{str(path)!r} holds what torch cannot load without running code, such as an integer of more than 255"
+            f" bytes, so it was not loaded. If you trust the file, load it by `torch.load({str(path)!r},"
+            " weights_only=False)` in Python, and save it without that."
+        )
     if not found:
         return f"{str(path)!r} is not a file that `torch.save` wrote, or it is damaged or cut off."
     return (
@@ -243,8 +271,16 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 def _plain_part(values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
     """Give what JSON can hold, and name what it cannot."""
-    plain = {key: _tagged(value) for key, value in values.items() if _is_plain({key: value})}
-    return plain, [f"{key} ({type(value).__name__})" for key, value in values.items() if key not in plain]
+    plain = {key: _tagged(value) for key, value in values.items() if _fits_json({key: value})}
+    names = {key: key if isinstance(key, str) else forms.shown(key) for key in values}
+    return plain, [f"{names[key]} ({type(value).__name__})" for key, value in values.items() if key not in plain]
+
+
+def _fits_json(value: object) -> bool:
+    try:
+        return _is_plain(value)
+    except RecursionError:  # of lists in lists in lists, or of one in itself
+        return False
 
 
 def _is_plain(value: object) -> bool:
@@ -253,7 +289,9 @@ def _is_plain(value: object) -> bool:
         return all(map(_is_plain, value))  # type: ignore[call-overload]
     if type(value) is dict:
         return all(type(key) is str and key != _TUPLE and _is_plain(each) for key, each in value.items())
-    return value is None or type(value) in (bool, int, float, str)
+    if type(value) is int:
+        return value.bit_length() < _MOST_BITS
+    return value is None or type(value) in (bool, float, str)
 
 
 def _tagged(value: Any) -> Any:

@@ -218,13 +218,14 @@ def _expand(sparse: Path, out: Path, overwrite: bool) -> None:
     from lightning_drive import checkpoints, files
 
     _check_free(out, sparse, overwrite)
-    state_dict = files.load_sparse(sparse)
-    checkpoint = checkpoints.unpacked(files.read_metadata(sparse), sparse)
+    state_dict, metadata = files.load_with_metadata(sparse)
+    checkpoint = checkpoints.unpacked(metadata, sparse)
     checkpoint[_VERSION] = _current(checkpoint.get(_VERSION))
     with files.replacing(out) as temporary:
         torch.save({**checkpoint, "state_dict": state_dict}, temporary)
 
-    names = ", ".join(map(str, checkpoint.get("hyper_parameters", {}))) or "none"
+    hyper_parameters = checkpoint.get("hyper_parameters")
+    names = ", ".join(hyper_parameters if isinstance(hyper_parameters, dict) else ()) or "none"
     print(f"{out}: {out.stat().st_size:,} bytes, {len(state_dict)} tensors, hyper-parameters: {names}")
 
 
@@ -341,19 +342,45 @@ def _zeros(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
             "name": name,
             "shape": list(tensor.shape),
             "numbers": tensor.numel(),
-            "zeros": tensor.numel() - int(tensor.count_nonzero()),
+            "zeros": _num_zeros(name, tensor),
         }
         for name, tensor in state_dict.items()
     ]
+
+
+def _num_zeros(name: str, tensor: Any) -> int | None:
+    """Count the zeros of a tensor; ``None`` for one of which torch cannot say it."""
+    import torch
+
+    from lightning_drive import forms, masking
+
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        return None
+    repeated = [dim for dim, stride in enumerate(tensor.stride()) if stride == 0 and tensor.shape[dim] > 1]
+    stored = tensor  # without what only repeats it
+    for dim in repeated:
+        stored = stored.narrow(dim, 0, 1)
+    if not forms.has_memory(stored):
+        raise ValueError(f"{name!r} claims {tensor.numel():,} numbers, far more than it has in memory.")
+    if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        stored = stored.view(masking.INTEGERS[tensor.itemsize])
+    elif tensor.is_floating_point() and tensor.itemsize == 1:
+        stored = stored.float()
+    try:
+        zeros = stored.numel() - int(stored.count_nonzero())
+    except RuntimeError:  # of a kind of number that is newer than this
+        return None
+    return int(zeros * (tensor.numel() // max(1, stored.numel())))
 
 
 def _table(zeros: Sequence[Mapping[str, Any]]) -> list[str]:
     from lightning_drive import tables
 
     rows = [(each["name"], "x".join(map(str, each["shape"])), each["numbers"], each["zeros"]) for each in zeros]
-    rows.append(("all", "", sum(row[2] for row in rows), sum(row[3] for row in rows)))
+    counts = [row[3] for row in rows]
+    rows.append(("all", "", sum(row[2] for row in rows), None if None in counts else sum(counts)))
     texts = (
-        (name, shape, f"{numbers:,}", f"{zero:,}", f"{zero / max(1, numbers):.2%}")
+        (name, shape, f"{numbers:,}", *(("-", "-") if zero is None else (f"{zero:,}", f"{zero / max(1, numbers):.2%}")))
         for name, shape, numbers, zero in rows
     )
     return tables.plain([("tensor", "shape", "numbers", "zeros", "share"), *texts])
@@ -364,7 +391,7 @@ def _current(version: object) -> str:
     from importlib.metadata import version as version_of
 
     # Older ones would be brought up to date first, in parts that a file of weights does not have.
-    is_usable = isinstance(version, str) and re.match(r"(\d+)\.", version) and int(version.split(".")[0]) >= 2
+    is_usable = isinstance(version, str) and re.match(r"(\d{1,3})\.", version) and int(version.split(".")[0]) >= 2
     return str(version) if is_usable else version_of("lightning")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import masking, shards
+from lightning_drive import forms, masking, shards, sources
 from lightning_drive.messages import listed
 
 _VERSION = 1
@@ -84,6 +84,7 @@ def save_sparse(
             stored.update(parts)
         else:
             record["tensors"][name] = {"stored": "tied", "to": owner}
+    record["digest_of_texts"] = _digest_of_texts(record, metadata)
     record["digest"] = _digest(record, metadata, stored)
     with replacing(path) as temporary:
         try:
@@ -110,9 +111,17 @@ def load_sparse(path: str | Path) -> dict[str, Tensor]:
         ValueError: If it is another kind of file, is damaged or cut off, or was written by a newer version.
 
     """
+    return load_with_metadata(path)[0]
+
+
+def load_with_metadata(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Load what :func:`load_sparse` and :func:`read_metadata` give, out of one and the same file.
+
+    Args:
+        path: The file; errors are those of :func:`load_sparse`.
+
+    """
     record, metadata, stored = _read(path)
-    if record.get("digest") != _digest(record, metadata, stored):
-        raise _damaged(path, "its content does not have the checksum that was written with it")
     state_dict: OrderedDict[str, Tensor] = OrderedDict()
     for name, entry in record["tensors"].items():
         if entry["stored"] == "tied":
@@ -130,7 +139,7 @@ def load_sparse(path: str | Path) -> dict[str, Tensor]:
         state_dict._metadata = {name: {"version": version} for name, version in versions.items()}  # type: ignore[attr-defined]
     elif versions is not None:
         raise _damaged(path, "the versions of its modules are no numbers")
-    return state_dict
+    return state_dict, metadata
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -212,8 +221,8 @@ def _dense(name: str, entry: Mapping[str, Any], stored: Mapping[str, Tensor]) ->
             raise _DamagedError(f"has {len(values):,} numbers, but its shape {shape} has {prod(shape):,}")
         return values.view(shape)
     shape = _shape(entry)
-    number = prod(shape)
     bits, values = (stored[key] for key in _keys(name))
+    number = prod(shape[: _MOST_DIMENSIONS + 1])
     if not number or len(shape) > _MOST_DIMENSIONS:
         raise _DamagedError("has a shape that no sparse tensor has")
     if bits.dtype != torch.uint8 or bits.shape != ((number + 7) // 8,) or values.ndim != 1:
@@ -290,6 +299,11 @@ def _checked(name: object, value: object) -> Tensor:
         reason = "is on the meta device and has no values. Load the weights first"
     elif value.layout != torch.strided:
         reason = f"has the layout {value.layout}. Make it dense with `to_dense()`"
+    elif not forms.has_memory(value):
+        reason = (
+            f"claims {value.numel():,} numbers, and has {value.untyped_storage().nbytes():,} bytes in memory. Store the"
+            " tensor that it was expanded from"
+        )
     elif hasattr(value, "__tensor_flatten__") or _name(value.dtype) not in _NATIVE + _AS_BYTES:
         reason = f"is a {type(value).__name__} of {value.dtype}, which cannot be stored. Convert it first"
     if reason or not isinstance(value, Tensor):
@@ -342,6 +356,12 @@ def _digest(record: Mapping[str, Any], metadata: Mapping[str, str], stored: Mapp
     return digest.hexdigest()
 
 
+def _digest_of_texts(record: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """Give a SHA-256 of all that is in the file beside the tensors."""
+    rest = {key: value for key, value in record.items() if key not in ("digest", "digest_of_texts")}
+    return hashlib.sha256(_json([rest, sorted(metadata.items())]).encode()).hexdigest()
+
+
 def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
@@ -352,14 +372,23 @@ def _json(value: object) -> str:
 def _read(path: str | Path, *, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, str], dict[str, Tensor]]:
     """Give what a file says of itself, the user's metadata and the stored tensors; their names fit together."""
     library = _library("load_sparse")
+    sources.check(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    with sources.held(path) as same:
+        return _read_held(path, same, library, with_tensors=with_tensors)
+
+
+def _read_held(
+    path: str | Path, same: str, library: Any, *, with_tensors: bool
+) -> tuple[dict[str, Any], dict[str, str], dict[str, Tensor]]:
     try:
-        with library.safe_open(path, framework="pt", device="cpu") as file:
+        with library.safe_open(same, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             record = _record(path, metadata.pop(_KEY, None))
             keys = set(file.keys())
-            stored = {key: file.get_tensor(key) for key in keys} if with_tensors else {}
+            has_own = "digest_of_texts" in record  # former files have a checksum of everything only
+            stored = {key: file.get_tensor(key) for key in keys} if with_tensors or not has_own else {}
     except (library.SafetensorError, TypeError, RuntimeError) as error:  # the latter of shapes that torch cannot have
         raise ValueError(
             f"{str(path)!r} is not a file that `save_sparse` wrote, or it is damaged or cut off: {error}."
@@ -372,6 +401,12 @@ def _read(path: str | Path, *, with_tensors: bool = True) -> tuple[dict[str, Any
         expected.update({"whole": (name,), "sparse": _keys(name), "tied": ()}[kind])
     if expected != keys:
         raise _damaged(path, f"it should have other tensors: {listed(sorted(expected ^ keys))}")
+    if with_tensors or not has_own:
+        is_whole = record.get("digest") == _digest(record, metadata, stored)
+    else:
+        is_whole = record["digest_of_texts"] == _digest_of_texts(record, metadata)
+    if not is_whole:
+        raise _damaged(path, "its content does not have the checksum that was written with it")
     return record, metadata, stored
 
 

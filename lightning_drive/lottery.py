@@ -13,12 +13,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from typing_extensions import override
 
-from lightning_drive import companions, compatibility, display, methods, phases, scoring
+from lightning_drive import companions, compatibility, display, forms, methods, outcomes, phases, scoring
 from lightning_drive.finding import Scope
+from lightning_drive.messages import listed
 from lightning_drive.methods import Magnitude
 from lightning_drive.planning import Intent
 from lightning_drive.pruning import PruningCallback
-from lightning_drive.report import Control
+from lightning_drive.report import Control, PruningReport
 from lightning_drive.rewinding import RewindPoint
 from lightning_drive.schedules import Schedule
 
@@ -192,20 +193,19 @@ class IMPPruningCallback(PruningCallback):
         super().teardown(trainer, pl_module, stage)
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave; cycles must be those of the checkpoint as long as they last."""
-        super().load_state_dict(state_dict)
-        then, now = state_dict.get("settings"), self._settings()
-        if self.cycle < state_dict["settings"]["cycles"] and then != now:
+    def _check_settings(self, then: dict[str, Any], report: PruningReport | None) -> None:
+        """Raise if cycles are left and would go on with other settings; older checkpoints do not have them all."""
+        now, cycle = self._settings(), 0 if report is None else report.cycle or 0
+        cycles = forms.check(int, then.get("cycles"), "the number of cycles in the checkpoint's settings")
+        names = [name for name in now if name in then and name not in ("include", "exclude")]
+        other = [name for name in names if type(then[name]) is not type(now[name]) or then[name] != now[name]]
+        if cycle < cycles and other:
+            before, after = ({name: forms.shown(of[name]) for name in other} for of in (then, now))
             raise ValueError(
-                f"The checkpoint is from cycle {self.cycle} of an IMP run with {then}, but this IMPPruningCallback has"
-                f" {now}: its cycles would not follow on. Resume with the settings of the checkpoint."
+                f"The checkpoint is from cycle {cycle} of an IMP run with {_listed(before)}, but this"
+                f" IMPPruningCallback has {_listed(after)}: its cycles would not follow on. Resume with the settings of"
+                " the checkpoint."
             )
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Save the masks, one bit per weight, the report, the rewind point, and the settings that they depend on."""
-        return {**super().state_dict(), "settings": self._settings()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the live parameters, schedulers and hooks of this process out of copies and pickles."""
@@ -227,7 +227,7 @@ class IMPPruningCallback(PruningCallback):
         return self._due_cycle(trainer) > self.cycle
 
     def _method(self) -> str:
-        return f"IMP({', '.join(f'{name}={value}' for name, value in self._settings().items())})"
+        return f"IMP({_listed(self._cycle_settings())})"
 
     def _due_cycle(self, trainer: pl.Trainer) -> int:
         if compatibility.is_quick_check(trainer):
@@ -338,9 +338,13 @@ class IMPPruningCallback(PruningCallback):
             f" to the start of epoch {self.rewind_epoch}."
         )
 
-    def _settings(self) -> dict[str, int]:
+    @override
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), **self._cycle_settings()}
+
+    def _cycle_settings(self) -> dict[str, int]:
         names = ("cycles", "epochs_per_cycle", "rewind_epoch")
-        return {name: getattr(self, name) for name in names}
+        return {name: int(getattr(self, name)) for name in names}
 
     @override
     def _release(self) -> None:
@@ -367,6 +371,17 @@ class IMPPruningCallback(PruningCallback):
     @override
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_training(trainer, pl_module)
+        self.masks.parameters_of(pl_module)  # or it is another module
+        if (
+            self._restored
+            and self.pruned
+            and not outcomes.is_selection(self.masks, self.prunable_parameters, pl_module)
+        ):
+            raise MisconfigurationException(
+                f"The checkpoint is from cycle {self.cycle} of an IMP run that prunes other parameters than"
+                f" `include={self.include}` and `exclude={self.exclude}` select now: its cycles would not follow on."
+                f" Resume with the settings of the checkpoint, which select: {listed(self.masks)}."
+            )
         if compatibility.is_quick_check(trainer) or self._planned is None:
             return
         last_cut = self.cycles * self.epochs_per_cycle
@@ -415,3 +430,7 @@ class IMPPruningCallback(PruningCallback):
                 f" {last_cut}: its learning rate ends with the cycle, and its average begins again with every"
                 f" cycle. To average the ticket's training, set `swa_epoch_start` to {last_cut + 1} or more."
             )
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())

@@ -15,7 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from lightning_drive import shards
+from lightning_drive import forms, shards
 from lightning_drive import sparsity as measures
 from lightning_drive.messages import listed
 
@@ -205,21 +205,16 @@ class Masks(Mapping[str, Tensor]):
             The masks, on the CPU.
 
         Raises:
-            ValueError: If it was written by a newer version, or the bits do not fit the shape (named).
+            ValueError: If it was written by a newer version, is damaged, or the bits do not fit the shape (named).
 
         """
-        version = state_dict.get("version")
-        if version != _VERSION:
-            raise ValueError(f"These masks have version {version}, but this lightning_drive reads version {_VERSION}.")
-        masks = {}
-        for name, packed in state_dict.get("masks", {}).items():
-            shape, bits = packed.get("shape"), packed.get("bits")
-            if not isinstance(shape, list) or not isinstance(bits, Tensor):
-                raise ValueError(f"The packed mask of {name!r} needs a `shape` and `bits`: the file is damaged.")
-            if bits.dtype != torch.uint8 or len(bits) != (prod(shape) + 7) // 8:
-                raise ValueError(f"The packed mask of {name!r} does not hold {prod(shape)} bits: the file is damaged.")
-            masks[name] = unpack(bits, shape)
-        return cls(masks)
+        version = forms.check(dict[str, object], state_dict, "the state of the masks").get("version")
+        if type(version) is not int or version != _VERSION:
+            raise ValueError(
+                f"These masks have version {forms.shown(version)}, but this lightning_drive reads version {_VERSION}."
+            )
+        masks = forms.check(dict[str, dict[Any, Any]], state_dict.get("masks"), "the dictionary of the packed masks")
+        return cls({name: _unpacked(name, packed) for name, packed in masks.items()})
 
     def digest(self) -> str:
         """Name the masks by their content: equal masks, on any device and in any order, have equal digests.
@@ -418,6 +413,25 @@ def unpack(bits: Tensor, shape: list[int]) -> Tensor:
     """
     flat = (bits.view(-1, 1) >> _bit_positions(bits.device) & 1).view(-1)
     return flat[: prod(shape)].view(shape).bool()
+
+
+def _unpacked(name: str, packed: Mapping[str, Any]) -> Tensor:
+    """Unpack one mask, once its parts are known to fit together."""
+    shape, bits = packed.get("shape"), packed.get("bits")
+    if not isinstance(shape, list) or not isinstance(bits, Tensor):
+        raise ValueError(f"The packed mask of {name!r} needs a `shape` and `bits`: the file is damaged.")
+    forms.check(list[int], shape, f"the shape of the mask of {name!r}")
+    number = prod(shape)
+    if bits.dtype != torch.uint8 or bits.shape != ((number + 7) // 8,) or not forms.has_memory(bits):
+        raise ValueError(f"The packed mask of {name!r} does not hold {forms.shown(number)} bits: the file is damaged.")
+    if number % 8 and int(bits[-1]) & (255 >> number % 8):
+        raise ValueError(
+            f"The packed mask of {name!r} has bits set behind the {number} that it should have: the file is damaged."
+        )
+    try:
+        return unpack(bits, shape)
+    except (RuntimeError, TypeError):  # of shapes that torch cannot have, such as one of a hundred dimensions
+        raise ValueError(f"The packed mask of {name!r} has a shape that no tensor has: the file is damaged.") from None
 
 
 @torch.no_grad()

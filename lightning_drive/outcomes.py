@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import Any
@@ -11,12 +11,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_drive import companions, costs, display, finding, flow, gradients, scoring, shards
+from lightning_drive import companions, costs, display, finding, flow, forms, gradients, prunable, scoring, shards
 from lightning_drive.batches import TrainingBatches
 from lightning_drive.costs import Costs
 from lightning_drive.finding import Found, Scope
 from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
+from lightning_drive.messages import listed
 from lightning_drive.methods import Method
 from lightning_drive.report import Control, CycleReport, PruningReport
 from lightning_drive.schedules import Schedule
@@ -215,6 +216,78 @@ def warn_of_differences(masks: Masks, report: PruningReport, sparsity: float, co
         rank_zero_warn(
             f"The checkpoint was pruned with control={report.control!r} and stays so: `control={control!r}` has no"
             " effect. Start from a dense checkpoint."
+        )
+
+
+def warn_of_other_settings(
+    masks: Masks,
+    then: Mapping[str, Any],
+    now: Mapping[str, Any],
+    select: Callable[[pl.LightningModule], Mapping[str, nn.Parameter]],
+    pl_module: pl.LightningModule,
+) -> None:
+    """Warn if restored masks were chosen in another way than they would be now: they stay.
+
+    Args:
+        masks: The masks.
+        then: The settings that they were chosen with, as far as the checkpoint has them.
+        now: The settings of the callback.
+        select: Gives the prunable parameters of the module, by name.
+        pl_module: The module.
+
+    """
+    for name in ("schedule", "scope"):
+        if name in then and then[name] != now[name]:
+            rank_zero_warn(
+                f"The checkpoint was pruned with {name}={forms.shown(then[name])} and stays so:"
+                f" `{name}={now[name]!r}` has no effect. Start from a dense checkpoint."
+            )
+    patterns = [name for name in ("include", "exclude") if name not in then or then[name] != now[name]]
+    if patterns and not is_selection(masks, select, pl_module):
+        asked = " and ".join(f"`{name}={now[name]!r}`" for name in patterns)
+        rank_zero_warn(
+            f"The checkpoint was pruned in {listed(masks)} and stays so: {asked} would select other parameters, and"
+            " has no effect. Start from a dense checkpoint."
+        )
+
+
+def is_selection(
+    masks: Masks,
+    select: Callable[[pl.LightningModule], Mapping[str, nn.Parameter]],
+    pl_module: pl.LightningModule,
+) -> bool:
+    """Whether masks are for the parameters that are selected now, or would be if none were frozen.
+
+    Args:
+        masks: The masks.
+        select: Gives the prunable parameters of the module, by name.
+        pl_module: The module.
+
+    """
+    for context in (nullcontext(), prunable.unfrozen(pl_module)):
+        with context, suppress(ValueError):  # of a pattern that matches nothing
+            if set(select(pl_module)) == set(masks):
+                return True
+    return False
+
+
+def check_belong_together(masks: Masks, report: PruningReport | None) -> None:
+    """Raise if masks are not those that a report is of.
+
+    Args:
+        masks: Masks out of a checkpoint.
+        report: The report beside them.
+
+    Raises:
+        ValueError: If they differ, or one of them is missing.
+
+    """
+    layers = [] if report is None else [(layer.name, layer.shape, layer.num_kept) for layer in report.layers]
+    of_masks = [(name, tuple(mask.shape), int(mask.count_nonzero())) for name, mask in masks.items()]
+    if layers != of_masks or (report is not None and report.digest != masks.digest()):
+        raise ValueError(
+            "The masks in the checkpoint are damaged, or are not those of the report beside them: names, shapes, counts"
+            f" or digest differ. {forms.REMEDY}"
         )
 
 

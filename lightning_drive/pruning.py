@@ -21,6 +21,7 @@ from lightning_drive import (
     compatibility,
     display,
     finding,
+    forms,
     gradients,
     messages,
     methods,
@@ -110,6 +111,7 @@ class PruningCallback(pl.Callback):
         self._handover = Handover()
         self._remember_epoch = remember_epoch
         self._start: RewindPoint | None = None
+        self._settings_then: dict[str, Any] | None = None  # those of restored masks, as far as they are known
         self._max_epochs = -1
         self._fit_started = False
         self._searching = False
@@ -216,7 +218,7 @@ class PruningCallback(pl.Callback):
 
     def _start_afresh(self) -> None:
         """Forget a module that the callback was used with before."""
-        self._pruning, self._start = Pruning(), None
+        self._pruning, self._start, self._settings_then = Pruning(), None, None
 
     # When: each hook says what it does here.
 
@@ -264,6 +266,9 @@ class PruningCallback(pl.Callback):
                 display.show(trainer, f"The masks were restored: {self.masks}")
             if self._finished and self.report is not None:
                 outcomes.warn_of_differences(self.masks, self.report, self.sparsity, self.control)
+                if self._restored:
+                    now, selects = self._settings(), self.prunable_parameters
+                    outcomes.warn_of_other_settings(self.masks, self._settings_then or {}, now, selects, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -349,7 +354,7 @@ class PruningCallback(pl.Callback):
         taken = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
         others = {name: states[name] for name in checkpoints.pruning_states(checkpoint) if name not in taken}
         pruned = [name for name, state in others.items() if state["report"] is not None]
-        fitting = [name for name, state in others.items() if ("settings" in state) == ("settings" in self.state_dict())]
+        fitting = [name for name, state in others.items() if _is_in_cycles(state) == _is_in_cycles(self.state_dict())]
         if len(others) == 1 and fitting:
             self.load_state_dict(copy.deepcopy(others[fitting[0]]))
             if pruned:
@@ -370,19 +375,23 @@ class PruningCallback(pl.Callback):
             "report": None if self.report is None else self.report.to_dict(),
             "start": None if self._start is None else self._start.state_dict(),
             "unfinished": self._pruning.unfinished,
+            "settings": self._settings() if self._settings_then is None else self._settings_then,
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        if state_dict.get("version") != _VERSION:
+        what = f"the checkpoint's {type(self).__name__} state"
+        version = forms.check(dict[str, object], state_dict, what).get("version")
+        if type(version) is not int or version != _VERSION:
             raise ValueError(
-                f"The checkpoint's {type(self).__name__} state has version {state_dict.get('version')}, but this"
+                f"The checkpoint's {type(self).__name__} state has version {forms.shown(version)}, but this"
                 f" lightning_drive reads version {_VERSION}."
             )
         start = state_dict.get("start")
+        start = None if start is None else RewindPoint.from_state_dict(start)
         self._take(state_dict)
-        self._start = None if start is None else RewindPoint.from_state_dict(start)
+        self._start = start
         self._restored = self._restored or not self._searching
 
     def __getstate__(self) -> dict[str, Any]:
@@ -397,12 +406,25 @@ class PruningCallback(pl.Callback):
             self._take(state)
 
     def _take(self, state_dict: dict[str, Any]) -> None:
-        report = state_dict["report"]
-        self._pruning = Pruning(
-            Masks.from_state_dict(state_dict["masks"]),
-            None if report is None else PruningReport.from_dict(report),
-            state_dict.get("unfinished"),
-        )
+        masks = Masks.from_state_dict(state_dict.get("masks"))  # type: ignore[arg-type]
+        values, settings = state_dict.get("report"), state_dict.get("settings", {})
+        report = None if values is None else PruningReport.from_dict(values)
+        outcomes.check_belong_together(masks, report)
+        settings = forms.check(dict[str, object], settings, "the settings in the checkpoint's callback state")
+        kind = dict[str, dict[str, Tensor]] | None
+        unfinished = forms.check(kind, state_dict.get("unfinished"), "the unfinished part of the callback state")
+        self._check_settings(settings, report)
+        self._pruning = Pruning(masks, report, unfinished)
+        self._settings_then = settings if masks else None
+
+    def _check_settings(self, then: dict[str, Any], report: PruningReport | None) -> None:
+        """Raise if a state was saved with settings that these may not follow."""
+
+    def _settings(self) -> dict[str, Any]:
+        """Return in plain types what the masks depend on."""
+        names = ("schedule", "scope", "control")
+        patterns = {name: getattr(self, name) and list(getattr(self, name)) for name in ("include", "exclude")}
+        return {"sparsity": float(self.sparsity), **{name: getattr(self, name) for name in names}, **patterns}
 
     # What happens when it is time.
 
@@ -541,3 +563,9 @@ class PruningCallback(pl.Callback):
         if self._remember_epoch is not None:
             return f"it returns to the weights of epoch {self._remember_epoch}, and a checkpoint has no room for them."
         return ""
+
+
+def _is_in_cycles(state: Mapping[str, Any]) -> bool:
+    """Whether a callback state is one of IMP."""
+    settings = state.get("settings")
+    return isinstance(settings, dict) and "cycles" in settings

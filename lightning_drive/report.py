@@ -1,11 +1,12 @@
 """What was pruned, per layer and in all: tables to read, a dictionary to store, pictures."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from lightning_drive import checkpoints, files, pictures, tables
+from lightning_drive import checkpoints, files, forms, pictures, tables
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
 from lightning_drive.rounds import Round, ScoreHistogram
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 Control: TypeAlias = Literal["none", "shuffle", "reinit"]
 Picture: TypeAlias = Literal["density", "rounds", "scores", "cycles"]
-T = TypeVar("T")
 
 _PHASES = {"batch_norm": "BatchNorm", "commit": "putting masks on"}
 """What to call phases whose names say too little."""
@@ -255,16 +255,14 @@ class PruningReport:
             values: The dictionary.
 
         Raises:
-            ValueError: If a field is missing, or is one that this version does not know.
+            ValueError: If a field is missing, is one that this version does not know, or has another form; or if
+                two of them contradict each other.
 
         """
-        parts = {"layers": LayerReport, "rounds": Round, "cycles": CycleReport}
-        read: dict[str, Any] = {
-            name: tuple(_read(kind, each) for each in values[name]) for name, kind in parts.items() if name in values
-        }
-        if values.get("scores") is not None:
-            read["scores"] = _read(ScoreHistogram, values["scores"])
-        return _read(cls, {**values, **read})
+        report = forms.read(cls, values)
+        for contradiction in _contradictions(report):
+            raise ValueError(f"The PruningReport contradicts itself: {contradiction}. {forms.REMEDY}")
+        return report
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "PruningReport":
@@ -288,7 +286,8 @@ class PruningReport:
         callback, values = checkpoints.pruning_in(checkpoint)
         if values is not None:
             return cls.from_dict(values)
-        where = f"{str(path)!r} (epoch {checkpoint.get('epoch')}, step {checkpoint.get('global_step')})"
+        epoch, step = (forms.shown(checkpoint.get(key)) for key in ("epoch", "global_step"))
+        where = f"{str(path)!r} (epoch {epoch}, step {step})"
         if callback:
             raise ValueError(f"{where} holds no report yet: {callback} had not pruned when it was saved.")
         states = checkpoint.get("callbacks")
@@ -299,7 +298,7 @@ class PruningReport:
             )
         raise ValueError(
             f"{where} holds no report: it was saved without a pruning callback of lightning_drive. Its callbacks:"
-            f" {listed(states)}."
+            f" {listed(name if isinstance(name, str) else forms.shown(name) for name in states)}."
         )
 
     # To read.
@@ -469,15 +468,17 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, (tuple, list)) else value
 
 
-def _read(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Make a dataclass of plain values, whose lists were tuples."""
-    unknown = sorted(set(values) - {each.name for each in fields(kind)})  # type: ignore[arg-type]
-    if unknown:
-        raise ValueError(
-            f"The {kind.__name__} has fields that this lightning_drive does not know ({listed(unknown)}): it was"
-            " written by a newer version, or is none."
-        )
-    try:
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-    except TypeError as error:
-        raise ValueError(f"The {kind.__name__} is not complete: {error}.") from error
+def _contradictions(report: PruningReport) -> Iterator[str]:
+    """Say which numbers of a report cannot be of one pruning."""
+    names = [layer.name for layer in report.layers]
+    if not names or len(set(names)) < len(names):
+        yield "it has no layers, or one of them twice"
+    for layer in report.layers:
+        if not layer.num_weights or layer.num_weights != prod(layer.shape):
+            yield f"{layer.name!r} cannot have {layer.num_weights} weights in the shape {layer.shape}"
+        elif layer.num_kept > layer.num_weights or (layer.num_active or 0) > layer.num_kept:
+            yield f"{layer.name!r} has more kept weights than weights, or more active ones than kept ones"
+    if any(len(each.removed) != len(names) for each in report.rounds):
+        yield f"its rounds are not of {len(names)} layers"
+    if report.scores is not None and len(report.scores.kept) != len(report.scores.pruned):
+        yield "its histogram of scores has more bins of kept ones than of pruned ones, or fewer"

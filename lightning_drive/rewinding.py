@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from lightning_drive import masking
+from lightning_drive import forms, masking
 from lightning_drive.messages import listed
 
 
@@ -121,8 +121,11 @@ class Snapshot:
         Args:
             state_dict: The remembered values.
 
+        Raises:
+            ValueError: If it is of another form.
+
         """
-        return cls(state_dict)
+        return cls(forms.check(dict[str, Tensor | None], state_dict, "the remembered weights"))
 
 
 @dataclass(frozen=True)
@@ -203,8 +206,18 @@ class RewindPoint:
         Args:
             state_dict: The remembered states.
 
+        Raises:
+            ValueError: If it is of another form.
+
         """
-        return cls(Snapshot.from_state_dict(state_dict["snapshot"]), state_dict["optimizers"], state_dict["schedulers"])
+        forms.check(dict[str, object], state_dict, "the rewind point")
+        snapshot, optimizers, schedulers = (state_dict.get(name) for name in ("snapshot", "optimizers", "schedulers"))
+        for state in forms.check(list[dict[Any, Any]], optimizers, "the list of optimizers in the rewind point"):
+            forms.check(
+                list[dict[Any, Any]], state.get("param_groups", []), "the list of parameter groups in the rewind point"
+            )
+        forms.check(list[dict[Any, Any]], schedulers, "the list of schedulers in the rewind point")
+        return cls(Snapshot.from_state_dict(snapshot), optimizers, schedulers)  # type: ignore[arg-type]
 
 
 def _buffers_of(module: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str]]:

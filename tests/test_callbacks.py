@@ -510,7 +510,9 @@ def test_load_state_dict__error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="state has version 99, but this lightning_drive reads version 1"):
         callback.load_state_dict({"version": 99})
 
-    callback._masks = Masks({"encoder.weight": torch.ones(2, 2, dtype=torch.bool)})
+    masks = Masks({"encoder.weight": torch.ones(2, 2, dtype=torch.bool)})
+    report = PruningReport.of(masks, None, method="", seconds=0.0, epoch=0, step=0, warnings=())
+    callback._masks, callback._report = masks, report
     running = fits.trainer(tmp_path, callback)
     running.strategy.connect(ConvModule())
     running.save_checkpoint(tmp_path / "foreign.ckpt")

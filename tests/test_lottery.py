@@ -904,8 +904,10 @@ def test_resume__without_a_rewind_point(tmp_path: Path, rewind_epoch: int) -> No
 def test_resume__masks_of_another_module_error(tmp_path: Path) -> None:
     path = saved(tmp_path, 2)
     checkpoint = torch.load(path, weights_only=True)
-    masks = checkpoint["callbacks"]["IMPPruningCallback"]["masks"]["masks"]
-    masks["encoder.weight"] = masks.pop("head.weight")
+    state = checkpoint["callbacks"]["IMPPruningCallback"]
+    state["masks"]["masks"]["encoder.weight"] = state["masks"]["masks"].pop("head.weight")
+    state["report"]["layers"][-1]["name"] = "encoder.weight"
+    state["report"]["digest"] = Masks.from_state_dict(state["masks"]).digest()
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match=r"hold 'encoder\.weight', but the module has no parameter of that name"):
         fit(tmp_path, Quiet(), imp(), ckpt_path=path)

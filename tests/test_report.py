@@ -250,7 +250,15 @@ def test_to_dict__round_trip(active: Masks | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"seconds": 1.0}, {"warnings": ("new",)}, {"layers": ()}, {"rounds": ()}, {"scores": None}], ids=str
+    "other",
+    [
+        {"seconds": 1.0},
+        {"warnings": ("new",)},
+        {"layers": full_report().layers[::-1]},
+        {"rounds": ()},
+        {"scores": None},
+    ],
+    ids=lambda other: next(iter(other)),
 )
 def test_to_dict__holds_every_field(other: dict[str, Any]) -> None:
     changed = replace(full_report(), **other)

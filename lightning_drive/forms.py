@@ -1,0 +1,181 @@
+"""Read values from files that may be damaged or of another program: every odd form is one ``ValueError``."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+REMEDY = "It is damaged, or of another version or program. Take another copy of the file, or an earlier checkpoint."
+"""What to say of a value that does not have its form."""
+
+_MOST = 1 << 63
+"""Every whole number is less: of shapes, counts and steps."""
+
+_NAMES = {int: "a whole number of at least 0", float: "a number", str: "a text", bool: "True or False"}
+
+_MOST_BEYOND = 1 << 28
+"""Bytes that a tensor may claim beyond those that it has in memory."""
+
+
+def read(kind: type[T], values: object) -> T:
+    """Make a dataclass of plain values, each of which must be as its annotation says; tuples may be lists.
+
+    Args:
+        kind: A dataclass whose fields are numbers, texts, literals, tuples, mappings or dataclasses.
+        values: Field name to value; fields with a default may be missing.
+
+    Raises:
+        ValueError: If a field is missing, unknown or of another form (named).
+
+    Example:
+        >>> from dataclasses import make_dataclass
+        >>> Point = make_dataclass("Point", [("place", tuple[int, ...]), ("name", str | None, None)])
+        >>> read(Point, {"place": [1, 2]})
+        Point(place=(1, 2), name=None)
+        >>> read(Point, {"place": [1, None]})
+        Traceback (most recent call last):
+        ...
+        ValueError: `place[1]` of the Point must be a whole number of at least 0, got None. It is damaged, or of \
+another version or program. Take another copy of the file, or an earlier checkpoint.
+
+    """
+    return _dataclass(kind, values, "")
+
+
+def check(kind: Any, value: object, what: str) -> Any:
+    """Return a value that has the form of an annotation.
+
+    Args:
+        kind: The annotation, such as ``dict[str, int]``.
+        value: The value.
+        what: What to call it in the message, such as ``"`shape` of the mask"``.
+
+    Raises:
+        ValueError: If it has another form.
+
+    """
+    return _value(kind, value, what, "")
+
+
+def shown(value: object) -> str:
+    """Return a short text for a value of any type and size.
+
+    Args:
+        value: Any value.
+
+    Example:
+        >>> shown("a"), shown(-1), shown([1, 2]), shown(1 << 20_000)
+        ("'a'", '-1', 'a list', 'an integer of 20,001 bits')
+
+    """
+    if value is None or isinstance(value, (bool, float)):
+        return repr(value)
+    if isinstance(value, int):
+        return repr(value) if value.bit_length() < 200 else f"an integer of {value.bit_length():,} bits"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else f"{value[:60]}...")
+    if isinstance(value, tuple) and len(value) <= 4 and all(isinstance(part, (str, int)) for part in value):
+        return f"({', '.join(map(shown, value))})"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has values in memory, and not by far fewer than it claims, as an expanded one may have.
+
+    Args:
+        tensor: Any tensor.
+
+    Example:
+        >>> has_memory(torch.ones(1).expand(1000)), has_memory(torch.ones(1).expand(10**12))
+        (True, False)
+
+    """
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes() + _MOST_BEYOND
+
+
+def _dataclass(kind: type[T], values: object, path: str) -> T:
+    place = f" in `{path}`" if path else ""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"The {kind.__name__}{place} must be a dictionary, got {shown(values)}. {REMEDY}")
+    known: dict[str, Any] = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
+    unknown = [name if isinstance(name, str) else shown(name) for name in values if name not in known]
+    if unknown:
+        raise ValueError(
+            f"The {kind.__name__} has fields that this lightning_drive does not know"
+            f" ({', '.join(sorted(unknown)[:8])}){place}: it was written by a newer version, or is none."
+        )
+    missing = [
+        repr(name)
+        for name, each in known.items()
+        if name not in values and each.default is MISSING and each.default_factory is MISSING
+    ]
+    if missing:
+        raise ValueError(f"The {kind.__name__}{place} is not complete: without {', '.join(missing)}. {REMEDY}")
+    hints = get_type_hints(kind)
+    prefix = f"{path}." if path else ""
+    what = f"the {kind.__name__}" if not path else ""
+    return kind(**{name: _value(hints[name], value, what, f"{prefix}{name}") for name, value in values.items()})
+
+
+def _value(kind: Any, value: Any, what: str, path: str) -> Any:
+    """Return a value in the form of an annotation, or raise."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in parts:
+            return None
+        [kind] = [part for part in parts if part is not NoneType]
+        return _value(kind, value, what, path)
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _dataclass(kind, value, path)
+    if origin is Literal:
+        if isinstance(value, str) and value in parts:
+            return value
+        raise _odd(f"one of {', '.join(map(repr, parts))}", value, what, path)
+    if origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_value(parts[0], part, what, f"{path}[{index}]") for index, part in enumerate(value))
+        raise _odd("a list", value, what, path)
+    if origin is list:
+        if isinstance(value, list):
+            return [_value(parts[0], part, what, f"{path}[{index}]") for index, part in enumerate(value)]
+        raise _odd("a list", value, what, path)
+    if origin is not None:  # a mapping
+        if not isinstance(value, dict):
+            raise _odd("a dictionary", value, what, path)
+        return {
+            _value(parts[0], name, what, f"name in {path}".rstrip(" in")): _value(
+                parts[1], each, what, f"{path}[{shown(name)}]"
+            )
+            for name, each in value.items()
+        }
+    if kind is Tensor:
+        if isinstance(value, Tensor) and has_memory(value):
+            return value
+        raise _odd("a tensor with all of its values", value, what, path)
+    return _plain(kind, value, what, path)
+
+
+def _plain(kind: Any, value: Any, what: str, path: str) -> Any:
+    is_number = type(value) is int and abs(value) < _MOST
+    if kind in (object, Any) or (kind is dict and type(value) is dict):
+        return value
+    if kind is int and is_number and value >= 0:
+        return value
+    if kind is float and (is_number or type(value) is float):
+        return value
+    if kind in (str, bool) and type(value) is kind:
+        return value
+    raise _odd(_NAMES.get(kind, "a dictionary"), value, what, path)
+
+
+def _odd(expected: str, value: object, what: str, path: str) -> ValueError:
+    place = " of ".join(part for part in (f"`{path}`" if path else "", what) if part)
+    return ValueError(f"{place[:1].upper()}{place[1:]} must be {expected}, got {shown(value)}. {REMEDY}")
