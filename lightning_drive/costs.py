@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_drive import shards
 from lightning_drive.messages import listed
-from lightning_drive.undisturbed import in_mode
+from lightning_drive.undisturbed import undisturbed
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Costs:
 
 
 def measure(module: nn.Module, parameters: Mapping[str, nn.Parameter], example_input: Tensor | None) -> Costs:
-    """Count, with torch's flop counter, the multiply-adds of one forward pass of one sample.
+    """Count, with torch's flop counter, the multiply-adds of one forward pass of one sample. The module stays as it is.
 
     One multiply-add is two of the counter's flops. It counts products of matrices, convolutions and attention, but
     not, for example, norms and activations. What an operation costs belongs to the parameter that it is given, in
     whatever layer or function that happens.
 
     Args:
-        module: The network, or a replica, since it is run; its ``forward`` takes one tensor.
-        parameters: Parameter name to its parameter; those that are sharded over ranks are not counted for.
+        module: The network; its ``forward`` takes one tensor.
+        parameters: Parameter name to parameter; those that are sharded over ranks are not counted for.
         example_input: An input of the right shape, batch dimension first, of which the first sample is used.
 
     """
@@ -50,17 +50,19 @@ def measure(module: nn.Module, parameters: Mapping[str, nn.Parameter], example_i
     if example_input is None or any(map(shards.is_sharded, parameters.values())):
         return Costs(itemsizes, unknown, None)
     try:
-        with in_mode(module, "eval"):
-            first = next(iter(parameters.values()))
+        with undisturbed(module, "eval") as (scored, _):
+            known_names = dict(scored.named_parameters())
+            copies = {name: known_names[name] for name in parameters}
+            first = next(iter(copies.values()))
             sample = (example_input[:1] if example_input.ndim else example_input).to(first.device)
             if sample.is_floating_point():
                 sample = sample.to(torch.promote_types(sample.dtype, first.dtype))
             with (
                 sdpa_kernel(SDPBackend.MATH),  # the counter has formulas for its parts, but not for all that is fused
                 FlopCounterMode(display=False) as counter,
-                _Takers(counter, parameters) as takers,
+                _Takers(counter, copies) as takers,
             ):
-                module(sample)
+                scored(sample)
     except Exception as error:  # the module's own `forward`, called in a way it may not be made for
         return Costs(itemsizes, unknown, None, f"{type(error).__name__}: {error}")
     known = takers.counted | takers.unused.keys()

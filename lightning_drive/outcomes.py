@@ -105,8 +105,7 @@ def search(
             shuffle=scoring.random_numbers(trainer) if shuffle else None,
             ranks=ranks,
         )
-        measured = costs.measure(sandbox.module, parameters, found.example_input)
-        measured = replace(measured, itemsizes={name: each.dtype.itemsize for name, each in live.items()})
+        measured = costs.measure(sandbox.module, live, found.example_input)
     times.append(time.monotonic())
     statistics = {}
     if loss is not None and bn_batches:

@@ -197,10 +197,7 @@ class PruningCallback(pl.Callback):
         return self.pruned
 
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do what follows from masks that were put down; doing it twice does no harm."""
-        statistics = self._pruning.unfinished or {}
-        for module in (pl_module, *companions.averaged_models(trainer)):
-            gradients.load_batch_norm_statistics(module, statistics)
+        """Do what a kind of callback does to a module that is pruned; doing it twice does no harm."""
         self._enforce(trainer, pl_module)
 
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -506,6 +503,8 @@ class PruningCallback(pl.Callback):
     def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do all that follows from masks that were put down; a resume repeats it if it is cut short."""
         start = time.monotonic()
+        for module in (pl_module, *companions.averaged_models(trainer)):
+            gradients.load_batch_norm_statistics(module, self._pruning.unfinished or {})
         self._settle(trainer, pl_module)
         if self._finished and self.reset_best:
             self._forgotten = companions.forget_best(trainer)

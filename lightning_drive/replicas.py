@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 T = TypeVar("T")
 
 _CONTAINERS = (list, dict, set, tuple)
+_MOST_ENTRIES = 1000
+"""Entries of a container in which a function's parts of the module are looked for."""
+
 _SHARED = (Dataset, DataLoader)
 _SHARED_PACKAGES = ("lightning", "pytorch_lightning")
 """Kinds of attributes that the copy has, too: data, which may be large, and parts of Lightning, such as a Trainer."""
@@ -48,6 +51,7 @@ class Replica:
         self, module: nn.Module, tensor: Callable[[str, Tensor], Tensor], known: Mapping[int, object] | None = None
     ) -> None:
         self._memo: dict[int, Any] = dict(known or {})
+        self._is_complete = False
         for name, value in (*module.named_parameters(), *module.named_buffers()):
             self._memo[id(value)] = tensor(name, value)
         originals = [each for each in module.modules() if id(each) not in self._memo]
@@ -61,6 +65,7 @@ class Replica:
         for parameter in module.parameters():
             if parameter._backward_hooks:
                 self._memo[id(parameter)]._backward_hooks = self.of(parameter._backward_hooks)
+        self._is_complete = True
         self.module: nn.Module = self._memo[id(module)]
 
     def of(self, value: Any) -> Any:
@@ -123,9 +128,8 @@ class Replica:
 
     def _function(self, function: types.FunctionType) -> Any:
         """Let a function that holds parts of the module in its closure or its defaults hold those of the copy."""
-        held = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-        if not any(map(self._is_ours, (*held, *(function.__defaults__ or ())))):
-            return self._noted(function, function)
+        if not any(map(self._is_ours, _held_by(function))):
+            return function
         cells = tuple(types.CellType() for _ in function.__closure__ or ())
         twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells or None)
         self._noted(function, twin)  # before what it holds, which may be itself
@@ -140,13 +144,25 @@ class Replica:
     def _held(self, value: Any) -> Any:
         return self.of(value) if self._is_ours(value) else value
 
-    def _is_ours(self, value: Any) -> bool:
+    def _is_ours(self, value: Any, above: tuple[int, ...] = ()) -> bool:
         """Whether a function that holds this must hold something else in the copy."""
         if id(value) in self._memo:
             return self._memo[id(value)] is not value
+        if id(value) in above:
+            return False
         if isinstance(value, types.MethodType):
-            return self._is_ours(value.__self__)
-        return type(value) in (*_CONTAINERS, types.FunctionType, partial)
+            held: tuple[Any, ...] = (value.__self__,)
+        elif type(value) is types.FunctionType:
+            held = _held_by(value)
+        elif type(value) is partial:
+            held = (value.func, *value.args, *value.keywords.values())
+        elif type(value) in _CONTAINERS:
+            if not self._is_complete:  # what hooks collect; a `loss_fn` of the user's may go on collecting
+                return True
+            held = tuple(value.values() if isinstance(value, dict) else value)[:_MOST_ENTRIES]
+        else:
+            return False
+        return any(self._is_ours(each, (*above, id(value))) for each in held)
 
     def _deepcopy(self, value: Any) -> Any:
         before = len(self._memo)
@@ -168,6 +184,12 @@ def _is_shared(value: object) -> bool:
 def _uncompiled(value: Any) -> Any:
     """Return what ``torch.compile`` made a function from, or the value itself."""
     return getattr(value, "__dict__", {}).get("_torchdynamo_orig_callable", value)
+
+
+def _held_by(function: types.FunctionType) -> tuple[Any, ...]:
+    """Return what a function holds in its closure and in its defaults."""
+    cells = (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
+    return (*cells, *(function.__defaults__ or ()))
 
 
 def _is_filled(cell: types.CellType) -> bool:

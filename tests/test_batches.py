@@ -285,10 +285,10 @@ DATA: dict[str, Callable[[Path], Any]] = {
 
 
 class Net(pl.LightningModule):
-    def __init__(self, on_scoring: Callable[["Net"], None] = lambda _: None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net, self.on_scoring = nn.Linear(2, 4), on_scoring
+        self.net = nn.Linear(2, 4)
         self.seen: list[Any] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -397,12 +397,13 @@ class AtScoring(Net):
     """Calls something in the middle of the rounds."""
 
     calls = 0
+    on_scoring: Callable[[Any], None]  # of the class, since what the module itself has is copied for scoring
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.trainer.fit_loop.epoch_loop.batch_progress.current.started == 0 or self.calls:
             self.calls += 1
         if self.calls == 5:
-            self.on_scoring(self)
+            type(self).on_scoring(self)
         return super().training_step(batch, batch_idx)
 
 
@@ -432,7 +433,7 @@ def test_interrupt__data_as_before(name: str, tmp_path: Path) -> None:
 
     trainer = fits.trainer(tmp_path, Before(), fits.drive(warmup_epochs=0, rounds=8, sparsity=0.5))
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        trainer.fit(AtScoring(interrupt), loader)
+        trainer.fit(type("Interrupting", (AtScoring,), {"on_scoring": interrupt})(), loader)
     assert len(states) == 2
     assert states[0] == states[1] == state_of(loader)
 
@@ -450,6 +451,6 @@ def test_save_while_scoring__places(name: str, tmp_path: Path) -> None:
             saved.append(copy.deepcopy(trainer.fit_loop._combined_loader._state_dicts()))
 
     trainer = fits.trainer(tmp_path, Before(), fits.drive(warmup_epochs=0, rounds=8, sparsity=0.5), max_epochs=1)
-    trainer.fit(AtScoring(save), DATA[name](tmp_path))
+    trainer.fit(type("Saving", (AtScoring,), {"on_scoring": save})(), DATA[name](tmp_path))
     assert len(saved) == 2
     assert saved[0] == saved[1] != []

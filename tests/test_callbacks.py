@@ -23,6 +23,7 @@ from lightning_drive import (
     SNIPPruningCallback,
     find_masks,
 )
+from lightning_drive.pruning import Pruning
 
 
 class Diary(pl.Callback):
@@ -512,7 +513,7 @@ def test_load_state_dict__error(tmp_path: Path) -> None:
 
     masks = Masks({"encoder.weight": torch.ones(2, 2, dtype=torch.bool)})
     report = PruningReport.of(masks, None, method="", seconds=0.0, epoch=0, step=0, warnings=())
-    callback._masks, callback._report = masks, report
+    callback._pruning = Pruning(masks, report)
     running = fits.trainer(tmp_path, callback)
     running.strategy.connect(ConvModule())
     running.save_checkpoint(tmp_path / "foreign.ckpt")

@@ -13,10 +13,11 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from searches import search
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_drive import DRIVE, SNIP, Magnitude, Masks, Random, SynFlow, find_masks, finding, flow, methods, prunable
+from lightning_drive import DRIVE, SNIP, Magnitude, Masks, Random, SynFlow, find_masks, flow, methods, prunable
 from lightning_drive.methods import Network
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -1025,7 +1026,7 @@ def test_search__active() -> None:
     module = models.MLP(3, 2, 2, bias=False)
     scores = {"0.weight": torch.tensor([[9.0, 9, 9], [9, 0.1, 0.1]]), "2.weight": torch.tensor([[5.0, 0.1], [5, 0.1]])}
     parameters = prunable.prunable_parameters(module)
-    found = finding.search(module, Fixed(scores), sparsity=0.4, parameters=parameters, example_input=torch.zeros(1, 3))
+    found = search(module, Fixed(scores), sparsity=0.4, parameters=parameters, example_input=torch.zeros(1, 3))
     assert found.path_error is None
     assert {name: mask.int().tolist() for name, mask in found.masks.items()} == {
         "0.weight": [[1, 1, 1], [1, 0, 0]],
@@ -1042,7 +1043,7 @@ def test_search__paths_of_a_module_with_another_forward() -> None:
     module = models.MLP(3, 2, 2)
     module.forward = lambda left, right: left
     parameters = prunable.prunable_parameters(module)
-    found = finding.search(module, Magnitude(), sparsity=0.5, parameters=parameters, batches=models.make_batches(3))
+    found = search(module, Magnitude(), sparsity=0.5, parameters=parameters, batches=models.make_batches(3))
     assert found.masks.sparsity == 0.5
     assert found.active is None
     assert found.path_error.startswith("TypeError: ")
@@ -1063,10 +1064,10 @@ def test_search__one_round_at_a_time(schedule: str, scope: str) -> None:
         "loss_fn": models.loss_fn,
     }
     history: History = []
-    finding.search(module, DRIVE(rounds=5), on_round=lambda _, masks: history.append(dict(masks)), **settings)
+    search(module, DRIVE(rounds=5), on_round=lambda _, masks: history.append(dict(masks)), **settings)
     masks = None
     for index, expected in enumerate(history, 1):
-        masks = finding.search(module, DRIVE(rounds=5), only_round=index, masks=masks, **settings).masks
+        masks = search(module, DRIVE(rounds=5), only_round=index, masks=masks, **settings).masks
         assert masks == Masks(expected)
 
 
@@ -1079,7 +1080,7 @@ def test_search__shuffle() -> None:
         "batches": batches,
         "loss_fn": models.loss_fn,
     }
-    plain = finding.search(module, SNIP(), **settings)
-    shuffled = finding.search(module, SNIP(), shuffle=torch.Generator().manual_seed(1), **settings)
+    plain = search(module, SNIP(), **settings)
+    shuffled = search(module, SNIP(), shuffle=torch.Generator().manual_seed(1), **settings)
     assert shuffled.masks == plain.masks.shuffled(torch.Generator().manual_seed(1))
     assert shuffled.active == Masks(flow.active_masks(module, shuffled.masks, batches[0][0]))

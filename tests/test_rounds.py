@@ -6,9 +6,10 @@ import models
 import numpy as np
 import pytest
 import torch
+from searches import search as search_alone
 from torch import Tensor
 
-from lightning_drive import DRIVE, SNIP, Masks, SynFlow, finding, prunable, ranking, rounds
+from lightning_drive import DRIVE, SNIP, Masks, SynFlow, prunable, ranking, rounds
 from lightning_drive.finding import Found, Scope
 from lightning_drive.methods import Method
 from lightning_drive.ranking import keep_highest
@@ -17,7 +18,7 @@ from lightning_drive.ranking import keep_highest
 def search(method: Method, scope: Scope = "global", sparsity: float = 0.9) -> tuple[Found, list[Masks]]:
     torch.manual_seed(0)
     module, seen = models.randomised(models.ConvNet()), list[Masks]()
-    found = finding.search(
+    found = search_alone(
         module,
         method,
         sparsity=sparsity,

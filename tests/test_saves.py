@@ -1,0 +1,286 @@
+"""Whoever saves or interrupts a run at any moment finds a network that is dense, or pruned as a whole."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import models
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_drive
+from lightning_drive import (
+    DRIVE,
+    SNIP,
+    DRIVEPruningCallback,
+    IMPPruningCallback,
+    Magnitude,
+    SynFlow,
+    SynFlowPruningCallback,
+    find_masks,
+)
+
+PACKAGE = str(Path(lightning_drive.__file__).parent)
+EPOCHS = 4
+
+CALLBACKS: dict[str, Callable[[], Any]] = {
+    "DRIVE": lambda: DRIVEPruningCallback(sparsity=0.8, warmup_epochs=1, rounds=3, bn_batches=2),
+    "DRIVE_reinit": lambda: DRIVEPruningCallback(sparsity=0.8, warmup_epochs=2, rounds=2, control="reinit"),
+    "SynFlow": lambda: SynFlowPruningCallback(sparsity=0.8, warmup_epochs=1, rounds=3, bn_batches=2),
+    "IMP": lambda: IMPPruningCallback(sparsity=0.8, cycles=2, epochs_per_cycle=1),
+}
+
+
+class Net(pl.LightningModule):
+    """Has an alias, BatchNorm, momentum, a learning-rate schedule, and state of its own in a list and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
+        self.head = self.net[-1]
+        self.losses: list[Tensor] = []
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.losses.append(loss.detach())
+        self.steps += 1
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        # A score that is perfect for dense networks: the best of all epochs shows whether tracking began again.
+        self.log("score", float((self.net[0].weight == 0).float().mean()) + 0.01 * self.current_epoch)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)]
+
+
+def loader() -> DataLoader[Any]:
+    """Two batches that are the same one: a run that is resumed in an epoch gets the first one again."""
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(x.repeat(2, 1), x[:, :3].argmax(1).repeat(2)), batch_size=8)
+
+
+class Calls:
+    """Does something at one call into the package, counted while the pruning callback has its turn."""
+
+    def __init__(self, at: int | None = None, act: Callable[[pl.Trainer], None] = lambda _: None) -> None:
+        self.at, self.act = at, act
+        self.names: list[str] = []
+        self.trainer: Any = None
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            self.names.append(frame.f_code.co_name)
+            if len(self.names) - 1 == self.at:
+                sys.setprofile(None)
+                self.act(self.trainer)
+                sys.setprofile(self)
+
+
+class Hook(pl.Callback):
+    """Begins to count where the pruning callback, behind it, begins."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.calls.trainer = trainer
+        sys.setprofile(self.calls)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.calls.trainer = trainer
+        sys.setprofile(self.calls)
+
+
+class Unhook(pl.Callback):
+    """Ends counting when the pruning callback, before it, is through, and knows what BatchNorm has then."""
+
+    def __init__(self) -> None:
+        self.statistics: list[list[Tensor]] = []
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        sys.setprofile(None)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        sys.setprofile(None)
+        self.statistics.append([buffer.clone() for buffer in pl_module.buffers()])
+
+
+class Run:
+    """One fit, and all that two equal runs have in common at their end."""
+
+    def __init__(self, pruning: Any, folder: Path, calls: Calls, ckpt_path: Path | None = None) -> None:
+        self.pruning, self.calls, self.model = pruning, calls, Net()
+        unhook = Unhook()
+        best = ModelCheckpoint(folder, filename="best-{epoch}", monitor="score", mode="min")
+        self.trainer = pl.Trainer(
+            max_epochs=EPOCHS,
+            callbacks=[Hook(calls), pruning, unhook, best, OnExceptionCheckpoint(folder, "exception")],
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        try:
+            self.trainer.fit(self.model, loader(), loader(), ckpt_path=ckpt_path, weights_only=True)
+        finally:
+            sys.setprofile(None)
+            self.end = {
+                **{name: value.clone() for name, value in self.model.state_dict().items()},
+                "best": Path(best.best_model_path).stem.partition("-v")[0],
+                "masks": pruning.masks.digest(),
+                "statistics": unhook.statistics[-1:],
+                "rate": self.trainer.optimizers[0].param_groups[0]["lr"],
+            }
+
+    def differences(self, other: "Run") -> list[str]:
+        return [
+            name
+            for name, value in self.end.items()
+            if not (torch.equal(value, other.end[name]) if isinstance(value, Tensor) else same(value, other.end[name]))
+        ]
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, list):
+        return all(torch.equal(*each) for pair in zip(first, second, strict=True) for each in zip(*pair, strict=True))
+    return bool(first == second)
+
+
+def places(calls: Calls, number: int) -> Iterator[int]:
+    """Spread some places evenly over all calls."""
+    last = len(calls.names) - 1
+    yield from sorted({round(last * index / (number - 1)) for index in range(number)})
+
+
+@pytest.fixture(autouse=True)
+def _quiet(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
+    yield
+    sys.setprofile(None)
+
+
+@pytest.fixture(scope="module", params=CALLBACKS)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Run]:
+    """A run that nobody disturbs; its calls are where the others are disturbed."""
+    Run(CALLBACKS[request.param](), tmp_path_factory.mktemp("first"), Calls())  # what is imported or cached only once
+    return request.param, Run(CALLBACKS[request.param](), tmp_path_factory.mktemp("whole"), Calls())
+
+
+def by_call(save: Callable[[], None]) -> None:
+    save()
+
+
+def by_thread(save: Callable[[], None]) -> None:
+    thread = threading.Thread(target=save)
+    thread.start()
+    thread.join()
+
+
+def by_signal(save: Callable[[], None]) -> None:
+    before = signal.signal(signal.SIGUSR1, lambda *_: save())
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+NUM_PLACES = 12
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("way", [by_call, by_thread, by_signal])
+def test_saves(whole: tuple[str, Run], way: Callable[[Callable[[], None]], None], tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint that was saved at any call ends as the one that nobody disturbed."""
+    name, expected = whole
+    wrong = []
+    for place in places(expected.calls, NUM_PLACES):
+        path = tmp_path / f"{place}.ckpt"
+
+        def save(trainer: pl.Trainer, path: Path = path) -> None:
+            way(lambda: trainer.save_checkpoint(path))
+
+        saving = Run(CALLBACKS[name](), tmp_path, Calls(place, save))
+        resumed = Run(CALLBACKS[name](), tmp_path, Calls(), path)
+        for run in (saving, resumed):
+            wrong.append((place, expected.calls.names[place], run.differences(expected)))
+    assert [each for each in wrong if each[2]] == []
+
+
+class Interrupt(BaseException):
+    """What no handler takes for an ordinary error."""
+
+
+def interrupt(_: pl.Trainer) -> None:
+    raise Interrupt
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_interrupts(whole: tuple[str, Run], tmp_path: Path) -> None:
+    """After an interrupt at any call, the module is dense or pruned as a whole, and the run can be gone on with."""
+    name, expected = whole
+    wrong = []
+    for place in places(expected.calls, 2 * NUM_PLACES):
+        folder = tmp_path / str(place)
+        try:
+            run = Run(CALLBACKS[name](), folder, Calls(place, interrupt))
+        except Interrupt:
+            pass
+        else:  # Python ignores errors in what a generator does when it is let go of
+            wrong.append((place, expected.calls.names[place], run.differences(expected)))
+            continue
+        saved = torch.load(folder / "exception.ckpt", weights_only=True)
+        state = next(state for key, state in saved["callbacks"].items() if "Pruning" in key)
+        zeros = sum(int((saved["state_dict"][key] == 0).sum()) for key in ("net.0.weight", "net.3.weight"))
+        masks = lightning_drive.Masks.from_state_dict(state["masks"])
+        if zeros != masks.num_prunable - masks.num_kept:
+            wrong.append((place, expected.calls.names[place], [f"{zeros} zeros under {masks}"]))
+        again = Run(CALLBACKS[name](), folder, Calls(), folder / "exception.ckpt")
+        wrong.append((place, expected.calls.names[place], again.differences(expected)))
+    assert [each for each in wrong if each[2]] == []
+
+
+@pytest.mark.parametrize(
+    "method", [DRIVE(rounds=2), SNIP(), SynFlow(rounds=2), Magnitude()], ids=lambda m: type(m).__name__
+)
+def test_find_masks__interrupts(method: Any) -> None:
+    """An interrupt at any call leaves the module, its modes and gradients, and all random states as they were."""
+    module = models.randomised(models.Restless())
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 0.25)
+    module.alias = module.last
+    batches = models.make_batches(4)
+
+    def search(calls: Calls) -> Calls:
+        sys.setprofile(calls)
+        try:
+            find_masks(module, method, sparsity=0.5, batches=batches, loss_fn=models.loss_fn)
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    search(Calls())  # what is imported or cached only once
+    calls = search(Calls())
+    before, modes = models.fingerprint(module), torch._C._len_torch_function_stack()
+    assert len(calls.names) > 50
+    for place in places(calls, 120):
+        with pytest.raises(Interrupt):
+            search(Calls(place, interrupt))
+        assert (place, calls.names[place], models.changes(module, before)) == (place, calls.names[place], [])
+        assert torch._C._len_torch_function_stack() == modes
+        assert torch.is_grad_enabled()
