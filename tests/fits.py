@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,13 +33,6 @@ def loader(num_samples: int = 48, batch_size: int = 16, **kwargs: Any) -> DataLo
     return DataLoader(dataset(num_samples), batch_size=batch_size, **kwargs)
 
 
-class Record(list[Any]):
-    """A list that copies of a module share with it, to see what they do, too."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Record":
-        return self
-
-
 class ConvModule(pl.LightningModule):
     """Convolution, BatchNorm, Dropout, a metric and logging, in one small classifier."""
 
@@ -53,7 +47,7 @@ class ConvModule(pl.LightningModule):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(8 * 16, NUM_CLASSES)
         self.accuracy = MulticlassAccuracy(NUM_CLASSES)
-        self.calls: list[Tensor] = Record()
+        self.calls: list[Tensor] = models.Record()
 
     def forward(self, images: Tensor) -> Tensor:
         features = F.relu(self.norm(self.features(images)))

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 Batch = tuple[Tensor, Tensor]
 
 
+class Record(list[Any]):
+    """A list that copies of a module share with it, to see what they do, too."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Record":
+        return self
+
+
 class InnerProduct(nn.Module):
     """One neuron without bias whose weights are 0, 1, ..., n-1: its output is mental arithmetic."""
 

@@ -130,7 +130,7 @@ def test_measure__leaves_no_trace() -> None:
 
 
 def test_measure__one_forward_pass() -> None:
-    module, calls = models.MLP(6, 4, 3), list[tuple[int, ...]]()
+    module, calls = models.MLP(6, 4, 3), models.Record()
     module.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape)))
     measure(module, torch.randn(7, 6))
     assert calls == [(1, 6)]

@@ -1,9 +1,12 @@
 """Whoever saves or interrupts a run at any moment finds a network that is dense, or pruned as a whole."""
 
+import copy
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import models
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,6 +34,14 @@ from lightning_drive import (
 
 PACKAGE = str(Path(lightning_drive.__file__).parent)
 EPOCHS = 4
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
 
 CALLBACKS: dict[str, Callable[[], Any]] = {
     "DRIVE": lambda: DRIVEPruningCallback(sparsity=0.8, warmup_epochs=1, rounds=3, bn_batches=2),
@@ -129,11 +142,7 @@ class Run:
         self.trainer = pl.Trainer(
             max_epochs=EPOCHS,
             callbacks=[Hook(calls), pruning, unhook, best, OnExceptionCheckpoint(folder, "exception")],
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
+            **{**QUIET, "enable_checkpointing": True},
         )
         try:
             self.trainer.fit(self.model, loader(), loader(), ckpt_path=ckpt_path, weights_only=True)
@@ -230,7 +239,7 @@ def interrupt(_: pl.Trainer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interrupts(whole: tuple[str, Run], tmp_path: Path) -> None:
     """After an interrupt at any call, the module is dense or pruned as a whole, and the run can be gone on with."""
     name, expected = whole
@@ -255,6 +264,7 @@ def test_interrupts(whole: tuple[str, Run], tmp_path: Path) -> None:
     assert [each for each in wrong if each[2]] == []
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "method", [DRIVE(rounds=2), SNIP(), SynFlow(rounds=2), Magnitude()], ids=lambda m: type(m).__name__
 )
@@ -279,8 +289,110 @@ def test_find_masks__interrupts(method: Any) -> None:
     before, modes = models.fingerprint(module), torch._C._len_torch_function_stack()
     assert len(calls.names) > 50
     for place in places(calls, 120):
-        with pytest.raises(Interrupt):
+        with suppress(Interrupt):  # as Python does where a generator is let go of
             search(Calls(place, interrupt))
         assert (place, calls.names[place], models.changes(module, before)) == (place, calls.names[place], [])
         assert torch._C._len_torch_function_stack() == modes
         assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", ["DRIVE", "SynFlow"])
+def test_reads_while_scoring(name: str, tmp_path: Path) -> None:
+    """Whoever copies or reads the module in the rounds, in whatever way, finds what was there before them."""
+    found: list[Any] = []
+
+    class Before(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Net) -> None:
+            found.append(state_of(pl_module))
+
+    class Reading(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            by_signal(read)
+            return super().forward(x)
+
+    def read() -> None:
+        if trainer.current_epoch == 1 and trainer.fit_loop.epoch_progress.total.started < 2:
+            module: Any = trainer.lightning_module
+            found.extend(state_of(each) for each in (module, copy.deepcopy(module)))
+            torch.save(module, tmp_path / "module.pt")
+            found.append(state_of(torch.load(tmp_path / "module.pt", weights_only=False)))
+
+    def state_of(module: Net) -> list[Any]:
+        tensors = [value.clone() for value in module.state_dict().values()]
+        return [*tensors, module.training, module.steps, len(module.losses), module.head is module.net[-1]]
+
+    globals()["Reading"] = Reading  # where pickle finds it
+    Reading.__qualname__ = "Reading"
+    trainer = pl.Trainer(max_epochs=2, callbacks=[Before(), CALLBACKS[name]()], **QUIET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(Reading(), loader())
+    before, inside = found[1], found[2:]
+    assert len(inside) >= 9
+    for each in inside:
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(each, before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["DRIVE", "SynFlow", "IMP"])
+def test_slurm_requeue(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM's signal before the time limit, in the rounds: the requeued job ends as one that was never stopped."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", "")  # there is no `scontrol` to requeue with
+
+    def fit(at: int | None, folder: Path) -> tuple[Net, Calls]:
+        calls = Calls(at, lambda _: signal.raise_signal(signal.SIGUSR1))
+        environment = SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR1)
+        monkeypatch.setattr(SLURMEnvironment, "world_size", lambda self: 1)
+        trainer = pl.Trainer(
+            max_epochs=EPOCHS,
+            plugins=[environment],
+            default_root_dir=folder,
+            callbacks=[Hook(calls), CALLBACKS[name](), Unhook()],
+            **QUIET,
+        )
+        module = Net()
+        trainer.fit(module, loader())
+        return module, calls
+
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        expected, calls = fit(None, tmp_path / "whole")
+        for index, place in enumerate([*places(calls, 6)][:-1]):  # the first run makes some calls more
+            folder = tmp_path / str(index)
+            fit(place, folder)
+            assert (folder / "hpc_ckpt_1.ckpt").is_file()
+            requeued, _ = fit(None, folder)  # which Lightning resumes from there
+            for (key, found), wanted in zip(requeued.state_dict().items(), expected.state_dict().values(), strict=True):
+                assert torch.equal(found, wanted), (place, calls.names[place], key)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+class FailingLogger(CSVLogger):
+    """Loses its connection when the network is pruned."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if "pruning/density" in metrics:
+            raise ConnectionError("no route to host")
+        super().log_metrics(metrics, step)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["DRIVE", "SynFlow", "IMP"])
+def test_failing_logger(name: str, tmp_path: Path) -> None:
+    """An error of a logger after the masks are put down is what is raised, and the pruning is complete by then."""
+    pruning, best = CALLBACKS[name](), ModelCheckpoint(tmp_path, monitor="score", mode="min")
+    settings = {**QUIET, "logger": FailingLogger(tmp_path), "enable_checkpointing": True}
+    callbacks = [pruning, best, OnExceptionCheckpoint(tmp_path, "exception")]
+    with pytest.raises(ConnectionError, match="no route to host"):
+        pl.Trainer(max_epochs=EPOCHS, callbacks=callbacks, **settings).fit(Net(), loader(), loader())
+    saved = torch.load(tmp_path / "exception.ckpt", weights_only=True)
+    state = next(state for key, state in saved["callbacks"].items() if "Pruning" in key)
+    weights = Net()
+    weights.load_state_dict(saved["state_dict"])
+    assert lightning_drive.Masks.from_state_dict(state["masks"]).hold_for(weights)
+    assert state["unfinished"] is None
+    if name != "IMP":  # whose first cut is not its last
+        assert best.best_model_path == ""
+        assert int(saved["state_dict"]["net.1.num_batches_tracked"]) == 2  # `bn_batches`
