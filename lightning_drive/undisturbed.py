@@ -327,7 +327,11 @@ def _preserved_values(module: nn.Module) -> Generator[None]:
 @contextmanager
 def _preserved_attributes(module: nn.Module) -> Generator[None]:
     """Put back plain attributes of all submodules, in place, so that those that share states go on sharing them."""
-    restores = [_restore_later(vars(submodule)) for submodule in module.modules()]
+    own = ("_parameters", "_buffers", "_modules")  # which FSDP2 changes as it gathers and frees parameters
+    restores = [
+        _restore_later(vars(submodule), {name: each for name, each in vars(submodule).items() if name not in own})
+        for submodule in module.modules()
+    ]
     try:
         yield
     finally:
@@ -335,19 +339,21 @@ def _preserved_attributes(module: nn.Module) -> Generator[None]:
             restore()
 
 
-def _restore_later(attributes: dict[str, Any]) -> Callable[[], None]:
-    tensors = [(value, value.detach().clone()) for value in attributes.values() if isinstance(value, Tensor)]
-    lists = [(value, list(value)) for value in attributes.values() if isinstance(value, list)]
+def _restore_later(attributes: dict[str, Any], before: dict[str, Any]) -> Callable[[], None]:
+    """Note what some attributes hold; return what puts that back, and removes others that are new."""
+    kept = attributes.keys() - before.keys()
+    tensors = [(value, value.detach().clone()) for value in before.values() if isinstance(value, Tensor)]
+    lists = [(value, list(value)) for value in before.values() if isinstance(value, list)]
     # `MetricCollection` keeps its compute groups as a dict of lists
     dicts = [
         (value, {key: list(entry) if isinstance(entry, list) else entry for key, entry in value.items()})
-        for value in attributes.values()
+        for value in before.values()
         if type(value) is dict
     ]
-    before = dict(attributes)
 
     def restore() -> None:
-        attributes.clear()
+        for name in attributes.keys() - kept - before.keys():
+            del attributes[name]
         attributes.update(before)
         with torch.no_grad():
             for tensor, saved in tensors:
