@@ -317,7 +317,7 @@ def test_imp__settings_in_the_cycles(other: dict[str, Any], tmp_path: Path) -> N
 def test_resume__other_settings(other: dict[str, Any], message: str | None, tmp_path: Path) -> None:
     def fit(epochs: int, ckpt_path: Any = None, **settings: Any) -> Any:
         trainer = fits.trainer(tmp_path, fits.drive(**settings), limit_train_batches=1, max_epochs=epochs)
-        trainer.fit(fits.ConvModule(), fits.loader(), ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(fits.ConvModule(), fits.loader(), ckpt_path=ckpt_path)
         return trainer
 
     fit(3).save_checkpoint(tmp_path / "a.ckpt")
@@ -336,7 +336,7 @@ def test_imp__other_selection_in_the_cycles(other: dict[str, Any], tmp_path: Pat
 
     def fit(*callbacks: pl.Callback, ckpt_path: Any = None) -> None:
         trainer = fits.trainer(tmp_path, *callbacks, limit_train_batches=1, max_epochs=5)
-        trainer.fit(fits.ConvModule(), fits.loader(), ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(fits.ConvModule(), fits.loader(), ckpt_path=ckpt_path)
 
     fit(fits.CALLBACKS["IMP"](**settings), every)
     path = tmp_path / "epoch=2.ckpt"

@@ -145,7 +145,7 @@ class Run:
             **{**QUIET, "enable_checkpointing": True},
         )
         try:
-            self.trainer.fit(self.model, loader(), loader(), ckpt_path=ckpt_path, weights_only=True)
+            self.trainer.fit(self.model, loader(), loader(), ckpt_path=ckpt_path)
         finally:
             sys.setprofile(None)
         self.end = {
