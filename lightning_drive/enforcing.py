@@ -3,7 +3,10 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -30,6 +33,8 @@ class Enforcement:
         self._parameters = MaskedParameters(pl_module, masks)
         self._handles: list[RemovableHandle] = []
         self._hookless = False
+        self._followed: list[Optimizer] = []
+        self._warned = False
 
     def begin(self, pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the masks on everything that is alive, and have every optimizer step followed by them.
@@ -48,7 +53,21 @@ class Enforcement:
             keep_overflow = compatibility.scaler(trainer) is not None
             self._handles += self._parameters.zero_gradients_at_once(keep_overflow=keep_overflow)
         self._hookless = not pl_module.automatic_optimization
-        for optimizer in trainer.optimizers:
+        self.follow(trainer, pl_module, trainer.optimizers)
+
+    def follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
+        """Have every step of optimizers followed by the masks; those that are followed already are passed over.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+            optimizers: The optimizers that it has now.
+
+        """
+        for optimizer in optimizers:
+            if any(optimizer is each for each in self._followed):
+                continue
+            self._followed.append(optimizer)
             self._parameters.zero_optimizer_state_(optimizer)
             for each in masking.with_wrapped(optimizer):
                 self._follow_steps(trainer, pl_module, each)
@@ -59,23 +78,62 @@ class Enforcement:
         """Let go of the optimizers and of the gradients."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._followed = [], []
 
-    def before_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients, where they are unscaled already.
 
         Args:
             trainer: The Trainer.
+            pl_module: The module.
             optimizer: The optimizer that is going to step.
 
         """
+        self.follow(trainer, pl_module, [optimizer])  # it may have been made after pruning
         if not compatibility.unscales_in_step(trainer, optimizer):
             self._parameters.zero_gradients_()
 
-    def after_batch(self) -> None:
-        """Mask the weights, where not every change to them has a hook after it."""
+    def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Mask the weights, where not every change to them has a hook after it.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+
+        """
+        if any(all(each is not known for known in self._followed) for each in trainer.optimizers):
+            self.follow(trainer, pl_module, trainer.optimizers)
+            self._parameters.zero_weights_()
         if self._hookless:
             self._parameters.zero_weights_()
+
+    @torch.no_grad()
+    def renew(self, pl_module: pl.LightningModule, state_dict: dict[str, Any] | None = None) -> None:
+        """Put the masks on again where others wrote into pruned weights, and say so once.
+
+        Args:
+            pl_module: The module.
+            state_dict: Weights that are going to be saved, which may be copies.
+
+        """
+        if broken := self._masks.broken_in(pl_module):
+            parameters = dict(pl_module.named_parameters())
+            for name in broken:
+                masking.zero_(parameters[name], self._masks[name])
+            if not self._warned:
+                found = listed(
+                    f"{name} ({count:,} of {int((~self._masks[name]).sum()):,})" for name, count in broken.items()
+                )
+                rank_zero_warn(
+                    f"Pruned weights were no longer 0, and were masked again: {found}. Something writes into them"
+                    " outside of the optimizers' steps, such as a hook that centres or clips weights, an average of"
+                    " one's own, or `load_state_dict`. This is said once."
+                )
+                self._warned = True
+        for name, mask in self._masks.items():
+            value = (state_dict or {}).get(name)
+            if isinstance(value, Tensor) and value.shape == mask.shape:
+                masking.zero_(value, mask)
 
     def check(self, pl_module: pl.LightningModule) -> None:
         """Refuse to go on where pruned layers were replaced by others.

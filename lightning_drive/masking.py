@@ -24,6 +24,38 @@ _VERSION = 1
 _CHUNK = 1 << 19
 """Numbers masked together where masks are bytes, so that what they are widened to stays in the processor's cache."""
 
+_ELEMENT_WISE = frozenset(
+    (
+        "acc_delta",
+        "ax",
+        "ema",
+        "exp_avg",
+        "exp_avg_slow",
+        "exp_avg_sq",
+        "exp_avg_var",
+        "exp_inf",
+        "grad_avg",
+        "hessian",
+        "max_exp_avg_sq",
+        "mom",
+        "momentum",
+        "momentum_buffer",
+        "mu",
+        "prev",
+        "prev_grad",
+        "previous_grad",
+        "slow",
+        "slow_buffer",
+        "slow_param",
+        "square_avg",
+        "step_size",
+        "sum",
+        "velocity",
+        "z",
+    )
+)
+"""Names under which optimizers keep a number for each weight, and nothing else."""
+
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of a number to the integers that have as many."""
 
@@ -184,6 +216,21 @@ class Masks(Mapping[str, Tensor]):
             for name, mask in self.items()
         )
 
+    def broken_in(self, module: nn.Module) -> dict[str, int]:
+        """Count the weights of a module that are not 0 although they are pruned, of the parameters that it has.
+
+        Args:
+            module: Any module.
+
+        """
+        parameters = dict(module.named_parameters())
+        counts = {
+            name: int(shards.local(parameters[name].detach())[_pruned(mask, parameters[name])].count_nonzero())
+            for name, mask in self.items()
+            if name in parameters and parameters[name].shape == mask.shape
+        }
+        return {name: count for name, count in counts.items() if count}
+
     def state_dict(self) -> dict[str, Any]:
         """Pack the masks, one bit per weight, into plain types and tensors on the CPU.
 
@@ -307,9 +354,10 @@ class MaskedParameters:
     def zero_optimizer_state_(self, optimizer: Optimizer) -> None:
         """Make an optimizer forget pruned weights: its momentum would bring them back.
 
-        Every state tensor in its parameter's shape is masked, also in optimizers that this one wraps (SAM,
-        Lookahead). The history of ``LBFGS``, which is of all parameters together, is of no use to a network with fewer
-        of them, and begins anew, unless it is one of a pruned network already. Doing it twice does no harm.
+        State that is kept element by element is masked, also in optimizers that this one wraps (SAM, Lookahead); where
+        that cannot be told from a matrix (a preconditioner, say), none of the parameter's is. The history of ``LBFGS``,
+        which is of all parameters together, is of no use to a network with fewer of them, and begins anew, unless it
+        is one of a pruned network already. Doing it twice does no harm.
 
         Args:
             optimizer: The optimizer.
@@ -319,9 +367,8 @@ class MaskedParameters:
             if isinstance(inner, LBFGS) and self._is_in_history_of(inner):
                 inner.state.clear()
             for parameter, cover in self._covers.items():
-                for value in tree_leaves(inner.state.get(parameter)):
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        cover.zero_(value)
+                for value in _element_wise(inner.state.get(parameter) or {}, parameter):
+                    cover.zero_(value)
 
     def _is_in_history_of(self, optimizer: LBFGS) -> bool:
         """Whether a pruned weight has moved, or had a gradient, in the steps that the optimizer remembers."""
@@ -368,6 +415,28 @@ class _Cover:
         if tensor.is_sparse:
             tensor, pruned = tensor._values(), pruned[tuple(tensor._indices())]
         tensor.masked_fill_(pruned & tensor.isfinite() if keep_overflow else pruned, 0)
+
+
+def _element_wise(state: Mapping[str, Any], parameter: Tensor) -> list[Tensor]:
+    """Give the state tensors of a parameter that have a number for each of its weights.
+
+    None of them, where there is a square matrix beside them, or a square weight has state of an unknown name: that may
+    be a preconditioner, and even moments are then often those of rotated weights. Integers and booleans are codes.
+    """
+    is_square = parameter.ndim == 2 and len(parameter) == parameter.shape[1] > 1
+    found = []
+    for name, entry in state.items():
+        for value in tree_leaves(entry):
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape == parameter.shape:
+                if is_square and name not in _ELEMENT_WISE:
+                    return []
+                if value.is_floating_point() or value.is_complex():
+                    found.append(value)
+            elif value.ndim == 2 and len(value) == value.shape[1] > 1:
+                return []
+    return found
 
 
 def _is_like(tensor: Tensor, bits: Tensor) -> bool:

@@ -255,9 +255,16 @@ class PruningCallback(pl.Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to go on where pruned layers were replaced by others."""
+        """Refuse to go on where pruned layers were replaced by others; mask again what others wrote."""
         if self._live is not None:
             self._live.check(pl_module)
+            self._live.renew(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Mask again what others wrote into pruned weights."""
+        if self._live is not None:
+            self._live.renew(pl_module)
 
     @override
     def on_before_optimizer_step(
@@ -265,7 +272,7 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Mask the gradients: unscaled already, not yet clipped."""
         if self._live is not None:
-            self._live.before_step(trainer, optimizer)
+            self._live.before_step(trainer, pl_module, optimizer)
 
     @override
     def on_train_batch_end(
@@ -273,11 +280,13 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Mask the weights, where not every change to them has a hook after it."""
         if self._live is not None:
-            self._live.after_batch()
+            self._live.after_batch(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring masks and report back to the process that spawned this one."""
+        if self._live is not None:
+            self._live.renew(pl_module)
         if self._handover.is_elsewhere and trainer.is_global_zero:
             self._handover.leave({**self.state_dict(), "start": None})
 
@@ -292,7 +301,9 @@ class PruningCallback(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the module and its optimizers."""
+        """Let go of the module and its optimizers, after a last look at what others wrote."""
+        if self._live is not None:
+            self._live.renew(pl_module)
         self._release()
 
     @override
@@ -301,6 +312,8 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Note a search for a learning rate or batch size: it saves before training starts, and returns to that."""
         self._searching = not self._fit_started
+        if self._live is not None:
+            self._live.renew(pl_module, checkpoint.get("state_dict"))
 
     @override
     def state_dict(self) -> dict[str, Any]:
