@@ -25,34 +25,9 @@ _CHUNK = 1 << 19
 """Numbers masked together where masks are bytes, so that what they are widened to stays in the processor's cache."""
 
 _ELEMENT_WISE = frozenset(
-    (
-        "acc_delta",
-        "ax",
-        "ema",
-        "exp_avg",
-        "exp_avg_slow",
-        "exp_avg_sq",
-        "exp_avg_var",
-        "exp_inf",
-        "grad_avg",
-        "hessian",
-        "max_exp_avg_sq",
-        "mom",
-        "momentum",
-        "momentum_buffer",
-        "mu",
-        "prev",
-        "prev_grad",
-        "previous_grad",
-        "slow",
-        "slow_buffer",
-        "slow_param",
-        "square_avg",
-        "step_size",
-        "sum",
-        "velocity",
-        "z",
-    )
+    "acc_delta ax ema exp_avg exp_avg_slow exp_avg_sq exp_avg_var exp_inf grad_avg hessian max_exp_avg_sq mom momentum"
+    " momentum_buffer mu prev prev_grad previous_grad slow slow_buffer slow_param square_avg step_size sum velocity"
+    " z".split()
 )
 """Names under which optimizers keep a number for each weight, and nothing else."""
 

@@ -357,7 +357,8 @@ def test_masked_parameters__other_kinds_of_state() -> None:
     optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
     optimizer.state[embedding.weight] = {name: torch.ones(4, 3, dtype=dtype) for name, dtype in STATES.items()}
     live.zero_optimizer_state_(optimizer)
-    assert all(value.float().equal(torch.eye(4, 3)) for value in optimizer.state[embedding.weight].values())
+    for value in optimizer.state[embedding.weight].values():  # integers and booleans are codes, and stay
+        assert value.float().equal(torch.eye(4, 3) if value.is_floating_point() else torch.ones(4, 3))
     embedding(torch.tensor([1, 3])).sum().backward()
     live.zero_gradients_()
     expected = torch.zeros(4, 3)
