@@ -1,9 +1,9 @@
 """Masks on all that is alive in a training run: weights, gradients, states of optimizers and running averages."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -53,26 +53,32 @@ class Enforcement:
             keep_overflow = compatibility.scaler(trainer) is not None
             self._handles += self._parameters.zero_gradients_at_once(keep_overflow=keep_overflow)
         self._hookless = not pl_module.automatic_optimization
-        self.follow(trainer, pl_module, trainer.optimizers)
+        self.follow(trainer, pl_module)
 
-    def follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
-        """Have every step of optimizers followed by the masks; those that are followed already are passed over.
+    def follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *others: Optimizer) -> bool:
+        """Have every step of the optimizers followed by the masks; those that are followed already are passed over.
 
         Args:
-            trainer: The Trainer.
+            trainer: The Trainer, whose optimizers may have been made anew after pruning.
             pl_module: The module.
-            optimizers: The optimizers that it has now.
+            others: Optimizers that step, but may not be the Trainer's.
+
+        Returns:
+            Whether there was a new one.
 
         """
-        for optimizer in optimizers:
-            if any(optimizer is each for each in self._followed):
-                continue
-            self._followed.append(optimizer)
+        alive = [*trainer.optimizers, *others]
+        new = [each for each in alive if not any(each is known for known in self._followed)]
+        if not new:
+            return False
+        self._followed = alive
+        for optimizer in new:
             self._parameters.zero_optimizer_state_(optimizer)
             for each in masking.with_wrapped(optimizer):
                 self._follow_steps(trainer, pl_module, each)
                 if self._parameters.may_divide_by_zero:
                     compatibility.warn_of_small_eps(each)
+        return True
 
     def end(self) -> None:
         """Let go of the optimizers and of the gradients."""
@@ -89,7 +95,7 @@ class Enforcement:
             optimizer: The optimizer that is going to step.
 
         """
-        self.follow(trainer, pl_module, [optimizer])  # it may have been made after pruning
+        self.follow(trainer, pl_module, optimizer)
         if not compatibility.unscales_in_step(trainer, optimizer):
             self._parameters.zero_gradients_()
 
@@ -101,39 +107,29 @@ class Enforcement:
             pl_module: The module.
 
         """
-        if any(all(each is not known for known in self._followed) for each in trainer.optimizers):
-            self.follow(trainer, pl_module, trainer.optimizers)
-            self._parameters.zero_weights_()
-        if self._hookless:
+        if self.follow(trainer, pl_module) or self._hookless:
             self._parameters.zero_weights_()
 
-    @torch.no_grad()
-    def renew(self, pl_module: pl.LightningModule, state_dict: dict[str, Any] | None = None) -> None:
-        """Put the masks on again where others wrote into pruned weights, and say so once.
+    def renew(self, state_dict: Mapping[str, Any] | None = None) -> None:
+        """Mask again what others wrote into pruned weights, and warn of it once.
 
         Args:
-            pl_module: The module.
             state_dict: Weights that are going to be saved, which may be copies.
 
         """
-        if broken := self._masks.broken_in(pl_module):
-            parameters = dict(pl_module.named_parameters())
-            for name in broken:
-                masking.zero_(parameters[name], self._masks[name])
-            if not self._warned:
-                found = listed(
-                    f"{name} ({count:,} of {int((~self._masks[name]).sum()):,})" for name, count in broken.items()
-                )
-                rank_zero_warn(
-                    f"Pruned weights were no longer 0, and were masked again: {found}. Something writes into them"
-                    " outside of the optimizers' steps, such as a hook that centres or clips weights, an average of"
-                    " one's own, or `load_state_dict`. This is said once."
-                )
-                self._warned = True
+        broken = self._parameters.renew_weights_()
         for name, mask in self._masks.items():
             value = (state_dict or {}).get(name)
             if isinstance(value, Tensor) and value.shape == mask.shape:
                 masking.zero_(value, mask)
+        if broken and not self._warned:
+            self._warned = True
+            counts = (f"{name} ({count:,} of {int((~self._masks[name]).sum()):,})" for name, count in broken.items())
+            rank_zero_warn(
+                f"Pruned weights were no longer 0, and were masked again: {listed(counts)}. Something writes into them"
+                " outside of the optimizers' steps, such as a hook that centres or clips weights, an average of one's"
+                " own, or `load_state_dict`. This is said once."
+            )
 
     def check(self, pl_module: pl.LightningModule) -> None:
         """Refuse to go on where pruned layers were replaced by others.

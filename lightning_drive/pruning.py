@@ -250,21 +250,25 @@ class PruningCallback(pl.Callback):
         if self._prune_when_due(trainer, pl_module) or self._resumes_epoch:
             self._log_metrics(trainer, pl_module)
         self._resumes_epoch = False
-        if batch_idx == 0 and self._live is not None:
-            self._live.check(pl_module)
+        if self._live is not None:
+            self._live.follow(trainer, pl_module)
+            if batch_idx == 0:
+                self._live.check(pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to go on where pruned layers were replaced by others; mask again what others wrote."""
         if self._live is not None:
             self._live.check(pl_module)
-            self._live.renew(pl_module)
+            self._live.renew()
 
     @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Mask again what others wrote into pruned weights."""
-        if self._live is not None:
-            self._live.renew(pl_module)
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Mask again what others wrote into pruned weights, now that whoever swaps averages in has done so."""
+        if batch_idx == dataloader_idx == 0 and self._live is not None:
+            self._live.renew()
 
     @override
     def on_before_optimizer_step(
@@ -286,7 +290,7 @@ class PruningCallback(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring masks and report back to the process that spawned this one."""
         if self._live is not None:
-            self._live.renew(pl_module)
+            self._live.renew()
         if self._handover.is_elsewhere and trainer.is_global_zero:
             self._handover.leave({**self.state_dict(), "start": None})
 
@@ -303,7 +307,7 @@ class PruningCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the module and its optimizers, after a last look at what others wrote."""
         if self._live is not None:
-            self._live.renew(pl_module)
+            self._live.renew()
         self._release()
 
     @override
@@ -313,7 +317,7 @@ class PruningCallback(pl.Callback):
         """Note a search for a learning rate or batch size: it saves before training starts, and returns to that."""
         self._searching = not self._fit_started
         if self._live is not None:
-            self._live.renew(pl_module, checkpoint.get("state_dict"))
+            self._live.renew(checkpoint.get("state_dict"))
 
     @override
     def state_dict(self) -> dict[str, Any]:
