@@ -1,6 +1,6 @@
 """Which parameters may be pruned: by name, each once, in the order of ``named_parameters()``."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -97,28 +97,33 @@ def _check_memory(selected: Mapping[str, Tensor], parameters: Mapping[str, Tenso
             if storage.data_ptr():  # what is fake, or empty, has none
                 storages.setdefault((parameter.device, storage.data_ptr()), []).append(name)
     for names in storages.values():
-        chosen = [name for name in names if name in selected]
-        if not chosen or _are_apart([parameters[name] for name in names]):
-            continue
-        owner: dict[int, str] = {}
-        for name in names:
-            for place in _places(parameters[name]):
-                other = owner.setdefault(place, name)
-                if other != name and (other in selected or name in selected):
-                    raise ValueError(
-                        f"{other!r} and {name!r} are two parameters over one memory, so a mask of one would prune both."
-                        " Tie them by assigning the parameter itself (`second.weight = first.weight`, not its `.data`),"
-                        " give each its own memory (`.clone()`), or leave both out with"
-                        f" `exclude=[{other!r}, {name!r}]`."
-                    )
-    for name, parameter in selected.items():
-        if type(parameter) is nn.Parameter and parameter.device.type != "meta" and not _is_dense(parameter):
-            places = _places(parameter)
-            if len(set(places)) < len(places):
-                raise ValueError(
-                    f"Several weights of {name!r} are one number in memory (it was expanded, say), so a mask of one"
-                    f" would prune them all. Give it its own memory (`.clone()`), or use `exclude=[{name!r}]`."
-                )
+        if any(name in selected for name in names) and not _are_apart([parameters[name] for name in names]):
+            _check_places({name: parameters[name] for name in names}, selected)
+
+
+def _check_places(sharing: Mapping[str, Tensor], selected: Container[str]) -> None:
+    """Refuse weights of one storage, of which some are selected, that have a number in common."""
+    unit = min(each.itemsize for each in sharing.values())
+    owners = torch.full((next(iter(sharing.values())).untyped_storage().nbytes() // unit,), -1, dtype=torch.int32)
+    names = sorted(sharing, key=lambda name: name in selected)  # stable; who comes later is the one that minds
+    for index, name in enumerate(names):
+        weights, scale = sharing[name], sharing[name].itemsize // unit
+        shape = [size if stride else 1 for size, stride in zip(weights.shape, weights.stride(), strict=True)]
+        strides = [scale * stride for stride in weights.stride()]
+        places = owners.as_strided(shape, strides, scale * weights.storage_offset())
+        other = int(places.max()) if places.numel() else -1
+        places.fill_(index)
+        if name in selected and other >= 0:
+            raise ValueError(
+                f"{names[other]!r} and {name!r} are two parameters over one memory, so a mask of one would prune both."
+                " Tie them by assigning the parameter itself (`second.weight = first.weight`, not its `.data`), give"
+                f" each its own memory (`.clone()`), or leave both out with `exclude=[{names[other]!r}, {name!r}]`."
+            )
+        if name in selected and int((owners == index).sum()) < weights.numel():
+            raise ValueError(
+                f"Several weights of {name!r} are one number in memory (it was expanded, say), so a mask of one would"
+                f" prune them all. Give it its own memory (`.clone()`), or use `exclude=[{name!r}]`."
+            )
 
 
 def _are_apart(tensors: Sequence[Tensor]) -> bool:
@@ -137,15 +142,6 @@ def _is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def _places(tensor: Tensor) -> list[int]:
-    """Give where in its storage every number of a tensor begins, in bytes."""
-    places = torch.tensor(tensor.storage_offset())
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        places = places.unsqueeze(-1) + torch.arange(size) * stride
-    found: list[int] = (places.flatten() * tensor.itemsize).tolist()
-    return found
 
 
 @contextmanager
