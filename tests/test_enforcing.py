@@ -419,3 +419,41 @@ def test_renew_leaves_what_is_right(tmp_path: Path, at: str) -> None:
     assert seen[0][1:][mask[1:]].isnan().all()
     assert seen[0][0][mask[0]].signbit().all()
     assert not seen[0][0][~mask[0]].signbit().any()
+
+
+class SavesAnAverage(Other):
+    """Has checkpoints hold an average in place of the weights, as copies."""
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.current_epoch > 0:
+            checkpoint["state_dict"] |= {name: self.changed(value) for name, value in self.average.items()}
+
+    def changed(self, value: Tensor) -> Tensor:
+        return value.clone()
+
+
+class SavesAnAverageInHalfPrecision(SavesAnAverage):
+    def changed(self, value: Tensor) -> Tensor:
+        return value.half()
+
+
+class SavesAnAverageTransposed(SavesAnAverage):
+    def changed(self, value: Tensor) -> Tensor:
+        return value.flatten().flip(0).reshape(value.shape).mT if value.ndim > 1 else value
+
+
+@pytest.mark.parametrize("kind", [SavesAnAverage, SavesAnAverageInHalfPrecision, SavesAnAverageTransposed])
+def test_saved_by_others(tmp_path: Path, kind: Any) -> None:
+    """Weights of another that go into a checkpoint are masked; what does not fit is left alone."""
+    module, pruning = fits.ConvModule(), snip()
+    own = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, save_top_k=-1)
+    fits.trainer(tmp_path, kind(), pruning, own).fit(module, fits.loader())
+    checkpoints = [torch.load(path) for path in tmp_path.glob("*.ckpt")]
+    sparse = [each["state_dict"] for each in checkpoints if each["global_step"] > 3]
+    assert len(sparse) == 3
+    for weights in sparse:
+        for name, mask in pruning.masks.items():
+            assert weights[name].shape != mask.shape or not weights[name][~mask].any()
+            assert not torch.equal(weights[name], module.get_parameter(name))
