@@ -21,20 +21,21 @@ class Enforcement:
     Args:
         pl_module: Has every masked parameter under its name, in the mask's shape.
         masks: Parameter name to boolean mask, on any device; ``True`` keeps.
+        warned: Whether it was said already that others write into pruned weights.
 
     Raises:
         ValueError: If a parameter is missing or has another shape (named).
 
     """
 
-    def __init__(self, pl_module: pl.LightningModule, masks: Masks) -> None:
+    def __init__(self, pl_module: pl.LightningModule, masks: Masks, *, warned: bool = False) -> None:
         shards.reshard_(pl_module)
         self._masks = masks
         self._parameters = MaskedParameters(pl_module, masks)
         self._handles: list[RemovableHandle] = []
         self._hookless = False
         self._followed: list[Optimizer] = []
-        self._warned = False
+        self.warned = warned
 
     def begin(self, pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the masks on everything that is alive, and have every optimizer step followed by them.
@@ -122,8 +123,8 @@ class Enforcement:
             value = (state_dict or {}).get(name)
             if isinstance(value, Tensor) and value.shape == mask.shape:
                 masking.zero_(value, mask)
-        if broken and not self._warned:
-            self._warned = True
+        if broken and not self.warned:
+            self.warned = True
             counts = (f"{name} ({count:,} of {int((~self._masks[name]).sum()):,})" for name, count in broken.items())
             rank_zero_warn(
                 f"Pruned weights were no longer 0, and were masked again: {listed(counts)}. Something writes into them"

@@ -460,8 +460,9 @@ class PruningCallback(pl.Callback):
 
     def _enforce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the masks on everything that is alive, and have every optimizer step followed by them."""
+        warned = self._live is not None and self._live.warned
         self._release()
-        self._live = Enforcement(pl_module, self.masks)
+        self._live = Enforcement(pl_module, self.masks, warned=warned)
         self._live.begin(self, trainer, pl_module)
 
     def _reinitialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

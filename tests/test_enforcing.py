@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_drive import SNIPPruningCallback
+from lightning_drive import IMPPruningCallback, SNIPPruningCallback
 from lightning_drive.masking import Masks
 
 # Optimizers made anew after pruning.
@@ -368,6 +368,17 @@ def test_written_by_the_module(tmp_path: Path, hook: str) -> None:
     with pytest.warns(UserWarning, match=r"no longer 0.*: head\.weight \("):
         fits.trainer(tmp_path, pruning).fit(module, fits.loader())
     assert_sparse(module, pruning)
+
+
+def test_written_by_others__in_every_cycle(tmp_path: Path) -> None:
+    """It is said once in a run, however often it is pruned again."""
+    module, pruning = fits.ConvModule(), IMPPruningCallback(sparsity=0.8, cycles=3, epochs_per_cycle=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fits.trainer(tmp_path, pruning, Centres(), max_epochs=5).fit(module, fits.loader())
+    assert pruning.pruned
+    assert pruning.masks.hold_for(module)
+    assert len(said_of_weights(caught)) == 1
 
 
 @pytest.mark.parametrize("make", [fits.ConvModule, Net, fits.BiaslessMLP])
