@@ -1,9 +1,12 @@
 """Masks on all that is alive in a training run: weights, gradients, states of optimizers and running averages."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -18,18 +21,21 @@ class Enforcement:
     Args:
         pl_module: Has every masked parameter under its name, in the mask's shape.
         masks: Parameter name to boolean mask, on any device; ``True`` keeps.
+        warned: Whether it was said already that others write into pruned weights.
 
     Raises:
         ValueError: If a parameter is missing or has another shape (named).
 
     """
 
-    def __init__(self, pl_module: pl.LightningModule, masks: Masks) -> None:
+    def __init__(self, pl_module: pl.LightningModule, masks: Masks, *, warned: bool = False) -> None:
         shards.reshard_(pl_module)
         self._masks = masks
         self._parameters = MaskedParameters(pl_module, masks)
         self._handles: list[RemovableHandle] = []
         self._hookless = False
+        self._followed: list[Optimizer] = []
+        self.warned = warned
 
     def begin(self, pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the masks on everything that is alive, and have every optimizer step followed by them.
@@ -48,34 +54,83 @@ class Enforcement:
             keep_overflow = compatibility.scaler(trainer) is not None
             self._handles += self._parameters.zero_gradients_at_once(keep_overflow=keep_overflow)
         self._hookless = not pl_module.automatic_optimization
-        for optimizer in trainer.optimizers:
+        self.follow(trainer, pl_module)
+
+    def follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *others: Optimizer) -> bool:
+        """Have every step of the optimizers followed by the masks; those that are followed already are passed over.
+
+        Args:
+            trainer: The Trainer, whose optimizers may have been made anew after pruning.
+            pl_module: The module.
+            others: Optimizers that step, but may not be the Trainer's.
+
+        Returns:
+            Whether there was a new one.
+
+        """
+        alive = [*trainer.optimizers, *others]
+        new = [each for each in alive if not any(each is known for known in self._followed)]
+        if not new:
+            return False
+        self._followed = alive
+        for optimizer in new:
             self._parameters.zero_optimizer_state_(optimizer)
             for each in masking.with_wrapped(optimizer):
                 self._follow_steps(trainer, pl_module, each)
                 if self._parameters.may_divide_by_zero:
                     compatibility.warn_of_small_eps(each)
+        return True
 
     def end(self) -> None:
         """Let go of the optimizers and of the gradients."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._followed = [], []
 
-    def before_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+    def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients, where they are unscaled already.
 
         Args:
             trainer: The Trainer.
+            pl_module: The module.
             optimizer: The optimizer that is going to step.
 
         """
+        self.follow(trainer, pl_module, optimizer)
         if not compatibility.unscales_in_step(trainer, optimizer):
             self._parameters.zero_gradients_()
 
-    def after_batch(self) -> None:
-        """Mask the weights, where not every change to them has a hook after it."""
-        if self._hookless:
+    def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Mask the weights, where not every change to them has a hook after it.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+
+        """
+        if self.follow(trainer, pl_module) or self._hookless:
             self._parameters.zero_weights_()
+
+    def renew(self, state_dict: Mapping[str, Any] | None = None) -> None:
+        """Mask again what others wrote into pruned weights, and warn of it once.
+
+        Args:
+            state_dict: Weights that are going to be saved, which may be copies.
+
+        """
+        broken = self._parameters.renew_weights_()
+        for name, mask in self._masks.items():
+            value = (state_dict or {}).get(name)
+            if isinstance(value, Tensor) and value.shape == mask.shape:
+                masking.zero_(value, mask)
+        if broken and not self.warned:
+            self.warned = True
+            counts = (f"{name} ({count:,} of {int((~self._masks[name]).sum()):,})" for name, count in broken.items())
+            rank_zero_warn(
+                f"Pruned weights were no longer 0, and were masked again: {listed(counts)}. Something writes into them"
+                " outside of the optimizers' steps, such as a hook that centres or clips weights, an average of one's"
+                " own, or `load_state_dict`. This is said once."
+            )
 
     def check(self, pl_module: pl.LightningModule) -> None:
         """Refuse to go on where pruned layers were replaced by others.

@@ -6,12 +6,13 @@ those of the dense module. Zeros are filled in, never multiplied in: a product w
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from copy import copy
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import ASGD, LBFGS, Adagrad, Optimizer, Rprop
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
@@ -23,6 +24,29 @@ _VERSION = 1
 
 _CHUNK = 1 << 19
 """Numbers masked together where masks are bytes, so that what they are widened to stays in the processor's cache."""
+
+_ELEMENT_WISE = frozenset(
+    {
+        "acc_delta",
+        "exp_avg",
+        "exp_avg_slow",
+        "exp_avg_sq",
+        "exp_avg_var",
+        "exp_inf",
+        "grad_avg",
+        "max_exp_avg_sq",
+        "momentum",
+        "momentum_buffer",
+        "slow",
+        "slow_buffer",
+        "square_avg",
+        "z",  # of schedule-free optimizers, which bring it into the weights outside of steps
+    }
+)
+"""Names under which optimizers keep one number for each weight."""
+
+_OWN_NAMES = {Adagrad: {"sum"}, ASGD: {"ax"}, Rprop: {"prev", "step_size"}}
+"""Names that mean it in these optimizers alone: elsewhere ``sum`` may be one of matrices."""
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of a number to the integers that have as many."""
@@ -275,6 +299,21 @@ class MaskedParameters:
             cover.zero_(parameter)
 
     @torch.no_grad()
+    def renew_weights_(self) -> dict[str, int]:
+        """Set the pruned weights to exactly 0 where they are not, also on another device than before.
+
+        Returns:
+            Name of every parameter where some were not, and how many.
+
+        """
+        covers = {name: self._covers[parameter].on(parameter.device) for name, parameter in self._parameters.items()}
+        counts = {name: cover.count_broken(self._parameters[name]) for name, cover in covers.items()}
+        broken = {name: int(count) for name, count in counts.items() if count}
+        for name in broken:
+            covers[name].zero_(self._parameters[name])
+        return broken
+
+    @torch.no_grad()
     def zero_gradients_(self) -> None:
         """Set the gradients of pruned weights to exactly 0, where there are gradients."""
         for parameter, cover in self._covers.items():
@@ -302,9 +341,10 @@ class MaskedParameters:
     def zero_optimizer_state_(self, optimizer: Optimizer) -> None:
         """Make an optimizer forget pruned weights: its momentum would bring them back.
 
-        Every state tensor in its parameter's shape is masked, also in optimizers that this one wraps (SAM,
-        Lookahead). The history of ``LBFGS``, which is of all parameters together, is of no use to a network with fewer
-        of them, and begins anew, unless it is one of a pruned network already. Doing it twice does no harm.
+        State that is known to be kept element by element is masked, also in optimizers that this one wraps (SAM,
+        Lookahead). Where there is any other beside it (a preconditioner, say), none is. The history of ``LBFGS``,
+        which is of all parameters together, is of no use to a network with fewer of them, and begins anew, unless it
+        is one of a pruned network already. Doing it twice does no harm.
 
         Args:
             optimizer: The optimizer.
@@ -313,9 +353,9 @@ class MaskedParameters:
         for inner in with_wrapped(optimizer):
             if isinstance(inner, LBFGS) and self._is_in_history_of(inner):
                 inner.state.clear()
-            for parameter, cover in self._covers.items():
-                for value in tree_leaves(inner.state.get(parameter)):
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if not _keeps_tensors_elsewhere(inner):
+                for parameter, cover in self._covers.items():
+                    for value in _element_wise(inner, parameter):
                         cover.zero_(value)
 
     def _is_in_history_of(self, optimizer: LBFGS) -> bool:
@@ -353,6 +393,21 @@ class _Cover:
         """The same as a boolean tensor."""
         return self._pruned if self._bits is None else self._bits == 0
 
+    def on(self, device: torch.device) -> "_Cover":
+        """Return the same on a device: when training ends, Lightning moves the module to the CPU."""
+        if (self._pruned if self._bits is None else self._bits).device == device:
+            return self
+        moved = copy(self)
+        moved._bits, moved._pruned = None, self.pruned.to(device)
+        return moved
+
+    def count_broken(self, tensor: Tensor) -> Tensor:
+        """Count the pruned weights that are not 0."""
+        tensor = shards.local(tensor.detach())
+        if self._bits is not None and _is_like(tensor, self._bits):
+            return tensor.view(self._bits.dtype).bitwise_and(~self._bits).view(tensor.dtype).count_nonzero()
+        return tensor.masked_fill(~self.pruned, 0).count_nonzero()
+
     def zero_(self, tensor: Tensor, *, keep_overflow: bool = False) -> None:
         """Fill in zeros, also into a sparse tensor, such as the gradient of an ``nn.Embedding(sparse=True)``."""
         tensor = shards.local(tensor)
@@ -363,6 +418,46 @@ class _Cover:
         if tensor.is_sparse:
             tensor, pruned = tensor._values(), pruned[tuple(tensor._indices())]
         tensor.masked_fill_(pruned & tensor.isfinite() if keep_overflow else pruned, 0)
+
+
+def _element_wise(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
+    """Return the state tensors of a parameter, if they are known to have one number for each of its weights.
+
+    If there is anything else but single numbers, return none: it may be a preconditioner or a basis, and even moments
+    are then often those of rotated weights, whose zeros mean nothing.
+    """
+    state = optimizer.state.get(parameter)
+    if not isinstance(state, Mapping):
+        return []
+    names = _ELEMENT_WISE.union(*(own for kind, own in _OWN_NAMES.items() if isinstance(optimizer, kind)))
+    found = []
+    for name, value in state.items():
+        if name in names and _is_plain(value) and value.shape == parameter.shape:
+            found.append(value)
+        elif not (value is None or isinstance(value, (int, float, str)) or _is_single_number(value)):
+            return []
+    return found
+
+
+def _keeps_tensors_elsewhere(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has tensors that are neither parameters nor the state of one: bases, say, of rotations."""
+    own = [value for name, value in vars(optimizer).items() if name != "state"]
+    parameters = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    return any(
+        isinstance(value, Tensor) and id(value) not in parameters and not _is_single_number(value)
+        for value in tree_leaves(own)
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is a tensor of floating-point numbers that are what they say: no codes, no packed numbers."""
+    return (
+        isinstance(value, Tensor) and value.is_floating_point() and type(shards.local(value)) in (Tensor, nn.Parameter)
+    )
+
+
+def _is_single_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() <= 1
 
 
 def _is_like(tensor: Tensor, bits: Tensor) -> bool:

@@ -1,11 +1,13 @@
 """Which parameters may be pruned: by name, each once, in the order of ``named_parameters()``."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
@@ -38,7 +40,7 @@ def prunable_parameters(
     Raises:
         TypeError: If ``include`` or ``exclude`` is a string and not a list of strings.
         ValueError: If a pattern matches nothing, nothing is left to prune, or a selected weight is complex, not yet
-            initialised or computed (by weight norm, say) rather than stored.
+            initialised, computed (by weight norm, say) rather than stored, or in the memory of another.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
@@ -76,6 +78,7 @@ def prunable_parameters(
                 f"{name!r} is complex ({parameter.dtype}), and scores are defined for real weights. Leave it out with"
                 f" `exclude=[{name!r}]`."
             )
+    _check_memory(selected, parameters)
     if not selected:
         reason = f" ({listed(frozen)} matched, but `requires_grad` is False)" if frozen else ""
         raise ValueError(
@@ -83,6 +86,62 @@ def prunable_parameters(
             " check `include`, `exclude` and which parameters require a gradient."
         )
     return selected
+
+
+def _check_memory(selected: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse weights that lie in the memory of another parameter, or over each other: a mask of one prunes both."""
+    storages: dict[tuple[torch.device, int], list[str]] = {}
+    for name, parameter in parameters.items():
+        if type(parameter) is nn.Parameter and parameter.layout == torch.strided and parameter.device.type != "meta":
+            storage = parameter.untyped_storage()
+            if storage.data_ptr():  # what is fake, or empty, has none
+                storages.setdefault((parameter.device, storage.data_ptr()), []).append(name)
+    for names in storages.values():
+        if any(name in selected for name in names) and not _are_apart([parameters[name] for name in names]):
+            _check_places({name: parameters[name] for name in names}, selected)
+
+
+def _check_places(sharing: Mapping[str, Tensor], selected: Container[str]) -> None:
+    """Refuse weights of one storage, of which some are selected, that have a number in common."""
+    unit = min(each.itemsize for each in sharing.values())
+    owners = torch.full((next(iter(sharing.values())).untyped_storage().nbytes() // unit,), -1, dtype=torch.int32)
+    names = sorted(sharing, key=lambda name: name in selected)  # stable; who comes later is the one that minds
+    for index, name in enumerate(names):
+        weights, scale = sharing[name], sharing[name].itemsize // unit
+        shape = [size if stride else 1 for size, stride in zip(weights.shape, weights.stride(), strict=True)]
+        strides = [scale * stride for stride in weights.stride()]
+        places = owners.as_strided(shape, strides, scale * weights.storage_offset())
+        other = int(places.max()) if places.numel() else -1
+        places.fill_(index)
+        if name in selected and other >= 0:
+            raise ValueError(
+                f"{names[other]!r} and {name!r} are two parameters over one memory, so a mask of one would prune both."
+                " Tie them by assigning the parameter itself (`second.weight = first.weight`, not its `.data`), give"
+                f" each its own memory (`.clone()`), or leave both out with `exclude=[{names[other]!r}, {name!r}]`."
+            )
+        if name in selected and int((owners == index).sum()) < weights.numel():
+            raise ValueError(
+                f"Several weights of {name!r} are one number in memory (it was expanded, say), so a mask of one would"
+                f" prune them all. Give it its own memory (`.clone()`), or use `exclude=[{name!r}]`."
+            )
+
+
+def _are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one storage plainly lie one behind the other there, as slices of a flat buffer do."""
+    spans = sorted(
+        (start := each.storage_offset() * each.itemsize, start + each.numel() * each.itemsize) for each in tensors
+    )
+    return all(map(_is_dense, tensors)) and all(one[1] <= two[0] for one, two in pairwise(spans))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor lie one after the other, in whatever order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 @contextmanager

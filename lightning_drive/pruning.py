@@ -284,14 +284,25 @@ class PruningCallback(pl.Callback):
         if self._prune_when_due(trainer, pl_module) or self._resumes_epoch:
             self._log_metrics(trainer, pl_module)
         self._resumes_epoch = False
-        if batch_idx == 0 and self._live is not None:
-            self._live.check(pl_module)
+        if self._live is not None:
+            self._live.follow(trainer, pl_module)
+            if batch_idx == 0:
+                self._live.check(pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to go on where pruned layers were replaced by others."""
+        """Refuse to go on where pruned layers were replaced by others; mask again what others wrote."""
         if self._live is not None:
             self._live.check(pl_module)
+            self._live.renew()
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Mask again what others wrote into pruned weights, now that whoever swaps averages in has done so."""
+        if batch_idx == dataloader_idx == 0 and self._live is not None:
+            self._live.renew()
 
     @override
     def on_before_optimizer_step(
@@ -299,7 +310,7 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Mask the gradients: unscaled already, not yet clipped."""
         if self._live is not None:
-            self._live.before_step(trainer, optimizer)
+            self._live.before_step(trainer, pl_module, optimizer)
 
     @override
     def on_train_batch_end(
@@ -307,11 +318,13 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Mask the weights, where not every change to them has a hook after it."""
         if self._live is not None:
-            self._live.after_batch()
+            self._live.after_batch(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Return masks and report to the process that called ``fit``, where Lightning spawned or forked this one."""
+        if self._live is not None:
+            self._live.renew()
         self._handover.send(trainer.strategy.launcher, lambda: {**self.state_dict(), "start": None})
 
     @override
@@ -329,7 +342,9 @@ class PruningCallback(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the module and its optimizers."""
+        """Let go of the module and its optimizers, after a last look at what others wrote."""
+        if self._live is not None:
+            self._live.renew()
         self._release()
 
     @override
@@ -339,6 +354,8 @@ class PruningCallback(pl.Callback):
         """Note a search for a learning rate or batch size: it saves before training starts, and returns to that."""
         self._searching = not self._fit_started
         scoring.let_epoch_begin_again(trainer, checkpoint)
+        if self._live is not None and self._pruning.unfinished is None:  # else masks are just being put on
+            self._live.renew(checkpoint.get("state_dict"))
 
     @override
     def on_load_checkpoint(
@@ -534,8 +551,9 @@ class PruningCallback(pl.Callback):
 
     def _enforce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the masks on everything that is alive, and have every optimizer step followed by them."""
+        warned = self._live is not None and self._live.warned
         self._release()
-        self._live = Enforcement(pl_module, self.masks)
+        self._live = Enforcement(pl_module, self.masks, warned=warned)
         self._live.begin(self, trainer, pl_module)
 
     def _reinitialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

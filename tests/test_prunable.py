@@ -228,3 +228,79 @@ def test_prunable_parameters__parametrized_elsewhere(include: list[str] | None, 
     module = models.MLP(4, 5, 3)
     nn.utils.parametrizations.weight_norm(module[0])
     assert list(prunable.prunable_parameters(module, include, exclude)) == ["2.weight"]
+
+
+def pair(first: torch.Tensor, second: torch.Tensor) -> nn.ModuleDict:
+    layers = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
+    layers["first"].weight.data, layers["second"].weight.data = first, second
+    return layers
+
+
+class Embedded(nn.Module):
+    """A head over the memory of an embedding, which is not pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.embedding, self.other = nn.Linear(4, 5, bias=False), nn.Embedding(5, 4), nn.Linear(4, 4)
+        self.head.weight.data = self.embedding.weight.data
+
+
+FLAT, GRID = torch.arange(40.0), torch.arange(32.0).view(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        pytest.param(pair(FLAT[:16].view(4, 4), FLAT[:16].view(4, 4)), "first second", id="tied_by_data"),
+        pytest.param(pair(FLAT[:16].view(4, 4), FLAT[:16].view(4, 4).T), "first second", id="transposed"),
+        pytest.param(pair(FLAT[:16].view(4, 4), FLAT[15:31].view(4, 4)), "first second", id="overlapping_slices"),
+        pytest.param(pair(GRID[:, :4], GRID[:, 3:7]), "first second", id="overlapping_columns"),
+        pytest.param(
+            pair(FLAT[:16].view(4, 4), FLAT.view(torch.bfloat16)[2:18].view(4, 4)), "first second", id="types"
+        ),
+        pytest.param(Embedded(), "embedding head", id="unselected_embedding"),
+        pytest.param(nn.ModuleList([pair(GRID[:, :4], GRID[:, 3:7].T)]), "first second", id="nested"),
+    ],
+)
+def test_prunable_parameters__shared_memory_error(module: nn.Module, names: str) -> None:
+    """A mask of one would prune the other: both are named, and what can be done."""
+    one, two = names.split()
+    with pytest.raises(ValueError, match=rf"{one}\.weight' and '.*{two}\.weight' are two parameters over one memory"):
+        prunable.prunable_parameters(module)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        pytest.param(FLAT[:4].expand(4, 4), id="rows"),
+        pytest.param(FLAT[:4].view(4, 1).expand(4, 4), id="columns"),
+        pytest.param(FLAT.as_strided((4, 4), (1, 1)), id="windows"),
+    ],
+)
+def test_prunable_parameters__expanded_error(weight: torch.Tensor) -> None:
+    """Weights that are one number cannot be pruned one by one."""
+    with pytest.raises(ValueError, match=r"Several weights of 'first\.weight' are one number in memory"):
+        prunable.prunable_parameters(pair(weight, torch.ones(4, 4)))
+    assert list(prunable.prunable_parameters(pair(weight, torch.ones(4, 4)), exclude=["first.*"])) == ["second.weight"]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(pair(FLAT[:16].view(4, 4), FLAT[16:32].view(4, 4)), id="slices_of_a_flat_buffer"),
+        pytest.param(pair(FLAT[20:36].view(4, 4).T, FLAT[:16].view(4, 4)), id="slices_transposed"),
+        pytest.param(pair(GRID[:, :4], GRID[:, 4:]), id="columns_side_by_side"),
+        pytest.param(pair(FLAT[:32:2].view(4, 4), FLAT[1:33:2].view(4, 4)), id="interleaved"),
+    ],
+)
+def test_prunable_parameters__one_storage(module: nn.Module) -> None:
+    """Parameters may share a storage as long as no number is in both."""
+    assert list(prunable.prunable_parameters(module)) == ["first.weight", "second.weight"]
+
+
+def test_prunable_parameters__unselected_overlap() -> None:
+    """Who shares memory does not matter where none of them is pruned; a tie of the parameter itself is one weight."""
+    module = Embedded()
+    assert list(prunable.prunable_parameters(module, exclude=["head.weight"])) == ["other.weight"]
+    module.head.weight = module.embedding.weight
+    assert "other.weight" in prunable.prunable_parameters(module)
