@@ -3,24 +3,24 @@
 import copy
 import io
 import math
+import pickle
 import queue
 import random
 import socket
 import subprocess
-import sys
 import threading
 import types
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from enum import Enum
-from functools import partial
 from itertools import islice
 from multiprocessing import connection, queues, sharedctypes
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
@@ -101,12 +101,17 @@ class _Source:
     """A combined loader that can be iterated without moving the one it is a copy of."""
 
     def __init__(self, live: CombinedLoader) -> None:
-        copies = _Copies()
+        name = " and ".join(dict.fromkeys(map(_name_of_data, live.flattened)))
+        copier = _Copier(name)
+        for loader in live.flattened:
+            _check_no_iterator(loader)
+            if getattr(loader, "num_workers", 0) > 0:
+                copier.share_parts_of_workers(loader)
         self.loader = CombinedLoader(live.iterables, live._mode)
-        self.loader.flattened = [_independent(part, copies) for part in live.flattened]
+        self.loader.flattened = copier.copy(live.flattened)
         self.loader.limits = live.limits
-        self.has_unusable = copies.has_unusable
-        self._files = copies.files
+        self.has_unusable = copier.has_unusable
+        self._files = copier.files
 
     def close(self) -> None:
         self.loader.reset()
@@ -114,33 +119,29 @@ class _Source:
             file.close()
 
 
-def _independent(loader: Any, copies: "_Copies") -> Any:
+def _name_of_data(loader: Any) -> str:
     dataset = getattr(loader, "dataset", None)
-    in_workers = getattr(loader, "num_workers", 0) > 0
-    copies.data = type(loader if dataset is None else dataset).__name__
-    if isinstance(loader, Iterator) or (isinstance(dataset, Iterator) and not in_workers):
+    return type(loader if dataset is None else dataset).__name__
+
+
+def _check_no_iterator(loader: Any) -> None:
+    in_worker = getattr(loader, "num_workers", 0) > 0
+    if isinstance(loader, Iterator) or (isinstance(getattr(loader, "dataset", None), Iterator) and not in_worker):
         raise MisconfigurationException(
-            f"The training data ({copies.data}) is an iterator: {_LOST}. Let its `__iter__` return a new iterator each"
-            f" time, {_OR_WORKER}"
+            f"The training data ({_name_of_data(loader)}) is an iterator: {_LOST}. Let its `__iter__` return a new"
+            f" iterator each time, {_OR_WORKER}"
         )
-    if in_workers:  # which get a copy each of what they run
-        copies.in_workers = True
-        for name in ("dataset", "collate_fn", "worker_init_fn"):
-            copies.of(getattr(loader, name, None))
-        copies.in_workers = False
-    return copies.of(loader)
 
 
 _LOST = "batches read to score weights would be lost to training"
 _OR_WORKER = "or read it in a worker (`num_workers=1`), which has a copy of its own."
-_LARGE = 2**26  # bytes of an array that is taken for data, not for an order or a place in it
+_LARGE = 2**26  # bytes of an array, or of a container of arrays, that are taken for data, not for a place in them
 _MANY = 10_000  # entries of a container that are taken for data, too
-_DEEP = 60
-_ATOMS = (int, float, complex, bool, str, bytes, type(None), type, types.ModuleType, Enum, range, torch.dtype)
+_CONTAINERS = (list, dict, set, tuple, deque)
+_GENERATORS = (random.Random, torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState)
+_GLOBAL = (getattr(random, "_inst", None), np.random.mtrand._rand, torch.default_generator)  # the caller's to put back
 _STREAMS = (
     types.GeneratorType,
-    types.CoroutineType,
-    types.AsyncGeneratorType,
     _BaseDataLoaderIter,
     threading.Thread,
     queue.Queue,
@@ -151,11 +152,12 @@ _STREAMS = (
     subprocess.Popen,
     socket.socket,
 )
-_SHARED = ("threading", "multiprocessing", "concurrent", "asyncio", "logging", "weakref", "pathlib")
+_SHARED = (pl.LightningModule, pl.Trainer, pl.Callback, Enum)
+_NOT_COPIED = ("threading", "multiprocessing", "concurrent", "asyncio", "logging", "weakref", "pathlib")
 
 
 class _Unusable:
-    """Stands for what cannot be copied: replacing it is fine, but using it is refused."""
+    """Stands for what cannot be copied: replacing it is fine, but using it raises an error."""
 
     def __init__(self, message: str) -> None:
         vars(self)["message"] = message
@@ -166,264 +168,241 @@ class _Unusable:
     __getattr__ = __setattr__ = __iter__ = __next__ = __call__ = __getitem__ = __enter__ = _refuse
 
 
-class _Copies:
-    """Copies of objects with all that moves when batches are read from them.
+class _Attribute:
+    """An attribute's value on its way through a :class:`_Copier`, with the name to blame."""
 
-    New are the objects that Python code defines, their containers, random generators, small arrays and open files.
-    Large data, networks, locks and what is not written in Python are shared with the original. One object has one
-    copy, so that what is the same in the original is the same in the copy.
+    def __init__(self, place: str, value: Any) -> None:
+        self.place, self.value = place, value
+
+
+class _Copier(pickle.Pickler):
+    """Copies objects by pickling them in memory, with everything that is not copied handed over as it is.
+
+    New are the objects that Python code defines, whatever they say about pickling, their containers, closures, random
+    generators, small arrays and open files. Large data, networks, locks and what is not written in Python are shared.
     """
 
-    def __init__(self) -> None:
-        self.data = ""  # class of the data, for messages
-        self.in_workers = False
-        self.has_unusable = False
+    def __init__(self, data: str) -> None:
+        self._data = data  # class of the data, for messages
+        self._in_workers = self.has_unusable = False
         self.files: list[Any] = []
-        self._memo: dict[int, tuple[Any, Any]] = {}  # the original is kept, so that its id stays its own
-        self._tensors: dict[int, Any] = {}
-        self._place = ""
-        self._depth = self._bytes = self._containers = 0
+        self._places: dict[int, int] = {}  # id of an original to the place of what stands for it
+        self._twins: list[Any] = []
+        self._originals: list[Any] = []  # which keeps their ids their own
+        self._tensors: dict[int, Any] = {}  # what `copy.deepcopy` knows, such as memory that several share
+        self._attribute = "an attribute"
 
-    def of(self, value: Any) -> Any:
-        """Copy an object, or return itself where it can be shared.
+    def copy(self, value: Any) -> Any:
+        """Copy what may move when batches are read.
 
         Args:
-            value: The object.
+            value: Loaders, or a part of them.
 
         """
-        if isinstance(value, _ATOMS) or self._depth > _DEEP:
-            return value
-        if id(value) not in self._memo:
-            self._depth += 1
-            try:
-                self._remember(value, self._copied(value))
-            finally:
-                self._depth -= 1
-        return self._memo[id(value)][1]
+        buffer = io.BytesIO()
+        super().__init__(buffer, protocol=4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of iterators of itertools
+            self.dump(value)
+        buffer.seek(0)
+        reader = pickle.Unpickler(buffer)
+        reader.persistent_load = self._twins.__getitem__  # type: ignore[method-assign]
+        return reader.load()
 
-    def _remember(self, value: Any, copied: Any) -> Any:
-        self._memo[id(value)] = value, copied
-        return copied
+    def share_parts_of_workers(self, loader: Any) -> None:
+        """Copy what worker processes run, each of which has its own copy of what cannot be copied here.
 
-    def _copied(self, value: Any) -> Any:
+        Args:
+            loader: A loader with workers.
+
+        """
+        self._in_workers = True
+        for name in ("dataset", "collate_fn", "worker_init_fn"):
+            part = getattr(loader, name, None)
+            self._hand_over(part, self.copy(part))
+        self._in_workers = False
+
+    def _hand_over(self, value: Any, twin: Any) -> Any:
+        """Let something stand for a value, and return how to pickle that."""
+        self._places[id(value)] = len(self._twins)
+        self._twins.append(twin)
+        self._originals.append(value)
+        return _same, (value,)
+
+    def persistent_id(self, value: Any) -> int | None:
+        """Return the place of what stands for a value, which is then not pickled."""
+        if type(value) in _CONTAINERS and id(value) not in self._places and _is_data(value):
+            self._hand_over(value, copy.copy(value))
+        return self._places.get(id(value))
+
+    def reducer_override(self, value: Any) -> Any:
+        """Return how to pickle whatever is no plain number, text or container."""
         kind = type(value)
+        if kind is _Attribute:
+            self._attribute = value.place
+            return _same, (value.value,)
+        if kind is types.FunctionType:
+            return self._function(value)
+        if kind is types.CellType:
+            return types.CellType, (), _contents(value), None, None, _fill
+        if kind is types.MethodType:
+            return types.MethodType, (value.__func__, value.__self__)
         if isinstance(value, _STREAMS):
             return self._unusable(value)
         if isinstance(value, io.IOBase):
             return self._file(value)
-        if isinstance(value, torch.Generator):
-            return _generator(value)
-        if isinstance(value, random.Random) or kind.__module__.startswith("numpy.random"):
-            return value if any(value is shared for shared in _global_generators()) else copy.deepcopy(value)
-        if isinstance(value, Tensor) or (kind.__module__, kind.__name__) == ("numpy", "ndarray"):
-            return self._array(value)
-        if isinstance(value, sharedctypes.SynchronizedBase):
-            return sharedctypes.synchronized(sharedctypes.copy(value.get_obj()), value.get_lock())
-        if isinstance(value, types.MethodType):
-            return types.MethodType(value.__func__, self.of(value.__self__))
-        if isinstance(value, types.BuiltinMethodType):
-            owner = self.of(value.__self__)
-            return value if owner is value.__self__ else getattr(owner, value.__name__)
-        if isinstance(value, types.FunctionType):
-            return self._function(value)
-        if isinstance(value, partial):
-            return kind(self.of(value.func), *self.of(value.args), **self.of(value.keywords))
-        if isinstance(value, (list, dict, set, tuple, deque)):
-            return self._container(value)
-        if isinstance(value, Iterator) and kind.__module__ in ("builtins", "itertools"):
-            return self._iterator(value)
+        if isinstance(value, (Tensor, np.ndarray, *_GENERATORS, sharedctypes.SynchronizedBase)):
+            return self._hand_over(value, self._moving(value))
+        if isinstance(value, type):
+            return self._hand_over(value, value if self._in_workers else _without_end(value))
+        if isinstance(value, _CONTAINERS) and _is_data(value):
+            return self._hand_over(value, copy.copy(value))
+        if isinstance(value, _CONTAINERS) or kind.__module__ in ("builtins", "itertools", "functools", "collections"):
+            return self._builtin(value)
         return self._object(value)
 
     def _unusable(self, value: Any) -> Any:
-        if self.in_workers:
-            return value
+        if self._in_workers:
+            return self._hand_over(value, value)
         self.has_unusable = True
-        return _Unusable(
-            f"The training data ({self.data}) goes on in {self._place} ({type(value).__name__}), which cannot be"
-            f" copied: {_LOST}. Let its `__iter__` make a new one each time, {_OR_WORKER}"
+        return _Unusable, (
+            f"The training data ({self._data}) goes on in {self._attribute} ({type(value).__name__}), which cannot be"
+            f" copied: {_LOST}. Let its `__iter__` make a new one each time, {_OR_WORKER}",
         )
 
-    def _file(self, file: Any) -> Any:
-        if self.in_workers or file.closed or not file.readable():
-            return file
-        if isinstance(file, (io.BytesIO, io.StringIO)):
-            return copy.copy(file)
-        name, mode = getattr(file, "name", None), getattr(file, "mode", None)
-        if not (isinstance(name, str) and isinstance(mode, str) and mode.startswith("r") and file.seekable()):
-            return self._unusable(file)
-        try:
-            place = file.tell()
-            reopened = open(name, mode, **_encoding(file))  # noqa: PTH123, SIM115
-        except OSError:  # in the middle of a loop over lines, or no longer there
-            return self._unusable(file)
-        self.files.append(reopened)
-        reopened.seek(place)
-        return reopened
-
-    def _array(self, value: Any) -> Any:
-        """Copy an array that may be a place or an order; the sum of those within containers is limited, too."""
-        if isinstance(value, Tensor):
-            if type(value) is not Tensor or value.requires_grad or value.layout != torch.strided:
-                return value
-            nbytes = value.untyped_storage().nbytes()
-        else:
-            nbytes = value.nbytes
-        if self._containers:
-            self._bytes += nbytes
-        if nbytes > _LARGE or (self._containers and self._bytes > _LARGE):
-            return value
-        if not isinstance(value, Tensor):
-            return value.copy()
-        copied = copy.deepcopy(value, self._tensors)
-        shared = not value.is_cuda and value.is_shared()  # type: ignore[no-untyped-call]
-        return copied.share_memory_() if shared else copied  # type: ignore[no-untyped-call]
+    def _opaque(self, value: Any) -> Any:
+        return self._unusable(value) if isinstance(value, Iterator) else self._hand_over(value, value)
 
     def _function(self, function: types.FunctionType) -> Any:
         """Copy a function that holds on to objects, with those."""
-        closure = function.__closure__ or ()
-        if self.in_workers or not (closure or function.__defaults__ or function.__kwdefaults__):
-            return function
-        own = [cell for cell in closure if id(cell) not in self._memo]  # others were copied with another function
-        cells = tuple(self._memo[id(cell)][1] if id(cell) in self._memo else self._cell(cell) for cell in closure)
-        copied = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells or None)
-        self._remember(function, copied)
-        for cell in own:
-            with suppress(ValueError):  # an empty one
-                self._memo[id(cell)][1].cell_contents = self.of(cell.cell_contents)
-        copied.__defaults__, copied.__kwdefaults__ = self.of(function.__defaults__), self.of(function.__kwdefaults__)
-        copied.__qualname__, copied.__module__ = function.__qualname__, function.__module__
-        vars(copied).update(vars(function))
-        return copied
+        if self._in_workers or not (function.__closure__ or function.__defaults__ or function.__kwdefaults__):
+            return self._hand_over(function, function)
+        for shared in (function.__code__, function.__globals__):
+            self._hand_over(shared, shared)
+        arguments = (function.__code__, function.__globals__, function.__name__, None, function.__closure__)
+        names = ("__defaults__", "__kwdefaults__", "__qualname__", "__module__")
+        state = {name: getattr(function, name) for name in names} | vars(function)
+        return types.FunctionType, arguments, state, None, None, _put
 
-    def _cell(self, cell: types.CellType) -> Any:
-        return self._remember(cell, types.CellType())
-
-    def _container(self, value: Any) -> Any:
-        """Copy a container; the entries of a long one, or one whose class is not Python's own, are shared."""
-        kind = type(value)
-        if isinstance(value, tuple):
-            entries = self._entries(value) if len(value) <= _MANY else list(value)
-            return value if all(map(_is, entries, value)) else tuple.__new__(kind, entries)
-        copied = self._remember(value, copy.copy(value))
-        if len(value) > _MANY:
-            return copied
-        if isinstance(value, dict):
-            for key, entry in zip(list(value), self._entries(list(value.values())), strict=True):
-                dict.__setitem__(copied, key, entry)
-        elif not isinstance(value, set):
-            for index, entry in enumerate(self._entries(value)):
-                copied[index] = entry
-        for name, attribute in getattr(value, "__dict__", {}).items():
-            self._put(copied, name, self.of(attribute))
-        return copied
-
-    def _entries(self, values: Any) -> list[Any]:
-        self._containers += 1
+    def _file(self, file: Any) -> Any:
+        """Open a file once more at the same place."""
+        if self._in_workers or file.closed:
+            return self._hand_over(file, file)
+        if isinstance(file, (io.BytesIO, io.StringIO)):
+            return self._hand_over(file, copy.copy(file))
+        name, mode = getattr(file, "name", None), getattr(file, "mode", None)
+        if not isinstance(name, str) or mode not in ("r", "rt", "rb"):
+            return self._unusable(file)
+        text = {} if mode == "rb" else {"encoding": file.encoding, "errors": file.errors}
         try:
-            return [self.of(entry) for entry in values]
-        finally:
-            self._containers -= 1
+            place = file.tell()
+            self.files.append(open(name, mode, **text))  # noqa: PTH123, SIM115
+            self.files[-1].seek(place)
+        except OSError:  # no longer there, no plain file, or in the middle of a loop over lines
+            return self._unusable(file)
+        return self._hand_over(file, self.files[-1])
 
-    def _iterator(self, value: Any) -> Any:
-        """Copy one of Python's own iterators with what it goes over."""
+    def _moving(self, value: Any) -> Any:
+        """Copy an array or a random generator."""
+        if any(value is each for each in (*_GLOBAL, *torch.cuda.default_generators)):
+            return value
+        if isinstance(value, torch.Generator):
+            return value.clone_state()
+        if isinstance(value, sharedctypes.SynchronizedBase):
+            return sharedctypes.synchronized(sharedctypes.copy(value.get_obj()), value.get_lock())
+        if isinstance(value, _GENERATORS):
+            return copy.deepcopy(value)
+        if isinstance(value, np.ndarray):
+            return value.copy() if type(value) is np.ndarray and value.nbytes <= _LARGE else value
+        plain = type(value) is Tensor and value.layout == torch.strided and not value.requires_grad
+        if not plain or value.untyped_storage().nbytes() > _LARGE:
+            return value
+        shared = not value.is_cuda and value.is_shared()
+        twin = copy.deepcopy(value, self._tensors)
+        return twin.share_memory_() if shared else twin
+
+    def _builtin(self, value: Any) -> Any:
+        if isinstance(value, types.BuiltinFunctionType) and isinstance(value.__self__, (types.ModuleType, type)):
+            return self._hand_over(value, value)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # itertools, from Python 3.12 on
-                make, arguments, *states = value.__reduce__()
+            reduced = value.__reduce_ex__(4)
         except (TypeError, AttributeError):
-            return self._unusable(value)
-        arguments = [self.of(argument) for argument in arguments]
-        if any(isinstance(argument, _Unusable) for argument in arguments):
-            return self._unusable(value)
-        copied = make(*arguments)
-        for state in states:
-            if state is not None:
-                copied.__setstate__(self.of(state))
-        return copied
+            return self._opaque(value)
+        return self._hand_over(value, value) if isinstance(reduced, str) else reduced
 
     def _object(self, value: Any) -> Any:
         kind = type(value)
-        opaque = self._unusable if isinstance(value, Iterator) else _same
-        if kind.__module__.partition(".")[0] in _SHARED:
-            return opaque(value)
-        if isinstance(value, (pl.LightningModule, pl.Trainer, pl.Callback)):
-            return value
-        if self.in_workers and hasattr(kind, "__del__"):
-            return value
-        if isinstance(value, nn.Module) and next(value.parameters(), None) is not None:  # a network, no data
-            return value
+        is_network = isinstance(value, nn.Module) and next(value.parameters(), None) is not None
+        if is_network or isinstance(value, _SHARED) or (self._in_workers and hasattr(kind, "__del__")):
+            return self._hand_over(value, value)
         attributes = _attributes(value)
-        if not attributes:
-            return opaque(value)
-        try:
-            copied: Any = object.__new__(self._class_of(value))
-        except TypeError:  # not written in Python
-            return opaque(value)
-        self._remember(value, copied)
-        for name, attribute in attributes.items():
-            if name == "_iterator" and isinstance(attribute, _BaseDataLoaderIter):  # the live one of persistent workers
-                self._put(copied, name, None)
-                continue
-            place, self._place = self._place, f"`{kind.__name__}.{name}`"
-            self._put(copied, name, self.of(attribute))
-            self._place = place
-        return copied
-
-    def _class_of(self, value: Any) -> type:
-        """Give the class of a copy, whose end must not close or delete what is shared."""
-        kind = type(value)
-        if not hasattr(kind, "__del__"):
-            return kind
-        names = {"__del__": _nothing, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-        return types.new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(names))
-
-    def _put(self, copied: Any, name: str, value: Any) -> None:
-        if hasattr(copied, "__dict__"):
-            copied.__dict__[name] = value
-        else:
-            object.__setattr__(copied, name, value)
-
-
-def _nothing(_: Any) -> None:
-    pass
+        if not attributes or kind.__module__.partition(".")[0] in _NOT_COPIED or not _is_python(kind):
+            return self._opaque(value)
+        named = {name: _Attribute(f"`{kind.__name__}.{name}`", each) for name, each in attributes.items()}
+        if isinstance(attributes.get("_iterator"), _BaseDataLoaderIter):  # the live one of persistent workers
+            named["_iterator"] = None  # type: ignore[assignment]
+        return object.__new__, (kind,), named, None, None, _put
 
 
 def _same(value: Any) -> Any:
     return value
 
 
-def _is(first: Any, second: Any) -> bool:
-    return first is second
+def _put(owner: Any, attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        is_slot = isinstance(getattr(type(owner), name, None), types.MemberDescriptorType)
+        if is_slot or isinstance(owner, types.FunctionType):
+            object.__setattr__(owner, name, value)
+        else:
+            vars(owner)[name] = value
 
 
-def _generator(value: torch.Generator) -> torch.Generator:
-    if value is torch.default_generator or value in torch.cuda.default_generators:
-        return value  # which the caller puts back
-    copied = torch.Generator(value.device)
-    copied.set_state(value.get_state())
-    return copied
+def _contents(cell: types.CellType) -> tuple[Any, ...]:
+    try:
+        return (cell.cell_contents,)
+    except ValueError:  # an empty one
+        return ()
 
 
-def _global_generators() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    own = getattr(random, "_inst", None)
-    return (own, numpy.random.mtrand._rand) if numpy else (own,)
+def _fill(cell: types.CellType, contents: tuple[Any, ...]) -> None:
+    for value in contents:
+        cell.cell_contents = value
 
 
-def _encoding(file: Any) -> dict[str, Any]:
-    return {"encoding": file.encoding, "errors": file.errors} if isinstance(file, io.TextIOBase) else {}
+def _is_data(container: Any) -> bool:
+    return len(container) > _MANY or _nbytes(container) > _LARGE
+
+
+def _nbytes(value: Any, depth: int = 4) -> int:
+    """Count the bytes of arrays, also of those in containers."""
+    if type(value) in _CONTAINERS and depth > 0 and len(value) <= _MANY:
+        return sum(_nbytes(each, depth - 1) for each in (value.values() if isinstance(value, dict) else value))
+    return value.nbytes if isinstance(value, (Tensor, np.ndarray)) else 0
+
+
+def _without_end(kind: type) -> type:
+    """Return the class of a copy, whose end must not close or delete what is shared."""
+    if not isinstance(getattr(kind, "__del__", None), types.FunctionType):
+        return kind
+    names = {"__del__": lambda _: None, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return types.new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(names))
+
+
+def _is_python(kind: type) -> bool:
+    try:
+        object.__new__(_without_end(kind))
+    except TypeError:
+        return False
+    return True
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """Collect what an object has: its own, its slots, and random generators and containers that its class holds."""
-    found: dict[str, Any] = {}
-    for kind in type(value).__mro__:
-        if kind.__module__.partition(".")[0] in ("builtins", "torch", "typing", "abc"):
-            continue
-        for name, attribute in vars(kind).items():
-            moves = isinstance(attribute, (torch.Generator, random.Random, list, dict, set, deque, Iterator))
-            if (moves or type(attribute).__module__.startswith("numpy.random")) and not name.startswith("__"):
-                found.setdefault(name, attribute)
-            elif isinstance(attribute, types.MemberDescriptorType) and hasattr(value, name):
-                found[name] = getattr(value, name)
-    return found | getattr(value, "__dict__", {})
+    """Collect what an object has: its own, its slots, and random generators that its class holds."""
+    kinds = reversed(type(value).__mro__)
+    of_classes = {
+        name: getattr(value, name)
+        for kind in kinds
+        for name, each in vars(kind).items()
+        if isinstance(each, _GENERATORS) or (isinstance(each, types.MemberDescriptorType) and hasattr(value, name))
+    }
+    return of_classes | getattr(value, "__dict__", {})
