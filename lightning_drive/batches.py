@@ -152,7 +152,7 @@ _STREAMS = (
     subprocess.Popen,
     socket.socket,
 )
-_SHARED = (pl.LightningModule, pl.Trainer, pl.Callback, Enum)
+_SHARED = (pl.Trainer, pl.Callback, Enum)
 _NOT_COPIED = ("threading", "multiprocessing", "concurrent", "asyncio", "logging", "weakref", "pathlib")
 
 
@@ -332,8 +332,7 @@ class _Copier(pickle.Pickler):
 
     def _object(self, value: Any) -> Any:
         kind = type(value)
-        is_network = isinstance(value, nn.Module) and next(value.parameters(), None) is not None
-        if is_network or isinstance(value, _SHARED) or (self._in_workers and hasattr(kind, "__del__")):
+        if _is_network(value) or isinstance(value, _SHARED) or (self._in_workers and hasattr(kind, "__del__")):
             return self._hand_over(value, value)
         attributes = _attributes(value)
         if not attributes or kind.__module__.partition(".")[0] in _NOT_COPIED or not _is_python(kind):
@@ -386,6 +385,12 @@ def _without_end(kind: type) -> type:
         return kind
     names = {"__del__": lambda _: None, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return types.new_class(kind.__name__, (kind,), exec_body=lambda body: body.update(names))
+
+
+def _is_network(value: Any) -> bool:
+    """Whether this is a network; a LightningModule may be what the data are made by, and gets its own counters."""
+    is_other = isinstance(value, nn.Module) and not isinstance(value, pl.LightningModule)
+    return is_other and next(value.parameters(), None) is not None
 
 
 def _is_python(kind: type) -> bool:
