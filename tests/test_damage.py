@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import socket
@@ -144,6 +145,52 @@ def test_rewind_point__odd_names() -> None:
     for odd in (None, {}, {"snapshot": {}}, {"snapshot": {(1,): torch.ones(1)}, "optimizers": [], "schedulers": []}):
         with pytest.raises(ValueError, match=r"rewind point|remembered weights"):
             RewindPoint.from_state_dict(odd)  # type: ignore[arg-type]
+
+
+def test_rewind_point__every_value(made: tuple[Callable[[], Any], dict[str, Any]]) -> None:
+    """What optimizers and schedulers hold has no form that could be checked, so it is what was saved, or an error."""
+    make, state = made
+    if state["start"] is None:
+        return
+    for path in paths(state["start"]):
+        for odd in (None, -1, 10**5000, "x", [None], {("a", 1): 2}, torch.ones(2), 0.123):
+            if odd is None and functools.reduce(lambda owner, key: owner[key], path, state["start"]) is None:
+                continue  # as it was
+            with pytest.raises(ValueError, match=r"rewind point|remembered weights"):
+                make().load_state_dict({**state, "start": changed(state["start"], path, odd)})
+    nested = functools.reduce(lambda inner, _: [inner], range(5000), [])
+    with pytest.raises(ValueError, match="nested more than 100 deep"):
+        make().load_state_dict({**state, "start": {**state["start"], "schedulers": [{"x": nested}]}})
+    former = {name: value for name, value in state["start"].items() if name != "digest"}
+    make().load_state_dict({**state, "start": former})
+
+
+BN: dict[str, dict[str, Any]] = {
+    "other_shape": {"norm": {"running_mean": torch.ones(2)}},
+    "missing": {"norm": {}},
+    "no_such_layer": {"norms": {"running_mean": torch.ones(8)}},
+    "no_batch_norm": {"head": {"running_mean": torch.ones(8)}},
+    "new": {"norm": {"a": torch.ones(8)}},
+}
+
+
+@pytest.mark.parametrize("name", BN)
+@pytest.mark.parametrize("kind", ["DRIVE", "IMP"])
+def test_unfinished__other_statistics(name: str, kind: str, tmp_path: Path) -> None:
+    """A commit that a resume has to finish is finished, or is an error that names the layer."""
+    trainer = fits.trainer(tmp_path, fits.CALLBACKS[kind](), limit_train_batches=1, max_epochs=3)
+    module = fits.ConvModule()
+    trainer.fit(module, fits.loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    [state] = content["callbacks"].values()
+    [(layer, values)] = BN[name].items()
+    whole = dict(module.norm.named_buffers()) if layer == "norm" and values else {}
+    state["unfinished"] = {layer: {**whole, **values}}
+    torch.save(content, tmp_path / "a.ckpt")
+    resumed = fits.trainer(tmp_path, fits.CALLBACKS[kind](), limit_train_batches=1, max_epochs=4)
+    with pytest.raises(ValueError, match=f"statistics of the BatchNorm layer '{layer}' .* do not fit the module"):
+        resumed.fit(fits.ConvModule(), fits.loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
