@@ -105,7 +105,10 @@ class Copier(pickle.Pickler):
         super().__init__(buffer, protocol=4)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of iterators of itertools
-            self.dump(value)
+            try:
+                self.dump(value)
+            except RecursionError:
+                raise self._error(f"{self._attribute} (nested too deep)") from None
         buffer.seek(0)
         reader = pickle.Unpickler(buffer)
         reader.persistent_load = self._twins.__getitem__  # type: ignore[method-assign]
@@ -131,8 +134,11 @@ class Copier(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> int | None:
         """Return the place of what stands for a value, which is then not pickled."""
-        if type(value) in _CONTAINERS and id(value) not in self._places and _is_data(value):
-            self._hand_over(value, copy.copy(value))
+        if id(value) not in self._places:
+            if type(value) in _CONTAINERS and _is_data(value):
+                self._hand_over(value, copy.copy(value))
+            elif type(value) in (str, bytes) and len(value) > _MANY:
+                self._hand_over(value, value)
         return self._places.get(id(value))
 
     def reducer_override(self, value: Any) -> Any:
@@ -268,14 +274,19 @@ def _fill(cell: types.CellType, contents: tuple[Any, ...]) -> None:
 
 
 def _is_data(container: Any) -> bool:
-    return len(container) > _MANY or _nbytes(container) > _LARGE
+    return len(container) > _MANY or (not isinstance(container, tuple) and _nbytes_in(container) > _LARGE)
 
 
-def _nbytes(value: Any, depth: int = 4) -> int:
-    """Count the bytes of arrays, also of those in containers."""
-    if type(value) in _CONTAINERS and depth > 0 and len(value) <= _MANY:
-        return sum(_nbytes(each, depth - 1) for each in (value.values() if isinstance(value, dict) else value))
-    return value.nbytes if isinstance(value, (Tensor, np.ndarray)) else 0
+def _nbytes_in(container: Any, depth: int = 4) -> int:
+    """Count the bytes of the arrays in a container, without entries that are taken for data themselves."""
+    found = 0
+    for each in container.values() if isinstance(container, dict) else container:
+        if isinstance(each, (Tensor, np.ndarray)):
+            nbytes = each.nbytes
+        else:
+            nbytes = _nbytes_in(each, depth - 1) if depth and type(each) in _CONTAINERS and len(each) <= _MANY else 0
+        found += nbytes if nbytes <= _LARGE else 0
+    return found
 
 
 def _without_end(kind: type) -> type:

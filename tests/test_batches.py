@@ -212,6 +212,19 @@ class WithLines(IterableDataset[Tensor]):
         self.file.close()
 
 
+class Cached(Data):
+    """Keeps what it gave, beside much that is there already."""
+
+    def __init__(self, keep: Callable[[dict[int, Tensor]], Any]) -> None:
+        large = torch.zeros(2**22)  # 16 MiB, of which five are taken for data
+        self.kept: dict[int, Tensor] = {-k: large for k in range(1, 6)}
+        self.place = keep(self.kept)
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.kept[index] = sample(index + len(self.kept))
+        return self.kept[index]
+
+
 class Kept(DataLoader[Any]):
     """Keeps the iterator, but makes a new one each time."""
 
@@ -265,6 +278,9 @@ DATA: dict[str, Callable[[Path], Any]] = {
     "shuffled_list": lambda _: DataLoader(Shuffled(list(range(NUM)))),
     "shuffled_long_list": lambda _: DataLoader(Shuffled(list(range(20_000)))),
     "shuffled_array": lambda _: DataLoader(Shuffled(np.arange(NUM))),
+    "cache": lambda _: DataLoader(Cached(lambda _: None)),
+    "cache_in_list": lambda _: DataLoader(Cached(lambda kept: [[kept], {"kept": kept}])),
+    "cache_in_tuple": lambda _: DataLoader(Cached(lambda kept: (kept, (kept, 1)))),
     "subset": lambda _: DataLoader(Subset(Data(Counting()), range(3))),
     "concatenated": lambda _: DataLoader(ConcatDataset([Data(Counting()), Subset(Data(closure()), [1, 2])])),
     "sampler_epoch": lambda _: DataLoader(Data(lambda: 0), sampler=Epochs()),
@@ -416,6 +432,14 @@ class Piped(Generating):
         self.stream.close()
 
 
+class Nested(Data):
+    def __init__(self, depth: int = 5000) -> None:
+        super().__init__(lambda: 0)
+        for _ in range(depth):
+            inner = copy.copy(self)
+            vars(self).update(inner=inner)
+
+
 class ItsOwnIterator:
     def __iter__(self) -> "ItsOwnIterator":
         return self
@@ -431,6 +455,7 @@ class ItsOwnIterator:
         (lambda: DataLoader(Generating(), batch_size=None), r"\(Generating\) goes on in `Generating.stream`"),
         (lambda: DataLoader(Mapped(), batch_size=None), r"\(Mapped\) goes on in `Mapped.stream`"),
         (lambda: DataLoader(ChainDataset([Generating()])), r"\(ChainDataset\) goes on in `Generating.stream`"),
+        (lambda: DataLoader(Nested()), r"\(Nested\) goes on in `Nested.inner` \(nested too deep\)"),
         (ItsOwnIterator, r"\(ItsOwnIterator\) is an iterator"),
     ],
 )

@@ -165,6 +165,13 @@ def test_rewind_point__every_value(made: tuple[Callable[[], Any], dict[str, Any]
     make().load_state_dict({**state, "start": former})
 
 
+@pytest.mark.parametrize("make", [fits.CALLBACKS["IMP"], lambda: fits.drive(control="reinit")])
+def test_unfinished__nothing_to_return_to(make: Callable[[], Any], made: tuple[Any, dict[str, Any]]) -> None:
+    state = {**made[1], "start": None, "unfinished": {}, "settings": {}}
+    with pytest.raises(ValueError, match="has to return to remembered weights"):
+        make().load_state_dict(state)
+
+
 BN: dict[str, dict[str, Any]] = {
     "other_shape": {"norm": {"running_mean": torch.ones(2)}},
     "missing": {"norm": {}},
