@@ -257,6 +257,29 @@ def test_command(report_values: dict[str, Any], tmp_path: Path, capsys: pytest.C
             assert (status, len(error.splitlines())) in ((0, 0), (2, 1)), (words, error)
 
 
+def test_checkpoint__every_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flipped bit is an error where it is read: in a text by all, in a weight where weights are stored anew."""
+    path = tmp_path / "a.ckpt"
+    for has_checksums in (True, False):
+        torch.serialization.set_crc32_options(has_checksums)
+        torch.save({"state_dict": {"a": 0.7 * torch.ones(50)}, "note": "found"}, path)
+        assert main(["report", str(path)]) == 0
+    torch.serialization.set_crc32_options(True)
+    torch.save({"state_dict": {"a": 0.7 * torch.ones(50)}, "note": "found"}, path)
+    whole = path.read_bytes()
+    for what, words in (
+        (b"found", [["report", path], ["compress", path, tmp_path / "b"]]),
+        (torch.tensor(0.7).numpy().tobytes(), [["compress", path, tmp_path / "b"]]),
+    ):
+        for bit in range(8 * whole.index(what), 8 * (whole.index(what) + 4)):
+            wrong = bytearray(whole)
+            wrong[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(wrong)
+            for each in words:
+                assert main([str(word) for word in each]) == 2
+                assert "damaged" in capsys.readouterr().err
+
+
 def test_metadata__every_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a new file and of one of the former version, whose only checksum is that of everything."""
     for former in (False, True):
