@@ -1,6 +1,7 @@
 """Read values from files that may be damaged or of another program: every odd form is one ``ValueError``."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,6 +18,9 @@ _MOST = 1 << 63
 """Every whole number is less: of shapes, counts and steps."""
 
 _NAMES = {int: "a whole number of at least 0", float: "a number", str: "a text", bool: "True or False"}
+
+_DEEPEST = 100
+"""Levels of dictionaries and lists in a state."""
 
 _MOST_BEYOND = 1 << 28
 """Bytes that a tensor may claim beyond those that it has in memory."""
@@ -99,6 +103,51 @@ def has_memory(tensor: Tensor) -> bool:
     if tensor.is_meta or tensor.layout != torch.strided:
         return False
     return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes() + _MOST_BEYOND
+
+
+def digest(value: object) -> str:
+    """Name nested dictionaries and lists of numbers, texts and tensors by their content.
+
+    Args:
+        value: The value; what is of another type counts by the name of that.
+
+    Returns:
+        A SHA-256 in hexadecimal.
+
+    Example:
+        >>> digest({"lr": 0.1, "momenta": [torch.ones(2)]}) == digest({"lr": 0.1, "momenta": [torch.ones(1)]})
+        False
+
+    """
+    content = hashlib.sha256()
+    _feed(content.update, value, depth=0)
+    return content.hexdigest()
+
+
+def _feed(update: Callable[[bytes], None], value: object, depth: int) -> None:
+    if depth > _DEEPEST:
+        raise ValueError(f"A saved state is nested more than {_DEEPEST} deep. {REMEDY}")
+    if isinstance(value, dict):
+        update(b"{")
+        for name, each in value.items():
+            _feed(update, name, depth + 1)
+            _feed(update, each, depth + 1)
+        update(b"}")
+    elif isinstance(value, (list, tuple)):
+        update(b"[")
+        for each in value:
+            _feed(update, each, depth + 1)
+        update(b"]")
+    elif type(value) is Tensor and value.layout == torch.strided:
+        update(f"{value.dtype}{tuple(value.shape)}{has_memory(value)}".encode())
+        if has_memory(value):
+            update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    elif isinstance(value, (int, str, bytes, float, complex, NoneType)):
+        plain = float(value) if isinstance(value, float) else value  # of numpy, too
+        text = hex(plain) if isinstance(plain, int) else repr(plain)  # long integers have no decimal text
+        update(f"{type(value).__name__}{text},".encode(errors="surrogatepass"))
+    else:
+        update(type(value).__name__.encode())
 
 
 def _dataclass(kind: type[T], values: object, path: str) -> T:

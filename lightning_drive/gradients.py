@@ -149,9 +149,21 @@ def load_batch_norm_statistics(module: nn.Module, statistics: Mapping[str, Mappi
         module: The module, or a running average of it.
         statistics: Name of a BatchNorm layer to the names and values of its buffers.
 
+    Raises:
+        ValueError: If a layer or a buffer is missing, new, or in another shape (named); nothing is written then.
+
     """
+    layers = dict(module.named_modules())
     for path, values in statistics.items():
-        for name, buffer in module.get_submodule(path).named_buffers():
+        buffers = dict(layers[path].named_buffers()) if path in layers else {}
+        now, then = ({name: value.shape for name, value in each.items()} for each in (buffers, values))
+        if now != then:
+            raise ValueError(
+                f"The new statistics of the BatchNorm layer {path!r} ({listed(then)}) do not fit the module, which has"
+                f" {listed(now)}: they are damaged, or of another module."
+            )
+    for path, values in statistics.items():
+        for name, buffer in layers[path].named_buffers():
             buffer.copy_(values[name])
 
 

@@ -404,6 +404,11 @@ class PruningCallback(pl.Callback):
             )
         start = state_dict.get("start")
         start = None if start is None else RewindPoint.from_state_dict(start)
+        if start is None and self._remember_epoch is not None and state_dict.get("unfinished") is not None:
+            raise ValueError(
+                f"{type(self).__name__} has to return to remembered weights, which {what} must have under 'start', got"
+                f" None. Resume with the settings that the checkpoint was saved with. {forms.REMEDY}"
+            )
         self._take(state_dict)
         self._start = start
         self._restored = self._restored or not self._searching

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -197,7 +198,12 @@ class RewindPoint:
             "snapshot": self.snapshot.state_dict(),
             "optimizers": list(self.optimizers),
             "schedulers": list(self.schedulers),
+            "digest": self._digest,
         }
+
+    @cached_property
+    def _digest(self) -> str:
+        return forms.digest([self.snapshot.state_dict(), list(self.optimizers), list(self.schedulers)])
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any]) -> "RewindPoint":
@@ -207,7 +213,7 @@ class RewindPoint:
             state_dict: The remembered states.
 
         Raises:
-            ValueError: If it is of another form.
+            ValueError: If it is of another form, or not what was saved.
 
         """
         forms.check(dict[str, object], state_dict, "the rewind point")
@@ -217,7 +223,10 @@ class RewindPoint:
                 list[dict[Any, Any]], state.get("param_groups", []), "the list of parameter groups in the rewind point"
             )
         forms.check(list[dict[Any, Any]], schedulers, "the list of schedulers in the rewind point")
-        return cls(Snapshot.from_state_dict(snapshot), optimizers, schedulers)  # type: ignore[arg-type]
+        point = cls(Snapshot.from_state_dict(snapshot), optimizers, schedulers)  # type: ignore[arg-type]
+        if state_dict.get("digest", point._digest) != point._digest:  # a former version has none
+            raise ValueError(f"The rewind point is not what was saved: its digest is another one. {forms.REMEDY}")
+        return point
 
 
 def _buffers_of(module: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str]]:

@@ -212,6 +212,19 @@ class WithLines(IterableDataset[Tensor]):
         self.file.close()
 
 
+class Cached(Data):
+    """Keeps what it gave, beside much that is there already."""
+
+    def __init__(self, keep: Callable[[dict[int, Tensor]], Any]) -> None:
+        large = torch.zeros(2**22)  # 16 MiB, of which five are taken for data
+        self.kept: dict[int, Tensor] = {-k: large for k in range(1, 6)}
+        self.place = keep(self.kept)
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.kept[index] = sample(index + len(self.kept))
+        return self.kept[index]
+
+
 class Kept(DataLoader[Any]):
     """Keeps the iterator, but makes a new one each time."""
 
@@ -265,6 +278,9 @@ DATA: dict[str, Callable[[Path], Any]] = {
     "shuffled_list": lambda _: DataLoader(Shuffled(list(range(NUM)))),
     "shuffled_long_list": lambda _: DataLoader(Shuffled(list(range(20_000)))),
     "shuffled_array": lambda _: DataLoader(Shuffled(np.arange(NUM))),
+    "cache": lambda _: DataLoader(Cached(lambda _: None)),
+    "cache_in_list": lambda _: DataLoader(Cached(lambda kept: [[kept], {"kept": kept}])),
+    "cache_in_tuple": lambda _: DataLoader(Cached(lambda kept: (kept, (kept, 1)))),
     "subset": lambda _: DataLoader(Subset(Data(Counting()), range(3))),
     "concatenated": lambda _: DataLoader(ConcatDataset([Data(Counting()), Subset(Data(closure()), [1, 2])])),
     "sampler_epoch": lambda _: DataLoader(Data(lambda: 0), sampler=Epochs()),
@@ -317,6 +333,65 @@ def test_training__same_batches(make: Callable[[Path], Any], warmup_epochs: int,
     assert pruned == seen(tmp_path, make(tmp_path))
 
 
+class Player(Net):
+    """Makes its own data, as agents do, or puts its own numbers into them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.rng, self.replay = 0, np.random.default_rng(1), [sample(1)]
+
+    def played(self) -> Iterator[Tensor]:
+        for _ in range(NUM):
+            self.steps += 1
+            self.replay.append(sample(self.steps + self.rng.random()))
+            yield self.replay[-1]
+
+    def collate(self, batch: list[Tensor]) -> Tensor:
+        self.steps += 1
+        return torch.stack(batch) + self.steps
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.replay.append(sample(self.rng.random()))
+        return super().training_step(batch, batch_idx)
+
+
+class Played(IterableDataset[Tensor]):
+    def __init__(self, play: Callable[[], Iterator[Tensor]]) -> None:
+        self.play = play
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.play()
+
+
+class Replayed(IterableDataset[Tensor]):
+    def __init__(self, replay: list[Tensor]) -> None:
+        self.replay, self.rng = replay, random.Random(1)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.rng.choice(self.replay) for _ in range(NUM))
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda net: DataLoader(Played(net.played)),
+        lambda net: DataLoader(Played(lambda: net.played())),
+        lambda net: DataLoader(Data(lambda: 0), collate_fn=net.collate),
+        lambda net: DataLoader(Replayed(net.replay)),
+    ],
+    ids=["method", "closure", "collate", "replay"],
+)
+def test_training__data_of_the_module(make: Callable[[Any], Any], warmup_epochs: int, tmp_path: Path) -> None:
+    """What the module counts and draws to make its data is that of the run without pruning."""
+    dense, pruned = Player(), Player()
+    fits.trainer(tmp_path, max_epochs=3).fit(dense, make(dense))
+    callback = fits.drive(warmup_epochs=warmup_epochs, rounds=8, sparsity=0.5)
+    fits.trainer(tmp_path, callback, max_epochs=3).fit(pruned, make(pruned))
+    assert (pruned.seen, pruned.steps, len(pruned.replay)) == (dense.seen, dense.steps, len(dense.replay))
+    assert pruned.rng.random() == dense.rng.random()
+
+
 class Repeating(DataLoader[Any]):
     """Keeps one iterator for all epochs, as timm's and Ultralytics' loaders do."""
 
@@ -357,6 +432,14 @@ class Piped(Generating):
         self.stream.close()
 
 
+class Nested(Data):
+    def __init__(self, depth: int = 5000) -> None:
+        super().__init__(lambda: 0)
+        for _ in range(depth):
+            inner = copy.copy(self)
+            vars(self).update(inner=inner)
+
+
 class ItsOwnIterator:
     def __iter__(self) -> "ItsOwnIterator":
         return self
@@ -372,6 +455,7 @@ class ItsOwnIterator:
         (lambda: DataLoader(Generating(), batch_size=None), r"\(Generating\) goes on in `Generating.stream`"),
         (lambda: DataLoader(Mapped(), batch_size=None), r"\(Mapped\) goes on in `Mapped.stream`"),
         (lambda: DataLoader(ChainDataset([Generating()])), r"\(ChainDataset\) goes on in `Generating.stream`"),
+        (lambda: DataLoader(Nested()), r"\(Nested\) goes on in `Nested.inner` \(nested too deep\)"),
         (ItsOwnIterator, r"\(ItsOwnIterator\) is an iterator"),
     ],
 )

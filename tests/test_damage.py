@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import socket
@@ -146,6 +147,59 @@ def test_rewind_point__odd_names() -> None:
             RewindPoint.from_state_dict(odd)  # type: ignore[arg-type]
 
 
+def test_rewind_point__every_value(made: tuple[Callable[[], Any], dict[str, Any]]) -> None:
+    """What optimizers and schedulers hold has no form that could be checked, so it is what was saved, or an error."""
+    make, state = made
+    if state["start"] is None:
+        return
+    for path in paths(state["start"]):
+        for odd in (None, -1, 10**5000, "x", [None], {("a", 1): 2}, torch.ones(2), 0.123):
+            if odd is None and functools.reduce(lambda owner, key: owner[key], path, state["start"]) is None:
+                continue  # as it was
+            with pytest.raises(ValueError, match=r"rewind point|remembered weights"):
+                make().load_state_dict({**state, "start": changed(state["start"], path, odd)})
+    nested = functools.reduce(lambda inner, _: [inner], range(5000), [])
+    with pytest.raises(ValueError, match="nested more than 100 deep"):
+        make().load_state_dict({**state, "start": {**state["start"], "schedulers": [{"x": nested}]}})
+    former = {name: value for name, value in state["start"].items() if name != "digest"}
+    make().load_state_dict({**state, "start": former})
+
+
+@pytest.mark.parametrize("make", [fits.CALLBACKS["IMP"], lambda: fits.drive(control="reinit")])
+def test_unfinished__nothing_to_return_to(make: Callable[[], Any], made: tuple[Any, dict[str, Any]]) -> None:
+    state = {**made[1], "start": None, "unfinished": {}, "settings": {}}
+    with pytest.raises(ValueError, match="has to return to remembered weights"):
+        make().load_state_dict(state)
+
+
+BN: dict[str, dict[str, Any]] = {
+    "other_shape": {"norm": {"running_mean": torch.ones(2)}},
+    "missing": {"norm": {}},
+    "no_such_layer": {"norms": {"running_mean": torch.ones(8)}},
+    "no_batch_norm": {"head": {"running_mean": torch.ones(8)}},
+    "new": {"norm": {"a": torch.ones(8)}},
+}
+
+
+@pytest.mark.parametrize("name", BN)
+@pytest.mark.parametrize("kind", ["DRIVE", "IMP"])
+def test_unfinished__other_statistics(name: str, kind: str, tmp_path: Path) -> None:
+    """A commit that a resume has to finish is finished, or is an error that names the layer."""
+    trainer = fits.trainer(tmp_path, fits.CALLBACKS[kind](), limit_train_batches=1, max_epochs=3)
+    module = fits.ConvModule()
+    trainer.fit(module, fits.loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    [state] = content["callbacks"].values()
+    [(layer, values)] = BN[name].items()
+    whole = dict(module.norm.named_buffers()) if layer == "norm" and values else {}
+    state["unfinished"] = {layer: {**whole, **values}}
+    torch.save(content, tmp_path / "a.ckpt")
+    resumed = fits.trainer(tmp_path, fits.CALLBACKS[kind](), limit_train_batches=1, max_epochs=4)
+    with pytest.raises(ValueError, match=f"statistics of the BatchNorm layer '{layer}' .* do not fit the module"):
+        resumed.fit(fits.ConvModule(), fits.loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+
 @pytest.fixture(scope="module")
 def report_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     callback = fits.CALLBACKS["IMP"]()
@@ -201,6 +255,29 @@ def test_command(report_values: dict[str, Any], tmp_path: Path, capsys: pytest.C
             status = main([str(word) for word in words])
             error = capsys.readouterr().err
             assert (status, len(error.splitlines())) in ((0, 0), (2, 1)), (words, error)
+
+
+def test_checkpoint__every_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flipped bit is an error where it is read: in a text by all, in a weight where weights are stored anew."""
+    path = tmp_path / "a.ckpt"
+    for has_checksums in (True, False):
+        torch.serialization.set_crc32_options(has_checksums)
+        torch.save({"state_dict": {"a": 0.7 * torch.ones(50)}, "note": "found"}, path)
+        assert main(["report", str(path)]) == 0
+    torch.serialization.set_crc32_options(True)
+    torch.save({"state_dict": {"a": 0.7 * torch.ones(50)}, "note": "found"}, path)
+    whole = path.read_bytes()
+    for what, words in (
+        (b"found", [["report", path], ["compress", path, tmp_path / "b"]]),
+        (torch.tensor(0.7).numpy().tobytes(), [["compress", path, tmp_path / "b"]]),
+    ):
+        for bit in range(8 * whole.index(what), 8 * (whole.index(what) + 4)):
+            wrong = bytearray(whole)
+            wrong[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(wrong)
+            for each in words:
+                assert main([str(word) for word in each]) == 2
+                assert "damaged" in capsys.readouterr().err
 
 
 def test_metadata__every_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
