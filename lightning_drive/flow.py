@@ -103,7 +103,7 @@ class SynapticFlow:
             for name, parameter in parameters.items()
         }
         self._others: dict[str, tuple[Tensor, Tensor]] = {}
-        self._replica = Replica(module, self._stand_in).module
+        self._replica = Replica(module, self._stand_in)
 
     def _stand_in(self, name: str, value: Tensor) -> Tensor:
         if name in self._leaves:
@@ -132,7 +132,7 @@ class SynapticFlow:
             weight.copy_(self._parameters[name].detach()).abs_()
         for name, (value, twin) in self._others.items():
             twin.copy_(_flow_value(name, value))
-        outputs = self._replica(_ones(example_input, torch.float64))
+        outputs = self._replica.module(_ones(example_input, torch.float64))
         total = _sum_of_outputs(outputs)
         if not total.requires_grad:
             return {name: torch.zeros_like(weight) for name, weight in self.weights.items()}, total.item()
@@ -194,13 +194,13 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
         reached[name] = (leaf.grad > 0).logical_and_(masks[name])
         leaf.grad = None  # one at a time: all of them would take as much memory as the weights
 
-    replica = Replica(module, lambda name, value: tensors.get(name, value)).module
+    replica = Replica(module, lambda name, value: tensors.get(name, value))
     for name in masks:
         tensors[name].register_post_accumulate_grad_hook(partial(note, name))  # type: ignore[no-untyped-call]
     with torch.enable_grad(), _Paths():
         ones = _ones(example_input, torch.float32)
         signal = _begin(ones) if ones.is_floating_point() else ones
-        total = _sum_of_outputs(replica(signal))
+        total = _sum_of_outputs(replica.module(signal))
     if total.requires_grad:
         total.backward()  # type: ignore[no-untyped-call]
     return {name: reached[name] if name in reached else torch.zeros_like(mask) for name, mask in masks.items()}
