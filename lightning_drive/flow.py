@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_drive.replicas import Replica
+from lightning_drive.undisturbed import FunctionMode
 
 _WITHOUT_FLOW = {
     *("relu6", "hardtanh", "hardtanh_", "hardsigmoid", "tanh", "tanh_", "sigmoid", "sigmoid_", "softsign"),
@@ -252,7 +252,7 @@ def _sum_of_outputs(outputs: Any) -> Tensor:
     return torch.stack([tensor.sum() for tensor in tensors]).sum()
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(FunctionMode):
     """Notes which of the named functions are called, and by which submodule."""
 
     def __init__(self, functions: set[str]) -> None:
@@ -261,13 +261,11 @@ class _Watch(TorchFunctionMode):
         self.path: list[str] = []
         self.seen: list[str] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
         if name in self.functions:
             self.seen.append(f"{self.path[-1]!r} ({name})" if self.path and self.path[-1] else f"`forward` ({name})")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -288,13 +286,11 @@ def _module_names(module: nn.Module, path: list[str]) -> Generator[None]:
             handle.remove()
 
 
-class _Paths(TorchFunctionMode):
+class _Paths(FunctionMode):
     """Gives every operation its meaning for paths: what it lets through, and what it joins."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = getattr(func, "__name__", "")
         if name in _PASSED_THROUGH or "dropout" in name:
             signal = args[0] if args else kwargs["input"]
             return signal.view_as(signal).as_subclass(_Gate) if name in _OPEN_GATES else signal
