@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_drive.modes import FunctionMode
 from lightning_drive.replicas import Replica
-from lightning_drive.undisturbed import FunctionMode
 
 _WITHOUT_FLOW = {
     *("relu6", "hardtanh", "hardtanh_", "hardsigmoid", "tanh", "tanh_", "sigmoid", "sigmoid_", "softsign"),
