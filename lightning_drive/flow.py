@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_drive.modes import FunctionMode
 from lightning_drive.replicas import Replica
 
 _WITHOUT_FLOW = {
@@ -103,7 +103,7 @@ class SynapticFlow:
             for name, parameter in parameters.items()
         }
         self._others: dict[str, tuple[Tensor, Tensor]] = {}
-        self._replica = Replica(module, self._stand_in).module
+        self._replica = Replica(module, self._stand_in)
 
     def _stand_in(self, name: str, value: Tensor) -> Tensor:
         if name in self._leaves:
@@ -132,7 +132,7 @@ class SynapticFlow:
             weight.copy_(self._parameters[name].detach()).abs_()
         for name, (value, twin) in self._others.items():
             twin.copy_(_flow_value(name, value))
-        outputs = self._replica(_ones(example_input, torch.float64))
+        outputs = self._replica.module(_ones(example_input, torch.float64))
         total = _sum_of_outputs(outputs)
         if not total.requires_grad:
             return {name: torch.zeros_like(weight) for name, weight in self.weights.items()}, total.item()
@@ -194,13 +194,13 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
         reached[name] = (leaf.grad > 0).logical_and_(masks[name])
         leaf.grad = None  # one at a time: all of them would take as much memory as the weights
 
-    replica = Replica(module, lambda name, value: tensors.get(name, value)).module
+    replica = Replica(module, lambda name, value: tensors.get(name, value))
     for name in masks:
         tensors[name].register_post_accumulate_grad_hook(partial(note, name))  # type: ignore[no-untyped-call]
     with torch.enable_grad(), _Paths():
         ones = _ones(example_input, torch.float32)
         signal = _begin(ones) if ones.is_floating_point() else ones
-        total = _sum_of_outputs(replica(signal))
+        total = _sum_of_outputs(replica.module(signal))
     if total.requires_grad:
         total.backward()  # type: ignore[no-untyped-call]
     return {name: reached[name] if name in reached else torch.zeros_like(mask) for name, mask in masks.items()}
@@ -252,7 +252,7 @@ def _sum_of_outputs(outputs: Any) -> Tensor:
     return torch.stack([tensor.sum() for tensor in tensors]).sum()
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(FunctionMode):
     """Notes which of the named functions are called, and by which submodule."""
 
     def __init__(self, functions: set[str]) -> None:
@@ -261,13 +261,11 @@ class _Watch(TorchFunctionMode):
         self.path: list[str] = []
         self.seen: list[str] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", "")
         if name in self.functions:
             self.seen.append(f"{self.path[-1]!r} ({name})" if self.path and self.path[-1] else f"`forward` ({name})")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -288,13 +286,11 @@ def _module_names(module: nn.Module, path: list[str]) -> Generator[None]:
             handle.remove()
 
 
-class _Paths(TorchFunctionMode):
+class _Paths(FunctionMode):
     """Gives every operation its meaning for paths: what it lets through, and what it joins."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = getattr(func, "__name__", "")
         if name in _PASSED_THROUGH or "dropout" in name:
             signal = args[0] if args else kwargs["input"]
             return signal.view_as(signal).as_subclass(_Gate) if name in _OPEN_GATES else signal

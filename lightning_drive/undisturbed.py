@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.overrides import TorchFunctionMode
 
 from lightning_drive import masking, shards
 from lightning_drive.messages import listed
+from lightning_drive.modes import FunctionMode
 from lightning_drive.replicas import Replica
 
 Mode: TypeAlias = Literal["train", "eval"]
@@ -257,13 +257,11 @@ class _PlainPython:
 _PLAIN_PYTHON = _PlainPython()
 
 
-class _NoDropout(TorchFunctionMode):
+class _NoDropout(FunctionMode):
     """Turns off dropout that is called as a function, where no ``training`` flag of a Dropout layer reaches."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = getattr(func, "__name__", "")
         if name in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if name in _DROPOUT_ARGUMENTS:

@@ -1,8 +1,12 @@
 """A replica computes what its module computes, and shares nothing with it that scoring could write to."""
 
+import collections
+import dataclasses
+import functools
 import threading
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import models
@@ -297,6 +301,262 @@ def test_fit__trainer_of_the_replica() -> None:
     assert module.trainer.current_epoch == 1  # stopped by training itself, after the first epoch
 
 
+# --- ways in which a module refers to itself and keeps what it needs
+
+
+class Kept(Fitted):
+    """A network that comes with something that counts what it does."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
+        self.prepare()
+
+    def prepare(self) -> None:
+        pass
+
+    def state(self) -> Any:
+        return None
+
+
+class ByWeakReference(Kept):
+    def prepare(self) -> None:
+        self.calls = 0
+        self.net[2] = Child(weakref.ref(self))
+
+    def state(self) -> Any:
+        return self.calls
+
+
+class ByProxy(ByWeakReference):
+    def prepare(self) -> None:
+        self.calls, proxy = 0, weakref.proxy(self)
+        self.net[2] = Child(lambda: proxy)
+
+
+class Child(nn.Linear):
+    """A layer that knows its network."""
+
+    def __init__(self, parent: Callable[[], Any]) -> None:
+        super().__init__(8, 3)
+        self.parent = parent
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.parent().calls += 1
+        return super().forward(x) + 0 * self.parent().net[0].bias.sum()
+
+
+class ByWeakKey(Kept):
+    def prepare(self) -> None:
+        self.calls = weakref.WeakKeyDictionary(dict.fromkeys(self.net, 0))
+        self.layers = weakref.WeakValueDictionary(dict(enumerate(self.net)))
+        self.known = weakref.WeakSet(self.net)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in range(3):
+            assert self.layers[index] in self.known
+            self.calls[self.layers[index]] += 1
+            x = self.layers[index](x)
+        return x
+
+    def state(self) -> Any:
+        return list(self.calls.values())
+
+
+class ByParameter(Kept):
+    def prepare(self) -> None:
+        self.by_id = {id(parameter): 0 for parameter in self.parameters()}
+        self.by_parameter = collections.Counter(self.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for parameter in self.parameters():
+            self.by_id[id(parameter)] += 1
+            self.by_parameter[parameter] += 1
+        return super().forward(x)
+
+    def state(self) -> Any:
+        return list(self.by_id.values()), list(self.by_parameter.values())
+
+
+@dataclasses.dataclass
+class State:
+    hidden: Tensor | None = None
+    count: int = 0
+    lock: Any = dataclasses.field(default_factory=threading.Lock)
+
+
+class InAnObject(Kept):
+    """Its parts cannot be copied by `copy.deepcopy`: a lock, and tensors with a history."""
+
+    def prepare(self) -> None:
+        self.kept = State()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.count += 1
+        self.kept.hidden = self.net[0](x)
+        return self.net[2](self.kept.hidden)
+
+    def state(self) -> Any:
+        return self.kept.count
+
+
+class Pair(NamedTuple):
+    hidden: Tensor | None
+    counts: list[int]
+
+
+class InContainers(Kept):
+    def prepare(self) -> None:
+        self.pair, self.last = Pair(None, []), collections.deque[Tensor](maxlen=99)
+        self.groups = collections.defaultdict[str, list[Tensor]](list)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.net[0](x)
+        self.pair = Pair(hidden, self.pair.counts)
+        self.pair.counts.append(1)
+        self.last.append(hidden)
+        self.groups["hidden"].append(hidden)
+        return self.net[2](hidden)
+
+    def state(self) -> Any:
+        return len(self.pair.counts), len(self.last), len(self.groups["hidden"])
+
+
+class Extractor:
+    def __init__(self, layer: nn.Module) -> None:
+        self.seen: list[Tensor] = []
+        self.handle = layer.register_forward_hook(lambda module, inputs, output: self.seen.append(output))
+
+
+class ByHook(Kept):
+    """The handle of a hook comes before the layer that has it."""
+
+    def prepare(self) -> None:
+        net = self._modules.pop("net")
+        self.extractor, self.outputs = Extractor(net[0]), {}
+        self.handle = net[2].register_forward_hook(lambda module, inputs, output: self.outputs.update(last=output))
+        self.net = net
+
+    def training_step(self, batch: models.Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + self.extractor.seen[-1].square().mean() + self.outputs["last"].square().mean()
+
+    def state(self) -> Any:
+        return len(self.extractor.seen)
+
+
+class ByMethod(Kept):
+    def prepare(self) -> None:
+        self.losses: list[int] = []
+        self.note = self.losses.append
+        self.cached = functools.lru_cache(self.last_weight)
+
+    def last_weight(self) -> list[Tensor]:
+        return [self.net[2].weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.note(1)
+        return nn.functional.linear(self.net[0](x), self.cached()[0])
+
+    def state(self) -> Any:
+        return self.losses
+
+
+class Teacher(Kept):
+    """Networks that nobody registered, with statistics of their own and an output that was kept."""
+
+    def prepare(self) -> None:
+        self.teachers = [nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.teachers[0].last = self.teachers[0](x)
+        return super().forward(x) - self.teachers[0].last
+
+    def state(self) -> Any:
+        return int(self.teachers[0][1].num_batches_tracked)
+
+
+class Counting(torch.optim.SGD):
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr)
+        self.count = 0
+
+
+class OwnOptimizer(Kept):
+    def prepare(self) -> None:
+        self.optimizer = Counting(self.parameters(), 0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.optimizer.count += len(self.optimizer.param_groups)
+        return super().forward(x) + 0 * self.optimizer.param_groups[0]["params"][0].sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+    def state(self) -> Any:
+        return self.optimizer.count
+
+
+class Slotted(Kept):
+    class Layer(nn.Linear):
+        __slots__ = ("calls",)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.append(1)
+            return super().forward(x)
+
+    def prepare(self) -> None:
+        self.net[2] = self.Layer(8, 3)
+        object.__setattr__(self.net[2], "calls", [])
+
+    def state(self) -> Any:
+        return self.net[2].calls
+
+
+KEPT = [
+    *(ByWeakReference, ByProxy, ByWeakKey, ByParameter, InAnObject, InContainers),
+    *(ByHook, ByMethod, Teacher, OwnOptimizer, Slotted),
+]
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+@pytest.mark.parametrize("kind", KEPT)
+def test_fit__what_modules_keep(kind: Any, warmup_epochs: int) -> None:
+    """At sparsity 0 the run is the dense one, however the module refers to itself and whatever it keeps."""
+    dense = fit(kind(), None)
+    torch.manual_seed(0)
+    pruned = fit(kind(), SNIPPruningCallback(sparsity=0.0, warmup_epochs=warmup_epochs, bn_batches=0))
+    assert pruned.state() == dense.state()
+    assert pruned.state()
+    for (name, found), expected in zip(pruned.state_dict().items(), dense.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (float(number) for number in range(99)),
+        lambda: iter(DataLoader([1.0] * 99, batch_size=None)),
+        lambda: zip(iter(DataLoader([1.0] * 99, batch_size=None))),
+    ],
+    ids=["generator", "loader", "zip"],
+)
+def test_fit__iterators_that_cannot_be_copied(make: Callable[[], Any]) -> None:
+    """What scoring takes from them training would miss: an error, and only where it takes something."""
+
+    class Taking(Fitted):
+        def training_step(self, batch: models.Batch, batch_idx: int) -> Tensor:
+            self.taken.append(next(self.noise))
+            return super().training_step(batch, batch_idx)
+
+    module = Taking(models.MLP(4, 5, 3))
+    module.noise, module.taken = make(), []
+    with pytest.raises(ValueError, match="takes from an iterator that the module keeps"):
+        fit(module, SNIPPruningCallback(sparsity=0.5))
+    assert module.taken == []
+    fit(module, SNIPPruningCallback(sparsity=0.5, loss_fn=models.loss_fn))
+    assert len(module.taken) == 12
+
+
 # --- what a replica is
 
 
@@ -325,6 +585,20 @@ def test_replica__what_cannot_be_copied_is_shared() -> None:
     assert twin.token is token
     twin.pair[1].append(2)
     assert net.pair[1] == [1]
+
+
+def test_replica__long_lists() -> None:
+    """Records of a replay buffer are shared, but not the list, nor parts of the module, nor what may change."""
+    net = nn.BatchNorm1d(2)
+    net.replay = collections.deque((torch.zeros(2), number) for number in range(2000))
+    net.named = [(name, value) for name, value in net.named_buffers()] * 1000
+    net.lists = [[number] for number in range(2000)]
+    twin = Replica(net, clone).module
+    twin.replay.append(1)
+    assert len(net.replay) == 2000
+    assert twin.replay[5] is net.replay[5]
+    assert twin.named[0][1] is twin.running_mean
+    assert twin.lists[5] is not net.lists[5]
 
 
 def test_replica__gradient_hooks() -> None:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_drive import gradients
-from lightning_drive.undisturbed import preserved_rng, undisturbed
+from lightning_drive import flow, gradients
+from lightning_drive.undisturbed import _NoDropout, preserved_rng, undisturbed
 
 MODES = pytest.mark.parametrize("mode", ["train", "eval"])
 
@@ -301,3 +301,26 @@ def test_undisturbed__any_value() -> None:
     with pytest.raises(KeyboardInterrupt):
         prune()
     assert models.changes(module, before) == []
+
+
+@pytest.mark.parametrize(
+    "kind", [_NoDropout, flow._Paths, lambda: flow._Watch({"dropout"})], ids=["dropout", "paths", "watch"]
+)
+def test_function_mode__interrupted(kind: Callable[[], Any]) -> None:
+    """An interrupt while torch has a mode off its stack is not hidden, and the mode that comes back does nothing."""
+    depth = torch._C._len_torch_function_stack()
+    off = torch.overrides._pop_mode_temporarily()  # what torch does around every function
+
+    def interrupt() -> None:
+        off.__enter__()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), kind() as mode:
+        interrupt()
+    off.__exit__(None, None, None)  # at the end of the traceback
+    try:
+        assert torch._C._len_torch_function_stack() == depth + 1
+        assert (F.dropout(torch.ones(1000), 0.5) == 0).any()
+        assert getattr(mode, "seen", []) == []
+    finally:
+        torch._C._pop_torch_function_stack()

@@ -1,0 +1,44 @@
+"""What to do at every function of torch that is called, under interrupts too."""
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from typing_extensions import Self
+
+
+class FunctionMode(TorchFunctionMode):
+    """A mode that an interrupt cannot leave behind: see :meth:`run` for what it does to functions of torch.
+
+    torch takes a mode off its stack while it runs, and an interrupt there keeps it off, or brings it back as late as
+    when the interrupt has been dealt with. So leaving one that is not there is no error (it would hide the interrupt),
+    and one that comes back after it was left does nothing.
+    """
+
+    _is_on = False
+
+    def __enter__(self) -> Self:
+        self._depth = torch._C._len_torch_function_stack()
+        self._is_on = True
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        self._is_on = False
+        if torch._C._len_torch_function_stack() > self._depth:
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.run(func, args, kwargs or {}) if self._is_on else func(*args, **(kwargs or {}))
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function of torch.
+
+        Args:
+            func: The function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        """
+        return func(*args, **kwargs)
