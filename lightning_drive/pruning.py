@@ -338,7 +338,7 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Note a search for a learning rate or batch size: it saves before training starts, and returns to that."""
         self._searching = not self._fit_started
-        scoring.let_epoch_begin_again(trainer, checkpoint)
+        scoring.let_epoch_begin_again(checkpoint)
 
     @override
     def on_load_checkpoint(
@@ -346,13 +346,14 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Take over the state of a pruning callback of another name; Lightning restores that of the same name."""
         states = checkpoint.get("callbacks") or {}
-        if {self.state_key, self._legacy_state_key} & states.keys():
-            return
+        own = [states[name] for name in (self.state_key, self._legacy_state_key) if name in states]
         taken = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
         others = {name: states[name] for name in checkpoints.pruning_states(checkpoint) if name not in taken}
         pruned = [name for name, state in others.items() if state["report"] is not None]
+        if own and (not pruned or forms.check(dict[str, object], own[0], "the callback state").get("report")):
+            return
         fitting = [name for name, state in others.items() if _is_in_cycles(state) == _is_in_cycles(self.state_dict())]
-        if len(others) == 1 and fitting:
+        if len(others) == 1 and fitting and not own:
             self.load_state_dict(copy.deepcopy(others[fitting[0]]))
             if pruned:
                 display.show(trainer, f"{type(self).__name__} takes over the masks of {pruned[0]} in the checkpoint.")
@@ -447,7 +448,10 @@ class PruningCallback(pl.Callback):
         """Prune if it is time; say whether it was."""
         if self._finished or not self._is_due(trainer):
             return False
-        self._prune(trainer, pl_module)
+        try:
+            self._prune(trainer, pl_module)
+        except StopIteration as error:  # which Lightning takes for the end of training
+            raise RuntimeError(f"Pruning failed, since {error!r} was raised while scoring.") from error
         return True
 
     def _search(
