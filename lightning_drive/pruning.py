@@ -1,6 +1,7 @@
 """How masks live through a training run: its steps, checkpoints and resumes."""
 
 import copy
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -114,6 +115,7 @@ class PruningCallback(pl.Callback):
         self._settings_then: dict[str, Any] | None = None  # those of restored masks, as far as they are known
         self._max_epochs = -1
         self._fit_started = False
+        self._thread = 0
         self._searching = False
         self._restored = False
         self._resumes_epoch = False
@@ -243,7 +245,7 @@ class PruningCallback(pl.Callback):
         goes_on = self.masks.hold_for(pl_module) and (self._finished or (known and trainer.current_epoch > 0))
         if not (self._restored or goes_on):
             self._start_afresh()
-        self._module, self._fit_started = weakref.ref(pl_module), True
+        self._module, self._fit_started, self._thread = weakref.ref(pl_module), True, threading.get_ident()
         if not self._finished:
             self._check_module(trainer, pl_module)
 
@@ -353,9 +355,11 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Note a search for a learning rate or batch size: it saves before training starts, and returns to that."""
         self._searching = not self._fit_started
-        scoring.let_epoch_begin_again(trainer, checkpoint)
+        scoring.let_epoch_begin_again(checkpoint)
         if self._live is not None and self._pruning.unfinished is None:  # else masks are just being put on
             self._live.renew(checkpoint.get("state_dict"))
+        if self._fit_started and threading.get_ident() != self._thread:
+            self._hold_still(checkpoint)
 
     @override
     def on_load_checkpoint(
@@ -363,13 +367,14 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Take over the state of a pruning callback of another name; Lightning restores that of the same name."""
         states = checkpoint.get("callbacks") or {}
-        if {self.state_key, self._legacy_state_key} & states.keys():
-            return
+        own = [states[name] for name in (self.state_key, self._legacy_state_key) if name in states]
         taken = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
         others = {name: states[name] for name in checkpoints.pruning_states(checkpoint) if name not in taken}
         pruned = [name for name, state in others.items() if state["report"] is not None]
+        if own and (not pruned or forms.check(dict[str, object], own[0], "the callback state").get("report")):
+            return
         fitting = [name for name, state in others.items() if _is_in_cycles(state) == _is_in_cycles(self.state_dict())]
-        if len(others) == 1 and fitting:
+        if len(others) == 1 and fitting and not own:
             self.load_state_dict(copy.deepcopy(others[fitting[0]]))
             if pruned:
                 display.show(trainer, f"{type(self).__name__} takes over the masks of {pruned[0]} in the checkpoint.")
@@ -418,6 +423,16 @@ class PruningCallback(pl.Callback):
         self._collect()
         own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # the module's
         return {**own, "_live": None, "_module": None, "_handover": self._handover.of_copy()}
+
+    def _hold_still(self, checkpoint: dict[str, Any]) -> None:
+        """Copy what another thread is going to write, and may be still writing when the network is pruned."""
+        before = None
+        while before is not self._pruning:  # else it was pruned meanwhile: once more
+            before = self._pruning
+            copies = {name: scoring.copied(checkpoint[name]) for name in ("state_dict", "optimizer_states")}
+            state = self.state_dict()
+        checkpoint.update(copies)
+        checkpoint["callbacks"][self.state_key] = state
 
     def _collect(self) -> None:
         """Take what a copy of this callback found in processes that Lightning launched for a ``fit`` of this one."""
@@ -469,7 +484,10 @@ class PruningCallback(pl.Callback):
         """Prune if it is time; say whether it was."""
         if self._finished or not self._is_due(trainer):
             return False
-        self._prune(trainer, pl_module)
+        try:
+            self._prune(trainer, pl_module)
+        except StopIteration as error:  # which Lightning takes for the end of training
+            raise RuntimeError(f"Pruning failed, since {error!r} was raised while scoring.") from error
         return True
 
     def _search(

@@ -62,33 +62,56 @@ def steps_per_epoch(trainer: pl.Trainer, epoch: int = 0) -> float:
 
 
 def begin_epoch_again(trainer: pl.Trainer) -> None:
-    """Let a checkpoint that is saved at the start of an epoch begin with its first batch when it is resumed.
+    """Let a checkpoint that is saved at the start of an epoch begin with all of that epoch when it is resumed.
 
     Scoring takes its time there, so there is where an interrupt falls. The Trainer counts batches from the last epoch
-    on until the new one gets its first, so it would find nothing left to do in it.
+    on until the new one gets its first, so it would find nothing left to do in it; and an epoch that it takes for one
+    that was under way gets no step of ``ReduceLROnPlateau``.
 
     Args:
         trainer: A Trainer that was stopped by an exception.
 
     """
-    epochs = trainer.fit_loop.epoch_progress.total
-    if epochs.started < epochs.ready:  # type: ignore[attr-defined]
-        trainer.fit_loop.epoch_loop.batch_progress.reset_on_run()
+    epochs, batches = trainer.fit_loop.epoch_progress, trainer.fit_loop.epoch_loop.batch_progress
+    counted = epochs.state_dict(), batches.state_dict()
+    _begin_again(*counted)
+    epochs.load_state_dict(counted[0])
+    batches.load_state_dict(counted[1])
 
 
-def let_epoch_begin_again(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+def let_epoch_begin_again(checkpoint: dict[str, Any]) -> None:
     """Do the same as :func:`begin_epoch_again` in a checkpoint that is being saved, while training goes on.
 
     Args:
-        trainer: The Trainer that saves.
         checkpoint: The checkpoint.
 
     """
-    epochs = trainer.fit_loop.epoch_progress.total
-    if epochs.started < epochs.ready:  # type: ignore[attr-defined]
-        progress = copy.deepcopy(trainer.fit_loop.epoch_loop.batch_progress)
-        progress.reset_on_run()
-        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"] = progress.state_dict()
+    counted = checkpoint["loops"]["fit_loop"]
+    _begin_again(counted["epoch_progress"], counted["epoch_loop.batch_progress"])
+
+
+def _begin_again(epochs: dict[str, Any], batches: dict[str, Any]) -> None:
+    """Count as before an epoch, if it has not reached its first batch."""
+    if epochs["total"]["started"] < epochs["total"]["ready"]:
+        for each in epochs.values():
+            each["ready"] = each["started"]
+        batches["current"], batches["is_last_batch"] = dict.fromkeys(batches["current"], 0), False
+
+
+def copied(state: Any) -> Any:
+    """Copy a part of a checkpoint, with what hangs on its dictionaries, such as the versions of modules.
+
+    Args:
+        state: Tensors in dictionaries and lists.
+
+    """
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        twin = copy.copy(state)
+        twin.update({key: copied(value) for key, value in state.items()})
+        return twin
+    return [copied(each) for each in state] if isinstance(state, list) else state
 
 
 def free_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

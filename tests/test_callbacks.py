@@ -571,3 +571,19 @@ def test_checkpoint_of_another_callback__error(tmp_path: Path, first: Any, secon
         pytest.raises(ValueError, match=f"{type(after).__name__} goes on only .* pruned by {type(before).__name__}"),
     ):
         fits.trainer(tmp_path, after, max_epochs=4).fit(ConvModule(), fits.loader(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_checkpoint_of_another_callback__beside_its_own_error(tmp_path: Path) -> None:
+    """A state of its own that is not pruned does not have it prune what another one has pruned."""
+    run = fits.trainer(tmp_path, Renamed(sparsity=0.8), max_epochs=2)
+    run.fit(ConvModule(), fits.loader())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    after = fits.drive()
+    saved["callbacks"][after.state_key] = after.state_dict()
+    torch.save(saved, tmp_path / "both.ckpt")
+    with (
+        pytest.warns(UserWarning, match="Please add the following callbacks"),
+        pytest.raises(ValueError, match=r"DRIVEPruningCallback goes on only .* pruned by Renamed"),
+    ):
+        fits.trainer(tmp_path, after, max_epochs=4).fit(ConvModule(), fits.loader(), ckpt_path=tmp_path / "both.ckpt")

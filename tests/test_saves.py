@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -373,6 +374,85 @@ def test_slurm_requeue(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         signal.signal(signal.SIGUSR1, before)
 
 
+class Plateau(Net):
+    """Lowers its learning rate where the score is no better: always, after pruning."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "score"}}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", ["DRIVE", "SynFlow", "IMP"])
+def test_plateau(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch that was stopped or saved in while it pruned counts as a whole one for a learning rate that waits."""
+    monkeypatch.setattr(sys.modules[__name__], "Net", Plateau)
+    Run(CALLBACKS[name](), tmp_path, Calls())
+    expected = Run(CALLBACKS[name](), tmp_path, Calls())
+    assert expected.end["rate"] < 0.1
+    for place in [*places(expected.calls, 5)][:-1]:  # the last one is in an epoch that has its first batch
+        saved = tmp_path / f"{place}.ckpt"
+        Run(CALLBACKS[name](), tmp_path, Calls(place, lambda trainer, path=saved: trainer.save_checkpoint(path)))
+        assert Run(CALLBACKS[name](), tmp_path, Calls(), saved).differences(expected) == []
+        folder = tmp_path / str(place)
+        with suppress(Interrupt):
+            Run(CALLBACKS[name](), folder, Calls(place, interrupt))
+            continue
+        assert Run(CALLBACKS[name](), folder, Calls(), folder / "exception.ckpt").differences(expected) == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["DRIVE", "SynFlow", "IMP"])
+def test_fit_again(name: str, tmp_path: Path) -> None:
+    """After an interrupt, the same Trainer goes on, counts every epoch once, and saves in the middle of epochs.
+
+    Lightning makes the optimizers and schedules of a second `fit` anew, so the weights are others.
+    """
+    expected = Run(CALLBACKS[name](), tmp_path, Calls())
+    batches: list[int] = []
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "middle.ckpt")
+            saved = torch.load(tmp_path / "middle.ckpt", weights_only=True)["loops"]["fit_loop"]
+            batches.append(saved["epoch_loop.batch_progress"]["current"]["ready"])
+
+    calls, module, pruning = Calls(len(expected.calls.names) // 2, interrupt), Net(), CALLBACKS[name]()
+    trainer = pl.Trainer(max_epochs=EPOCHS, callbacks=[Hook(calls), pruning, Unhook()], **QUIET)
+    with pytest.raises(Interrupt):
+        trainer.fit(module, loader(), loader())
+    sys.setprofile(None)
+    trainer.callbacks.append(Save())  # type: ignore[attr-defined]
+    trainer.fit(module, loader(), loader())
+    sys.setprofile(None)
+    assert pruning.masks.sparsity == pytest.approx(0.8, abs=0.02)
+    assert pruning.masks.hold_for(module)
+    assert trainer.fit_loop.epoch_progress.total.ready == EPOCHS  # type: ignore[attr-defined]
+    assert batches == [1, 2] * (len(batches) // 2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("error", [KeyError("log"), StopIteration("no more"), BrokenPipeError("gone")], ids=repr)
+@pytest.mark.parametrize("hook", ["training_step", "on_train_epoch_start", "on_train_batch_start", "loss_fn"])
+def test_true_error(error: Exception, hook: str) -> None:
+    """What the module raises in the rounds is what is raised, also where it would say that training is over."""
+
+    class Failing(Net):
+        pass
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    setattr(Failing, hook, fail)
+    loss_fn = fail if hook == "loss_fn" else None
+    pruning = DRIVEPruningCallback(sparsity=0.8, warmup_epochs=0, rounds=2, loss_fn=loss_fn)
+    with pytest.raises((type(error), RuntimeError)) as raised:
+        pl.Trainer(max_epochs=1, callbacks=[pruning], **QUIET).fit(Failing(), loader())
+    assert error in (raised.value, raised.value.__cause__)
+    assert not pruning.pruned
+
+
 class FailingLogger(CSVLogger):
     """Loses its connection when the network is pruned."""
 
@@ -400,3 +480,39 @@ def test_failing_logger(name: str, tmp_path: Path) -> None:
     if name != "IMP":  # whose first cut is not its last
         assert best.best_model_path == ""
         assert int(saved["state_dict"]["net.1.num_batches_tracked"]) == 2  # `bn_batches`
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["DRIVE", "SynFlow", "IMP"])
+def test_slow_writes(name: str, tmp_path: Path) -> None:
+    """A thread that begins to save in the rounds, and writes when the network is pruned, writes what it began with."""
+    pruned, threads = threading.Event(), list[threading.Thread]()
+
+    class SlowIO(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                began.set()
+                assert pruned.wait(60)
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    class Begin(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                before.update({key: value.clone() for key, value in pl_module.state_dict().items()})
+                threads.append(threading.Thread(target=trainer.save_checkpoint, args=[tmp_path / "slow.ckpt"]))
+                threads[0].start()
+                assert began.wait(60)
+
+    class End(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.current_epoch == 1:
+                pruned.set()
+                threads[0].join()
+
+    began, before = threading.Event(), dict[str, Tensor]()
+    callbacks = [Begin(), CALLBACKS[name](), End()]
+    pl.Trainer(max_epochs=EPOCHS, callbacks=callbacks, plugins=[SlowIO()], **QUIET).fit(Net(), loader())
+    saved = torch.load(tmp_path / "slow.ckpt", weights_only=True)
+    state = next(state for key, state in saved["callbacks"].items() if "Pruning" in key)
+    assert state["masks"]["masks"] == {}
+    assert all(torch.equal(saved["state_dict"][key], value) for key, value in before.items())
