@@ -197,7 +197,7 @@ def test_unfinished__other_statistics(name: str, kind: str, tmp_path: Path) -> N
     torch.save(content, tmp_path / "a.ckpt")
     resumed = fits.trainer(tmp_path, fits.CALLBACKS[kind](), limit_train_batches=1, max_epochs=4)
     with pytest.raises(ValueError, match=f"statistics of the BatchNorm layer '{layer}' .* do not fit the module"):
-        resumed.fit(fits.ConvModule(), fits.loader(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+        resumed.fit(fits.ConvModule(), fits.loader(), ckpt_path=tmp_path / "a.ckpt")
 
 
 @pytest.fixture(scope="module")
