@@ -218,7 +218,8 @@ class Replica:
             if _is_filled(old):
                 new.cell_contents = self._held(old.cell_contents)
         twin.__defaults__ = function.__defaults__ and tuple(map(self._held, function.__defaults__))
-        twin.__kwdefaults__ = function.__kwdefaults__
+        keywords = function.__kwdefaults__
+        twin.__kwdefaults__ = keywords and {name: self._held(value) for name, value in keywords.items()}
         vars(twin).update({name: self._held(value) for name, value in vars(function).items()})
         return twin
 
@@ -291,7 +292,7 @@ def _uncompiled(value: Any) -> Any:
 def _held_by(function: types.FunctionType) -> tuple[Any, ...]:
     """Return what a function holds in its closure and in its defaults."""
     cells = (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
-    return (*cells, *(function.__defaults__ or ()))
+    return (*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
 
 
 def _is_filled(cell: types.CellType) -> bool:

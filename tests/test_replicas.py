@@ -576,6 +576,30 @@ def test_replica__functions_and_hooks() -> None:
     assert kept == [1]
 
 
+def test_replica__what_functions_hold() -> None:
+    """In a closure, a default or a keyword's default, itself or by a method or another function."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    layer = net[0]
+
+    def by_closure(x: Tensor) -> Tensor:
+        return layer(x)
+
+    def by_default(x: Tensor, held: Any = layer.forward) -> Tensor:
+        return held(x)
+
+    def by_keyword(x: Tensor, *, held: Any = by_closure) -> Tensor:
+        return held(x)
+
+    functions = (by_closure, by_default, by_keyword)
+    net.functions = list(functions)
+    replica = Replica(net, clone)
+    for function in (*replica.module.functions, *map(replica.of, functions)):
+        function(torch.ones(1, 2)).sum().backward()
+        assert layer.weight.grad is None, function.__name__
+        assert replica.module[0].weight.grad is not None
+        replica.module[0].weight.grad = None
+
+
 def test_replica__what_cannot_be_copied_is_shared() -> None:
     net = nn.Linear(2, 2)
     net.lock, net.pair = threading.Lock(), (threading.Lock(), [1])
