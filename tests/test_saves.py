@@ -516,3 +516,30 @@ def test_slow_writes(name: str, tmp_path: Path) -> None:
     state = next(state for key, state in saved["callbacks"].items() if "Pruning" in key)
     assert state["masks"]["masks"] == {}
     assert all(torch.equal(saved["state_dict"][key], value) for key, value in before.items())
+
+
+class AtRewinding(Calls):
+    """Acts while weights are rewound for the second time: one has its whole start again, and is about to be masked."""
+
+    rewinds, is_done = 0, False
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> None:
+        super().__call__(frame, event, arg)
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE) and not self.is_done:
+            self.rewinds += frame.f_code.co_name == "rewind_"
+            if self.rewinds == 2 and frame.f_code.co_name == "zero_":
+                self.is_done = True
+                self.act(self.trainer)
+
+
+def test_saves__while_weights_are_rewound(tmp_path: Path) -> None:
+    """What is not masked yet is no reason to warn of somebody who writes into weights."""
+    calls = AtRewinding(act=lambda trainer: trainer.save_checkpoint(tmp_path / "a.ckpt"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        expected = Run(CALLBACKS["IMP"](), tmp_path, Calls())
+        saving = Run(CALLBACKS["IMP"](), tmp_path, calls)
+        resumed = Run(CALLBACKS["IMP"](), tmp_path, Calls(), tmp_path / "a.ckpt")
+    assert calls.is_done
+    assert not [each for each in caught if "no longer 0" in str(each.message)]
+    assert saving.differences(expected) == resumed.differences(expected) == []
