@@ -1,19 +1,22 @@
 """From scores to masks: the rounds that all methods share, and what there is to say about their outcome."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import flow, gradients, masking, prunable, ranking, rounds, schedules, shards
+from lightning_drive import costs, flow, gradients, masking, prunable, ranking, rounds, schedules, shards
 from lightning_drive import sparsity as measures
+from lightning_drive.costs import Costs
 from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
 from lightning_drive.methods import Magnitude, Method, Network, Random, check_choice
+from lightning_drive.passage import Passage
 from lightning_drive.ranks import ALONE, Ranks
 from lightning_drive.rounds import Round, ScoreHistogram
 from lightning_drive.schedules import Schedule
@@ -37,8 +40,8 @@ class Found:
     rounds: tuple[Round, ...]
     scores: ScoreHistogram | None
     """How the scores of the last round lay; ``None`` if they were all zero."""
-    example_input: Tensor | None
-    """An input of the right shape; ``None`` if none is known, or if the weights are sharded over ranks."""
+    costs: Costs
+    """What the network computes in one forward pass."""
 
 
 def find_masks(
@@ -53,7 +56,7 @@ def find_masks(
     scope: Scope = "global",
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    example_input: Tensor | None = None,
+    example_input: Any = None,
     on_round: Callable[[int, Masks], None] | None = None,
 ) -> Masks:
     """Find which weights of any torch module to keep. The module is left exactly as it was; nothing is pruned yet.
@@ -76,8 +79,9 @@ def find_masks(
         include: Glob patterns over parameter names, see
             :func:`lightning_drive.prunable.prunable_parameters`; default: linear and convolutional weights.
         exclude: Glob patterns over parameter names that stay dense.
-        example_input: An input of the right shape, for ``SynFlow`` and for finding input-output paths; by default the
-            first tensor of the first batch.
+        example_input: What ``forward`` takes, batch dimension first: a tensor, a tuple of arguments or a mapping of
+            keyword arguments. ``SynFlow`` and input-output paths need it. Default: a LightningModule's
+            ``example_input_array``, what ``loss_fn`` calls the module with, or the first tensor of the first batch.
         on_round: Called after every round with its index, from 1, and the masks so far.
 
     Returns:
@@ -119,11 +123,12 @@ def find_masks(
             schedule=schedule,
             scope=scope,
             parameters=parameters_by_name(scored.module, names),
-            example_input=example_input,
+            example_input=getattr(module, "example_input_array", None) if example_input is None else example_input,
+            others=dense_matrices(module, names, exclude) if include is None else (),
             on_round=on_round,
         )
     if found.path_error and example_input is not None:
-        found.warnings.append(f"Input-output paths could not be followed from `example_input`: {found.path_error}")
+        found.warnings.append(f"Input-output paths could not be followed from {found.path_error}")
     for text in found.warnings:
         warnings.warn(text, stacklevel=2)
     return found.masks
@@ -140,7 +145,8 @@ def search(
     masks: Mapping[str, Tensor] | None = None,
     schedule: Schedule = "exponential",
     scope: Scope = "global",
-    example_input: Tensor | None = None,
+    example_input: Any = None,
+    others: Sequence[str] = (),
     on_round: Callable[[int, Masks], None] | None = None,
     only_round: int | None = None,
     shuffle: torch.Generator | None = None,
@@ -150,9 +156,10 @@ def search(
 
     The module is masked and run: give it what :func:`~lightning_drive.undisturbed.undisturbed` yields. The arguments
     are those of :func:`find_masks`, with its prunable ``parameters`` by name in place of ``include`` and ``exclude``,
-    and three more: ``only_round`` does a single one of the method's rounds, from the masks
-    that those before it left, ``shuffle`` gives the outcome in a random order within each parameter, and ``ranks`` are
-    processes that each score their own batches: gradients are averaged over them, and all get the masks of the first.
+    and four more: ``others`` names matrices that are trained and stay dense, ``only_round`` does a single one of the
+    method's rounds, from the masks that those before it left, ``shuffle`` gives the outcome in a random order within
+    each parameter, and ``ranks`` are processes that each score their own batches: gradients are averaged over them,
+    and all get the masks of the first.
 
     Parameters may be split over ranks (FSDP2). Every rank then scores and masks its own part, and only histograms of
     scores are exchanged; masks are put together at the end. ``on_round`` is given this rank's part.
@@ -178,7 +185,7 @@ def search(
     joined = Masks({name: shards.joined(mask, of=parameters[name]) for name, mask in current.items()})
     found, disagreements = _agreed(joined if shuffle is None else joined.shuffled(shuffle), ranks)
     reads_gradients = not isinstance(method, (Magnitude, Random))
-    return _described(network, found, history, indices[0], disagreements, reads_gradients)
+    return _described(network, parameters, found, history, indices[0], disagreements, reads_gradients, others)
 
 
 @dataclass
@@ -216,14 +223,18 @@ class _History:
 
 def _described(
     network: Network,
+    parameters: Mapping[str, nn.Parameter],
     masks: Masks,
     history: _History,
     first_round: int,
     disagreements: Sequence[str],
     reads_gradients: bool,
+    others: Sequence[str],
 ) -> Found:
     """Say what there is to know about the masks that were found."""
-    active, path_error = (None, None) if network.is_sharded else _active(network, masks)
+    way, path_error = _passage(network)
+    active, path_error = (None, path_error) if way is None else _active(network.module, masks, way)
+    measured = costs.measure(network.module, parameters, way, masks)
     troubles = [*history.remarks, *_collapses(masks, active)]
     if troubles and reads_gradients and not network.is_sharded:
         troubles.extend(_silent_norms(network.module))
@@ -232,10 +243,10 @@ def _described(
         masks,
         active,
         path_error,
-        [*network.warnings, *disagreements, *troubles],
+        [*network.warnings, *disagreements, *troubles, *_dense_parts(network.module, masks, others, measured)],
         rounds.removed_by_round(first_round, history.thresholds, counts),
         rounds.score_histogram(history.rankings.values()),
-        None if network.is_sharded else network.known_input,
+        measured,
     )
 
 
@@ -249,6 +260,25 @@ def parameters_by_name(module: nn.Module, names: Iterable[str]) -> dict[str, nn.
     """
     parameters = dict(module.named_parameters())
     return {name: parameters[name] for name in names}
+
+
+def dense_matrices(module: nn.Module, selected: Container[str], exclude: Sequence[str] | None) -> list[str]:
+    """Name the trainable parameters of two dimensions or more that nobody asked to leave out, and that stay dense.
+
+    Args:
+        module: The module.
+        selected: The names of what is pruned.
+        exclude: Glob patterns over the names of what is to stay dense.
+
+    """
+    return [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+        and parameter.ndim > 1
+        and name not in selected
+        and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
+    ]
 
 
 def check_method(method: Method) -> None:
@@ -383,13 +413,59 @@ def _silent_norms(module: nn.Module) -> Iterator[str]:
         )
 
 
-def _active(network: Network, masks: Masks) -> tuple[Masks | None, str | None]:
+def _passage(network: Network) -> tuple[Passage | None, str | None]:
+    """Find the way of data through the network, or say why there is none."""
+    try:
+        return (None if network.is_sharded else network.passage()), None
+    except Exception as error:  # the user's own batches, or a lack of them
+        return None, str(error)
+
+
+def _active(module: nn.Module, masks: Masks, way: Passage) -> tuple[Masks | None, str | None]:
     """Find the weights on input-output paths, or say why that could not be done."""
     try:
-        with in_mode(network.module, "eval"):
-            return Masks(flow.active_masks(network.module, masks, network.example_input())), None
+        with in_mode(module, "eval"):
+            return Masks(flow.active_masks(module, masks, way)), None
     except Exception as error:  # the module's own `forward`, called in a way it may not be made for
-        return None, f"{type(error).__name__}: {error}"
+        return None, f"{way.source}: {type(error).__name__}: {error}"
+
+
+def _dense_parts(module: nn.Module, masks: Masks, others: Sequence[str], measured: Costs) -> Iterator[str]:
+    """Warn of zeros that do not stay zeros, and of a sparsity that is that of a small part."""
+    if measured.dense_again:
+        names = measured.dense_again
+        yield (
+            f"{listed(map(repr, names))} {'is' if len(names) == 1 else 'are'} not what the network multiplies with: it"
+            " computes other weights from them (standardised or centred ones, or with something added, say), which are"
+            f" not 0 where the masks prune. Leave them out with `exclude={[*names]}`, or let the layer compute with a"
+            " weight whose zeros stay zeros."
+        )
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters() if name in others}
+    dense = sum(sizes.values())
+    if dense <= masks.num_prunable:
+        return
+    share = masks.num_prunable / (masks.num_prunable + dense)
+    largest = sorted(sizes, key=lambda name: -sizes[name])  # stable
+    yield (
+        f"Only {share:.1%} of the weights in matrices are prunable, so a sparsity of {masks.sparsity:.1%} is"
+        f" {masks.sparsity * share:.1%} of all of them. The largest that stay dense are"
+        f" {listed((f'{name!r} ({sizes[name]:,})' for name in largest), most=3)}.{_inclusion(masks, largest, measured)}"
+    )
+
+
+def _inclusion(masks: Masks, dense: Sequence[str], measured: Costs) -> str:
+    """Say how to prune the matrices that a network multiplies with."""
+    multiplied = [name for name in dense if name in measured.in_products]
+    looked_up = [name for name in dense if name not in measured.in_products]
+    if not measured.in_products:
+        return " Name those that are to be pruned with `include`."
+    if not multiplied:
+        return " The network does not multiply with them: it looks them up or adds them."
+    if not looked_up:
+        return ' Prune them, too, with `include=["*"]`.'
+    if len(looked_up) <= len(multiplied) + len(masks):
+        return f' Prune what the network multiplies with by `include=["*"], exclude={looked_up}`.'
+    return f" Prune what the network multiplies with by `include={[*masks, *multiplied]}`."
 
 
 def _collapses(masks: Masks, active: Masks | None) -> Iterator[str]:

@@ -4,7 +4,7 @@ Both run a replica of the module that has other tensors in place of its paramete
 """
 
 import inspect
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_drive.modes import FunctionMode
+from lightning_drive.passage import Passage
 from lightning_drive.replicas import Replica
 
 _WITHOUT_FLOW = {
@@ -117,12 +118,12 @@ class SynapticFlow:
         r"""Prunable parameter name to :math:`|\theta|` in float64, as of the last call of :meth:`gradients`."""
         return {name: leaf.detach() for name, leaf in self._leaves.items()}
 
-    def gradients(self, example_input: Tensor) -> tuple[dict[str, Tensor], float]:
+    def gradients(self, example_input: Any) -> tuple[dict[str, Tensor], float]:
         r"""Compute the gradients of the flow with respect to the absolute weights.
 
         Args:
-            example_input: Any input of the right shape, batch dimension first; only the shape and device of its first
-                sample matter (and the values, where they are integers, such as token ids).
+            example_input: What the module takes, or a :class:`~lightning_drive.passage.Passage` through it; only
+                shapes and devices matter (and values of integers, such as token ids).
 
         Returns:
             Parameter name to :math:`\partial R / \partial |\theta|` in float64, and :math:`R`.
@@ -132,8 +133,7 @@ class SynapticFlow:
             weight.copy_(self._parameters[name].detach()).abs_()
         for name, (value, twin) in self._others.items():
             twin.copy_(_flow_value(name, value))
-        outputs = self._replica.module(_ones(example_input, torch.float64))
-        total = _sum_of_outputs(outputs)
+        total = _sum(Passage.of(example_input).run(self._replica.module, _ones(torch.float64)))
         if not total.requires_grad:
             return {name: torch.zeros_like(weight) for name, weight in self.weights.items()}, total.item()
         gradients = torch.autograd.grad(total, list(self._leaves.values()), allow_unused=True)
@@ -144,7 +144,7 @@ class SynapticFlow:
         return found, total.item()
 
 
-def layers_without_flow(module: nn.Module, example_input: Tensor) -> list[str]:
+def layers_without_flow(module: nn.Module, example_input: Any) -> list[str]:
     """Name the layers for which synaptic flow is not defined, in the order in which they run.
 
     Saturating activations (ReLU6, Tanh, Sigmoid, and with them LSTM and GRU) stop the flow, and normalising layers
@@ -152,8 +152,8 @@ def layers_without_flow(module: nn.Module, example_input: Tensor) -> list[str]:
     too.
 
     Args:
-        module: The network; its ``forward`` takes one tensor.
-        example_input: As in :func:`synaptic_flow`.
+        module: The network.
+        example_input: As in :meth:`SynapticFlow.gradients`.
 
     Returns:
         One text per call, such as ``"'encoder.norm' (layer_norm)"``.
@@ -161,12 +161,12 @@ def layers_without_flow(module: nn.Module, example_input: Tensor) -> list[str]:
     """
     watch = _Watch(_WITHOUT_FLOW)
     dtype = next(module.parameters()).dtype
-    with torch.no_grad(), _module_names(module, watch.path), watch:
-        module(_ones(example_input, dtype))
+    with _module_names(module, watch.path), watch:
+        Passage.of(example_input).run(module, _ones(dtype))
     return watch.seen
 
 
-def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: Tensor) -> dict[str, Tensor]:
+def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: Any) -> dict[str, Tensor]:
     """Keep only the weights that lie on a path from the input to the output.
 
     A kept weight is inactive when everything before it or everything after it is pruned (Vysogorets & Kempe, 2023; the
@@ -174,12 +174,13 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
     layer's output and every gradient is reduced to "something arrives" or "nothing does", so depth can neither overflow
     nor underflow. Activations, norms and Dropout let everything through, max pooling passes on all of its window, signs
     and scales do not count, and weights without a mask carry everything. What does not come from the input carries
-    nothing: biases, buffers, and constants that are added or subtracted.
+    nothing: biases, buffers, and constants that are added or subtracted. Nothing is known of weights that were not
+    used, so all that are kept count as active.
 
     Args:
-        module: The network; its ``forward`` takes one tensor.
+        module: The network.
         masks: Parameter name to boolean mask, on the parameter's device; ``True`` keeps.
-        example_input: As in :func:`synaptic_flow`.
+        example_input: As in :meth:`SynapticFlow.gradients`.
 
     Returns:
         Parameter name to boolean mask, a subset of ``masks``.
@@ -198,26 +199,11 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
     for name in masks:
         tensors[name].register_post_accumulate_grad_hook(partial(note, name))  # type: ignore[no-untyped-call]
     with torch.enable_grad(), _Paths():
-        ones = _ones(example_input, torch.float32)
-        signal = _begin(ones) if ones.is_floating_point() else ones
-        total = _sum_of_outputs(replica.module(signal))
+        ones = _ones(torch.float32)
+        total = _sum(Passage.of(example_input).run(replica.module, lambda tensor: _begin(ones(tensor))))
     if total.requires_grad:
         total.backward()  # type: ignore[no-untyped-call]
-    return {name: reached[name] if name in reached else torch.zeros_like(mask) for name, mask in masks.items()}
-
-
-def first_tensor(batch: Any) -> Tensor | None:
-    """Find the first tensor in a batch of any structure: the input, by the field's convention.
-
-    Args:
-        batch: A tensor, or nested tuples, lists and dicts that hold tensors.
-
-    Example:
-        >>> first_tensor({"image": torch.zeros(1), "label": torch.ones(1)})
-        tensor([0.])
-
-    """
-    return next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+    return {name: reached[name] if name in reached else mask.clone() for name, mask in masks.items()}
 
 
 def _flow_value(name: str, value: Tensor) -> Tensor:
@@ -240,16 +226,12 @@ def _is_bias(name: str) -> bool:
     return "bias" in name.rpartition(".")[-1]  # "bias", "in_proj_bias", "bias_ih_l0"
 
 
-def _ones(example_input: Tensor, dtype: torch.dtype) -> Tensor:
-    sample = example_input[:1] if example_input.ndim else example_input
-    return torch.ones_like(sample, dtype=dtype) if sample.is_floating_point() else sample
+def _ones(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return partial(torch.ones_like, dtype=dtype)
 
 
-def _sum_of_outputs(outputs: Any) -> Tensor:
-    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not tensors:
-        raise ValueError(f"`forward` must return at least one floating-point tensor, got {type(outputs).__name__}.")
-    return torch.stack([tensor.sum() for tensor in tensors]).sum()
+def _sum(outputs: Sequence[Tensor]) -> Tensor:
+    return torch.stack([output.sum() for output in outputs]).sum()
 
 
 class _Watch(FunctionMode):

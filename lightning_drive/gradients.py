@@ -7,9 +7,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
-from lightning_drive import shards
+from lightning_drive import shards, trees
 from lightning_drive.messages import listed
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -44,7 +43,7 @@ def loss_gradients(
     """
     losses = []
     for batch in batches:
-        loss = loss_fn(module, _batch_in_float32(batch))
+        loss = loss_fn(module, batch_in_float32(batch))
         _check_loss(loss)
         losses.append(loss.detach().reshape(()))
         loss.backward()  # type: ignore[no-untyped-call]
@@ -131,7 +130,7 @@ def batch_norm_statistics(
             layer.momentum = None  # torch then averages cumulatively
         count = 0
         for count, batch in enumerate(batches, 1):  # noqa: B007
-            loss_fn(module, _batch_in_float32(batch))
+            loss_fn(module, batch_in_float32(batch))
         return {
             path: {name: value.clone() for name, value in layer.named_buffers()}
             for path, layer in layers.items()
@@ -183,7 +182,7 @@ def on_replica_only(loss_fn: LossFunction, original: nn.Module) -> LossFunction:
     def checked(module: Any, batch: Any) -> Tensor:
         loss = loss_fn(module, batch)
         if names and isinstance(loss, Tensor):
-            found = [names[id(leaf)] for leaf in _leaves_of(loss) if id(leaf) in names]
+            found = [names[id(leaf)] for leaf in leaves_of(loss) if id(leaf) in names]
             if found and module is not original:
                 raise ValueError(
                     "The loss must be computed with the module that `loss_fn(module, batch)` is given, which is a copy"
@@ -196,18 +195,31 @@ def on_replica_only(loss_fn: LossFunction, original: nn.Module) -> LossFunction:
     return checked
 
 
-def _leaves_of(loss: Tensor) -> Iterator[Tensor]:
-    """Find the tensors that a loss depends on and that have no history of their own."""
-    seen: set[Any] = set()
-    nodes = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        nodes.extend(following for following, _ in node.next_functions)
+def leaves_of(loss: Tensor) -> Iterator[Tensor]:
+    """Return the tensors that a tensor depends on and that have no history of their own.
+
+    Args:
+        loss: The tensor.
+
+    """
+    return (node.variable for node in add_history(loss, set()) if hasattr(node, "variable"))
+
+
+def add_history(tensor: Tensor, known: set[Any]) -> set[Any]:
+    """Add all operations that a tensor comes from to a set, and return it.
+
+    Args:
+        tensor: The tensor.
+        known: Operations, whose own history is known, too.
+
+    """
+    waiting = [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in known:
+            known.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return known
 
 
 def _check_loss(loss: object) -> None:
@@ -224,13 +236,14 @@ def _check_finite(losses: list[float]) -> None:
             raise ValueError(f"The loss must be finite, got {loss}: check the batch and the weights.")
 
 
-def _batch_in_float32(batch: Any) -> Any:
-    """Bring the tensors of a batch to the precision that parameters have while scoring."""
-    return tree_map(
-        lambda leaf: (
-            leaf.to(torch.promote_types(leaf.dtype, torch.float32))
-            if isinstance(leaf, Tensor) and leaf.is_floating_point()
-            else leaf
-        ),
+def batch_in_float32(batch: Any) -> Any:
+    """Bring the tensors of a batch to the precision that parameters have while scoring.
+
+    Args:
+        batch: The batch; it is not changed.
+
+    """
+    return trees.mapped(
+        lambda leaf: leaf.to(torch.promote_types(leaf.dtype, torch.float32)) if leaf.is_floating_point() else leaf,
         batch,
     )

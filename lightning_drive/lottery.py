@@ -243,6 +243,7 @@ class IMPPruningCallback(PruningCallback):
             trainer,
             pl_module,
             Magnitude(rounds=self.cycles),
+            loss=scoring.loss_of,
             only_round=cycle,
             shuffle=is_last and self.control == "shuffle",
         )

@@ -1,6 +1,7 @@
 """Methods that score weights: one frozen dataclass per paper, and the network as they see it."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
@@ -8,12 +9,13 @@ from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import flow, gradients, scores, shards
+from lightning_drive import flow, gradients, passage, scores, shards, trees
 from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
+from lightning_drive.passage import Passage
 from lightning_drive.ranks import ALONE, Ranks
-from lightning_drive.undisturbed import Mode
+from lightning_drive.undisturbed import Mode, in_mode, preserved_rng
 
 
 class Network:
@@ -24,7 +26,8 @@ class Network:
         parameters: Parameter name to live prunable parameter, pruned entries already 0.
         batches: An endless iterator, or ``None`` where there is no data.
         loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor, or ``None`` where there is no data.
-        example_input: An input of the right shape; by default the first tensor of the first batch.
+        example_input: What ``forward`` takes: a tensor, a tuple of arguments or a mapping of keyword arguments; by
+            default what the loss calls the module with.
         ranks: Processes that hold the same network, each with batches of its own.
 
     """
@@ -35,7 +38,7 @@ class Network:
         parameters: Mapping[str, nn.Parameter],
         batches: Iterable[Any] | None,
         loss_fn: LossFunction | None,
-        example_input: Tensor | None,
+        example_input: Any,
         ranks: Ranks = ALONE,
     ) -> None:
         self.module = module
@@ -44,9 +47,16 @@ class Network:
         self.is_sharded = any(map(shards.is_sharded, parameters.values()))
         self._batches = None if batches is None else self._watched(gradients.endless(batches))
         self._loss_fn = loss_fn
-        self._example_input = example_input
+        self._example_input = self._on_device(example_input)
+        self._first: Any = None
+        self._passage: Passage | None = None
+        self._recorded: list[Passage] | None = None
         self.warnings: list[str] = []
         self._flow: flow.SynapticFlow | None = None
+
+    def _on_device(self, given: Any) -> Any:
+        device = next(iter(self._parameters.values())).device
+        return trees.mapped(lambda tensor: tensor.to(device), given)
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -89,7 +99,7 @@ class Network:
             raise ValueError(f"This method scores by the gradient of a loss, so it needs `{missing}`, got None.")
         with self._ranks.together():
             batches = islice(self._batches, num_batches)
-            found = gradients.loss_gradients(self.module, self._parameters, self._loss_fn, batches)
+            found = gradients.loss_gradients(self.module, self._parameters, self._loss, batches)
         if not self.is_sharded:  # else FSDP2 has averaged them
             self._ranks.mean_(found.values())
         return {name: scores.in_full(gradient) for name, gradient in found.items()}
@@ -112,11 +122,11 @@ class Network:
         if self._flow is None:
             self._check_flow()
             self._flow = flow.SynapticFlow(self.module, self._parameters)
-        found, total = self._flow.gradients(self.example_input())
+        found, total = self._flow.gradients(self.passage())
         return self._flow.weights, found, total
 
     def _check_flow(self) -> None:
-        layers = flow.layers_without_flow(self.module, self.example_input())
+        layers = flow.layers_without_flow(self.module, self.passage())
         text = (
             f"SynFlow is not defined for {listed(layers, most=3)}: saturating activations stop the flow and"
             " normalisation mixes its signs."
@@ -126,28 +136,81 @@ class Network:
         if layers:
             self.warnings.append(f"{text} Their neighbours' scores mean little.")
 
-    def example_input(self) -> Tensor:
-        """Give an input of the right shape, on the device of the weights.
+    def example_input(self) -> Any:
+        """Return what ``forward`` takes: the example that was given, or the first tensor of the first batch.
 
         Raises:
-            ValueError: If none was given and there is no batch with a tensor to take it from.
+            ValueError: If there is neither.
 
         """
-        if self._example_input is None and self._batches is not None:
-            next(self._batches)
-        if self._example_input is None:
-            raise ValueError("The shape of the input is not known: give `example_input` or `batches` with a tensor.")
-        return self._example_input.to(next(iter(self.weights.values())).device)
+        if self._example_input is not None:
+            return self._example_input
+        tensors = trees.leaves(self._first_batch())
+        if not tensors:
+            raise self._unknown_input()
+        return tensors[0]
 
-    @property
-    def known_input(self) -> Tensor | None:
-        """An input of the right shape, if one was given or a batch with one was read."""
-        return self._example_input
+    def passage(self) -> Passage:
+        """Return the way of data through the network, found once.
+
+        It is that of the example that was given, unless ``forward`` does not use all prunable parameters on it and the
+        loss is known: then it is what the loss calls. Without either it is ``forward`` on a batch or a part of it.
+
+        Raises:
+            ValueError: If nothing is known that could be sent through the network.
+
+        """
+        if self._passage is None:
+            with preserved_rng(), in_mode(self.module, "eval"):
+                self._passage = self._find_passage()
+        return self._passage
+
+    def _find_passage(self) -> Passage:
+        found = None
+        if self._example_input is not None:
+            candidates = [Passage.of(self._example_input, whole=whole) for whole in (False, True)]
+            found = passage.chosen(self.module, candidates)
+            assert found is not None
+            if self._loss_fn is None or self._batches is None or self._is_enough(found):
+                return found
+        batch = gradients.batch_in_float32(self._first_batch())
+        if self._loss_fn is not None:
+            with suppress(Exception):  # of a training step that cannot be called in this mode, say
+                if self._recorded is None:
+                    self._loss(self.module, batch)
+                found = passage.chosen(self.module, self._recorded or ()) or found
+        found = found or passage.chosen(self.module, Passage.guessed(self.module, batch))
+        if found is None:
+            raise self._unknown_input()
+        return found
+
+    def _unknown_input(self) -> ValueError:
+        is_lightning = hasattr(self.module, "example_input_array")
+        remedy = "Set `example_input_array` on the module" if is_lightning else "Give `example_input`"
+        return ValueError(f"The input of the network is not known. {remedy}, or use batches with a tensor in them.")
+
+    def _is_enough(self, found: Passage) -> bool:
+        return passage.uses(self.module, found).issuperset(self._parameters.values())
+
+    def _loss(self, module: Any, batch: Any) -> Tensor:
+        """Compute the loss, and see the first time what it calls."""
+        assert self._loss_fn is not None
+        if self._recorded is not None:
+            return self._loss_fn(module, batch)
+        with passage.recording(module) as calls:
+            loss = self._loss_fn(module, batch)
+        self._recorded = Passage.recorded(calls, self._loss_fn, batch)
+        return loss
+
+    def _first_batch(self) -> Any:
+        if self._batches is not None and self._first is None:
+            next(self._batches)
+        return self._first
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            if self._example_input is None:
-                self._example_input = flow.first_tensor(batch)
+            if self._first is None:
+                self._first = batch
             yield batch
 
 

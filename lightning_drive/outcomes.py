@@ -1,7 +1,7 @@
 """What a pruning brings: masks found in the middle of a ``fit`` that is left as it was, and the report of them."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_drive import companions, costs, display, finding, flow, forms, gradients, prunable, scoring, shards
+from lightning_drive import companions, display, finding, forms, gradients, prunable, scoring, shards
 from lightning_drive.batches import TrainingBatches
 from lightning_drive.costs import Costs
 from lightning_drive.finding import Found, Scope
@@ -32,7 +32,6 @@ class Outcome:
     found: Found
     statistics: dict[str, dict[str, Tensor]]
     """Name of a BatchNorm layer to the statistics that go with the masks."""
-    costs: Costs
     phases: dict[str, float]
     """Seconds by phase."""
 
@@ -51,6 +50,7 @@ def search(
     only_round: int | None = None,
     shuffle: bool = False,
     bn_batches: int = 0,
+    others: Sequence[str] = (),
 ) -> Outcome:
     """Find masks and the BatchNorm statistics that go with them; the module and the Trainer stay as they are.
 
@@ -67,6 +67,7 @@ def search(
         only_round: As there.
         shuffle: Whether to give the masks in a random order within each parameter.
         bn_batches: Training batches to estimate BatchNorm's statistics from; 0: leave them.
+        others: As there.
 
     """
     times = [time.monotonic()] * 2  # when the search began, and when its last round was over
@@ -99,13 +100,13 @@ def search(
             masks=masks,
             schedule=schedule,
             scope=scope,
-            example_input=flow.first_tensor(sandbox.module.example_input_array),
+            example_input=sandbox.module.example_input_array,
+            others=others,
             on_round=on_round,
             only_round=only_round,
             shuffle=scoring.random_numbers(trainer) if shuffle else None,
             ranks=ranks,
         )
-        measured = costs.measure(sandbox.module, live, found.example_input)
     times.append(time.monotonic())
     statistics = {}
     if loss is not None and bn_batches:
@@ -117,7 +118,7 @@ def search(
         ranks.mean_(value for layer in statistics.values() for value in layer.values() if value.is_floating_point())
     times.append(time.monotonic())
     spans = [after - before for before, after in pairwise(times)]
-    return Outcome(found, statistics, measured, dict(zip(("rounds", "measuring", "batch_norm"), spans, strict=True)))
+    return Outcome(found, statistics, dict(zip(("rounds", "measuring", "batch_norm"), spans, strict=True)))
 
 
 @contextmanager
@@ -156,7 +157,7 @@ def report(
         before: The report of the cycle before; ``None`` without one.
 
     """
-    found, measured, phases = outcome.found, outcome.costs, outcome.phases
+    found, measured, phases = outcome.found, outcome.found.costs, outcome.phases
     if phase_start is not None:
         phases = {"warmup" if cycle is None else "training": start - phase_start, **phases}
     cycles = () if before is None else before.cycles
@@ -292,21 +293,12 @@ def check_belong_together(masks: Masks, report: PruningReport | None) -> None:
 
 def _not_measured(found: Found, measured: Costs) -> Iterator[str]:
     """Say what the report does not have, and why."""
-    remedy = "Set `example_input_array` on the module to the tensor that it takes."
     if found.active is None and not found.path_error:
         yield (
             "Effective sparsity and multiply-adds were not measured: paths are not followed through sharded parameters."
         )
     if found.path_error:
-        neither = found.example_input is None or measured.error == found.path_error
-        both = " and multiply-adds were" if neither else " was"
-        yield (
-            f"Effective sparsity{both} not measured, since `forward` failed on the first tensor of a batch"
-            f" ({found.path_error}). {remedy}"
-        )
-    if measured.error and measured.error != found.path_error:
-        yield (
-            "Multiply-adds were not measured, since `forward` failed on the first tensor of a batch"
-            f" ({measured.error}). {remedy}"
-        )
+        yield f"Effective sparsity was not measured: paths could not be followed from {found.path_error}"
+    if measured.error:
+        yield f"Multiply-adds were not measured: {measured.error}"
     yield from measured.warnings

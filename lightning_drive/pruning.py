@@ -515,7 +515,15 @@ class PruningCallback(pl.Callback):
             only_round=only_round,
             shuffle=shuffle,
             bn_batches=bn_batches,
+            others=self._others(pl_module),
         )
+
+    def _others(self, pl_module: pl.LightningModule) -> list[str]:
+        """Name the matrices that are trained and stay dense, unless the user has said what is to be pruned."""
+        selects_itself = type(self).prunable_parameters is not PruningCallback.prunable_parameters
+        if self.include is not None or selects_itself:
+            return []
+        return finding.dense_matrices(pl_module, self.prunable_parameters(pl_module), self.exclude)
 
     def _record(
         self,

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from lightning_drive import flow, gradients
+from lightning_drive import gradients, trees
 from lightning_drive.ranks import ALONE, Ranks
 from lightning_drive.undisturbed import Mode, undisturbed
 
@@ -166,14 +166,24 @@ def training_step_loss(trainer: pl.Trainer) -> gradients.LossFunction:
 
 
 def forward(pl_module: pl.LightningModule, batch: Any) -> Tensor:
-    """Run a batch's first tensor through ``forward``, in place of a loss where nothing but statistics is wanted.
+    """Run a batch, or its first tensor, through ``forward``, where nothing but BatchNorm's statistics is wanted.
 
     Args:
         pl_module: The module.
         batch: A batch with a tensor in it.
 
     """
-    return pl_module(flow.first_tensor(batch))  # type: ignore[no-any-return]
+    return pl_module(trees.leaves(batch)[0])  # type: ignore[no-any-return]
+
+
+def loss_of(sandbox: "Sandbox") -> gradients.LossFunction:
+    """Return what runs a batch as training does, or at least through ``forward`` where optimization is manual.
+
+    Args:
+        sandbox: What is scored.
+
+    """
+    return training_step_loss(sandbox.trainer) if sandbox.module.automatic_optimization else forward
 
 
 def check_training_step(pl_module: pl.LightningModule) -> None:

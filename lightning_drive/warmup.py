@@ -146,9 +146,7 @@ class WarmupPruningCallback(PruningCallback):
         """Return what runs a batch through the module, and returns the loss to score by."""
         if self.loss_fn is not None:
             return sandbox.of(self.loss_fn)  # type: ignore[no-any-return]
-        if self._needs_loss or sandbox.module.automatic_optimization:
-            return scoring.training_step_loss(sandbox.trainer)
-        return scoring.forward  # good enough for BatchNorm's statistics
+        return scoring.loss_of(sandbox)
 
     @property
     @override

@@ -12,10 +12,11 @@ from lightning_drive import callbacks
 
 FLOORS = (
     {"copying", "forms", "handover", "messages", "modes", "ranks", "sources"},
-    {"checkpoints", "schedules", "scores", "ranking", "sparsity", "shards"},
+    {"checkpoints", "schedules", "scores", "ranking", "sparsity", "shards", "trees"},
     {"channels", "gradients", "masking", "prunable", "replicas", "rounds", "tables"},
-    {"files", "flow", "pictures", "rewinding", "undisturbed"},
-    {"compaction", "costs", "methods"},
+    {"files", "passage", "pictures", "rewinding", "undisturbed"},
+    {"compaction", "costs", "flow"},
+    {"methods"},
     {"finding", "planning", "report"},
     {"batches", "cli", "companions", "compatibility", "display", "scoring", "phases"},
     {"enforcing", "outcomes"},
@@ -24,7 +25,7 @@ FLOORS = (
     {"callbacks", "lottery"},
     {"command"},
 )
-FIRST_LIGHTNING_FLOOR = 6
+FIRST_LIGHTNING_FLOOR = 7
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning", "lightning_utilities", "torchmetrics"}
 PACKAGE = Path(__file__).parents[1] / "lightning_drive"
 MODULES = sorted(PACKAGE.glob("[!_]*.py"))

@@ -1,0 +1,253 @@
+"""How data pass through a network, from its inputs to its outputs, as training sends them."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_drive import gradients, trees
+from lightning_drive.gradients import LossFunction
+from lightning_drive.messages import listed
+
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
+
+
+class Passage:
+    """A way to send data through a network once more, with other numbers in place of its inputs.
+
+    What counts are the *outermost calls* of submodules that have parameters: those that no other one makes, and that
+    are not made under ``no_grad``, as those of a teacher are. Their floating-point arguments are the inputs of the
+    network, unless they come out of such a call. What they return and no later call uses is its outputs.
+
+    Args:
+        step: Takes the network and makes the calls.
+        num_calls: After how many of them to stop, so that no loss is computed.
+        batch_size: How many samples are sent together; ``None`` if they cannot be told apart.
+        source: What is sent, for messages.
+
+    """
+
+    def __init__(
+        self, step: Callable[[nn.Module], object], num_calls: int, batch_size: int | None, source: str
+    ) -> None:
+        self._step = step
+        self._num_calls = num_calls
+        self.batch_size = batch_size
+        self.source = source
+
+    @classmethod
+    def of(cls, given: Any, source: str = "the example input", *, whole: bool = False) -> "Passage":
+        """Make one that calls the network with given arguments.
+
+        Args:
+            given: A passage, which is returned; or the argument, a tuple of arguments or a mapping of keyword
+                arguments, batch dimension first.
+            source: What they are, for messages.
+            whole: Whether to send the whole batch, and not only its first sample.
+
+        """
+        return given if isinstance(given, Passage) else cls._calling("", trees.arguments(given), source, whole)
+
+    @classmethod
+    def _calling(cls, name: str, arguments: Arguments, source: str, whole: bool) -> "Passage":
+        size = _batch_size(arguments)
+        if size is not None and not whole:
+            arguments, size = trees.mapped(lambda tensor: tensor[:1], arguments), 1
+        args, kwargs = arguments
+        return cls(lambda module: module.get_submodule(name)(*args, **kwargs), 1, size, source)
+
+    @classmethod
+    def recorded(cls, calls: Sequence[tuple[str, Arguments]], loss_fn: LossFunction, batch: Any) -> list["Passage"]:
+        """Make some that call the network as a loss does, the cheapest first; none if it called no submodule.
+
+        Args:
+            calls: What :func:`recording` saw of it.
+            loss_fn: ``loss_fn(module, batch)``; what it returns does not matter.
+            batch: The batch that it was called with.
+
+        """
+        source = "what training calls the network with"
+        if len(calls) == 1:
+            return [cls._calling(*calls[0], source, whole) for whole in (False, True)]
+        return [cls(lambda module: loss_fn(module, batch), len(calls), _batch_size(batch), source)] if calls else []
+
+    @classmethod
+    def guessed(cls, module: nn.Module, batch: Any) -> list["Passage"]:
+        """Make some that call the network with a batch, or with a part of it, the likeliest first.
+
+        Args:
+            module: The network.
+            batch: A batch: its entries go by name where ``forward`` has arguments of these names; or else its first
+                tensor is the input, by the field's convention; or else all of it.
+
+        """
+        found = []
+        if isinstance(batch, Mapping) and (named := _by_name(module, batch)):
+            found = [cls.of(named, "the entries of a batch", whole=whole) for whole in (False, True)]
+        tensors = trees.leaves(batch)
+        if tensors:
+            found += [cls.of(tensors[0], "the first tensor of a batch"), cls.of((batch,), "a batch", whole=True)]
+        return found
+
+    def run(self, module: nn.Module, begin: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Send data through a network.
+
+        Args:
+            module: The network, or a copy of it.
+            begin: Returns what stands for a floating-point input.
+
+        Returns:
+            The floating-point outputs. Those without a dimension, such as a loss that ``forward`` computes itself,
+            come only where there is no other.
+
+        Raises:
+            ValueError: If there is none.
+
+        """
+        returned: list[Any] = []
+
+        def start(_: str, arguments: Arguments) -> Arguments:
+            return trees.mapped(  # type: ignore[no-any-return]
+                lambda tensor: begin(tensor) if tensor.is_floating_point() and not tensor.requires_grad else tensor,
+                arguments,
+            )
+
+        def note(output: Any) -> None:
+            returned.append(output)
+            if len(returned) == self._num_calls:
+                raise _Enough
+
+        with suppress(_Enough), _outermost_calls(module, start, note):
+            self._step(module)
+        numbers = [[each for each in trees.leaves(output) if each.is_floating_point()] for output in returned]
+        outputs = _not_used_again(numbers)
+        if not outputs:
+            kinds = listed(type(output).__name__ for output in returned)
+            raise ValueError(f"`forward` must return at least one floating-point tensor, got {kinds or 'none'}.")
+        return [output for output in outputs if output.ndim] or outputs
+
+
+@contextmanager
+def recording(module: nn.Module) -> Iterator[list[tuple[str, Arguments]]]:
+    """Note the outermost calls that are made inside: the names of submodules, and what they are given.
+
+    Args:
+        module: The network.
+
+    """
+    calls: list[tuple[str, Arguments]] = []
+
+    def note(name: str, arguments: Arguments) -> Arguments:
+        calls.append((name, trees.mapped(Tensor.detach, arguments)))
+        return arguments
+
+    with _outermost_calls(module, note, lambda _: None):
+        yield calls
+
+
+def chosen(module: nn.Module, passages: Sequence[Passage]) -> Passage | None:
+    """Choose the first passage that a network can run, or the very first if it can run none.
+
+    Args:
+        module: The network, which is run.
+        passages: Some passages, the likeliest first.
+
+    """
+    for passage in passages:
+        with suppress(Exception):  # the module's own `forward`, called in a way it may not be made for
+            passage.run(module, as_input_of(module))
+            return passage
+    return next(iter(passages), None)
+
+
+def uses(module: nn.Module, passage: Passage) -> set[nn.Parameter]:
+    """Return the parameters that the outputs depend on; none if the network cannot be run so.
+
+    Args:
+        module: The network, which is run.
+        passage: How.
+
+    """
+    with suppress(Exception):  # as above
+        outputs = passage.run(module, as_input_of(module))
+        return {leaf for output in outputs for leaf in gradients.leaves_of(output) if isinstance(leaf, nn.Parameter)}
+    return set()
+
+
+def as_input_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a function that brings inputs to the device of a network, and to its precision if theirs is lower.
+
+    Args:
+        module: The network.
+
+    """
+    first = next(module.parameters())
+    return lambda tensor: tensor.to(first.device, torch.promote_types(tensor.dtype, first.dtype))
+
+
+class _Enough(BaseException):
+    """Ends a step after its last call."""
+
+
+@contextmanager
+def _outermost_calls(
+    module: nn.Module, before: Callable[[str, Arguments], Arguments], after: Callable[[Any], None]
+) -> Iterator[None]:
+    """Have outermost calls take other arguments, and see what they return."""
+    running: list[bool] = []  # whether the calls that are under way count
+
+    def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        running.append(not running and torch.is_grad_enabled())
+        return before(name, (args, kwargs)) if running[-1] else None
+
+    def leave(output: Any) -> None:
+        if running and running.pop():
+            after(output)
+
+    handles = []
+    for name, submodule in module.named_modules():
+        if next(submodule.parameters(), None) is not None and not isinstance(submodule, torch.jit.ScriptModule):
+            handles.append(
+                submodule.register_forward_pre_hook(
+                    lambda _, args, kwargs, name=name: enter(name, args, kwargs), with_kwargs=True
+                )
+            )
+            handles.append(submodule.register_forward_hook(lambda _, args, output: leave(output)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _not_used_again(calls: list[list[Tensor]]) -> list[Tensor]:
+    """Leave out what later calls were given."""
+    outputs: list[Tensor] = []
+    used: set[Any] = set()
+    for index, tensors in enumerate(reversed(calls)):
+        outputs = [tensor for tensor in tensors if tensor.grad_fn is None or tensor.grad_fn not in used] + outputs
+        if index < len(calls) - 1:
+            for tensor in tensors:
+                gradients.add_history(tensor, used)
+    return outputs
+
+
+def _batch_size(arguments: Any) -> int | None:
+    """Return the first dimension, where all tensors have the same."""
+    sizes = {tensor.shape[:1] for tensor in trees.leaves(arguments)}
+    return next(iter(sizes))[0] if len(sizes) == 1 and () not in sizes else None
+
+
+def _by_name(module: nn.Module, batch: Mapping[Any, Any]) -> dict[str, Any] | None:
+    """Select the entries of a batch that are arguments of ``forward``, if all that it must have are among them."""
+    arguments = inspect.signature(module.forward).parameters.values()
+    named = {each.name: each for each in arguments if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    if any(each.default is each.empty and name not in batch for name, each in named.items()):
+        return None
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in arguments)
+    found = {name: value for name, value in batch.items() if name in named or takes_all}
+    return found or None
