@@ -71,7 +71,7 @@ class Passage:
 
         """
         source = "what training calls the network with"
-        if len(calls) == 1:
+        if len({name for name, _ in calls}) == 1:  # the same network on several inputs counts as one
             return [cls._calling(*calls[0], source, whole) for whole in (False, True)]
         return [cls(lambda module: loss_fn(module, batch), len(calls), _batch_size(batch), source)] if calls else []
 

@@ -1,6 +1,8 @@
-"""Multiply-adds are those one counts by hand, per weight and sample, and counting leaves no trace."""
+"""Multiply-adds are those one counts by hand, per weight and sample, and zeros that are lost in products are seen."""
 
 import re
+from collections.abc import Collection
+from typing import Any
 
 import models
 import pytest
@@ -9,17 +11,22 @@ from torch import Tensor, nn
 
 from lightning_drive import costs, prunable
 from lightning_drive.costs import Costs
+from lightning_drive.undisturbed import undisturbed
 
 
-def measure(module: nn.Module, example_input: Tensor | None) -> Costs:
-    return costs.measure(module, prunable.prunable_parameters(module), example_input)
+def measure(module: nn.Module, example_input: Any, names: Collection[str] | None = None, **masks: Any) -> Costs:
+    names = prunable.prunable_parameters(module) if names is None else names
+    with undisturbed(module, "eval") as scored:
+        parameters = dict(scored.module.named_parameters())
+        return costs.measure(scored.module, {name: parameters[name] for name in names}, example_input, **masks)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_measure__mlp(batch_size: int) -> None:
     """One for each weight, whatever the batch."""
     found = measure(models.MLP(6, 4, 3), torch.randn(batch_size, 6))
-    assert found == Costs({"0.weight": 4, "2.weight": 4}, {"0.weight": 24, "2.weight": 12}, others=0)
+    assert (found.multiply_adds, found.others) == ({"0.weight": 24, "2.weight": 12}, 0)
+    assert (found.itemsizes, found.error, found.warnings) == ({"0.weight": 4, "2.weight": 4}, None, ())
 
 
 def test_measure__convolutions() -> None:
@@ -100,7 +107,7 @@ def test_measure__tied() -> None:
 def test_measure__others() -> None:
     """What is left out of pruning costs all the same."""
     module = models.MLP(6, 4, 3)
-    found = costs.measure(module, prunable.prunable_parameters(module, exclude=["2.*"]), torch.randn(1, 6))
+    found = measure(module, torch.randn(1, 6), ["0.weight"])
     assert (found.multiply_adds, found.others) == ({"0.weight": 24}, 12)
 
 
@@ -115,18 +122,10 @@ def test_measure__others() -> None:
     ids=str,
 )
 def test_measure__precision(dtype: torch.dtype, input_dtype: torch.dtype, itemsize: int) -> None:
-    found = measure(models.MLP(6, 3).to(dtype), torch.randn(2, 6).to(input_dtype))
-    assert found == Costs({"0.weight": itemsize}, {"0.weight": 18}, others=0)
-
-
-def test_measure__leaves_no_trace() -> None:
-    module = models.Restless()
-    module(torch.randn(5, 4)).sum().backward()
-    example_input = torch.randn(5, 4)
-    before = models.fingerprint(module)
-    found = measure(module, example_input)
-    assert found.multiply_adds == {"first.weight": 24, "last.weight": 18}
-    assert models.changes(module, before) == []
+    module = models.MLP(6, 3).to(dtype)
+    found = measure(module, torch.randn(2, 6).to(input_dtype))
+    assert (found.multiply_adds, found.others) == ({"0.weight": 18}, 0)
+    assert costs.measure(module, dict(module.named_parameters()), None).itemsizes["0.weight"] == itemsize
 
 
 def test_measure__one_forward_pass() -> None:
@@ -151,7 +150,8 @@ class Partly(nn.Module):
 def test_measure__partly() -> None:
     """What cannot be counted is not known; what is not used is nothing; both are said."""
     module = Partly()
-    found = costs.measure(module, dict(module.named_parameters()), torch.randn(1, 3))
+    found = measure(module, torch.randn(1, 3), [name for name, _ in module.named_parameters()])
+    assert found.others is None
     assert {name: number for name, number in found.multiply_adds.items() if name.endswith("weight")} == {
         "two.weight": None,
         "auxiliary.weight": 0,

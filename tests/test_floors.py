@@ -89,7 +89,7 @@ def test_imports_go_down(path: Path) -> None:
         pytest.param("ranking", "import lightning_drive.methods", id="up_plainly"),
         pytest.param("ranking", "from lightning_drive import schedules", id="sideways"),
         pytest.param("ranking", "from . import schedules", id="sideways_relatively"),
-        pytest.param("methods", "from lightning_drive.costs import Costs", id="sideways_for_a_name"),
+        pytest.param("flow", "from lightning_drive.costs import Costs", id="sideways_for_a_name"),
         pytest.param("callbacks", "from lightning_drive import DRIVE", id="the_public_face"),
         pytest.param("callbacks", "import lightning_drive", id="the_public_face_plainly"),
         pytest.param("methods", "import lightning.pytorch as pl", id="lightning"),

@@ -612,25 +612,6 @@ def test_active_masks__not_a_network_error() -> None:
         flow.active_masks(module, dense_masks(module), torch.zeros(1, 4))
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        torch.tensor([1.0]),
-        (torch.tensor([1.0]), torch.tensor([2.0])),
-        {"image": torch.tensor([1.0]), "label": torch.tensor([2.0])},
-        ["name", {"deep": [torch.tensor([1.0])]}],
-    ],
-    ids=["tensor", "tuple", "dict", "nested"],
-)
-def test_first_tensor(batch: Any) -> None:
-    assert flow.first_tensor(batch).tolist() == [1.0]
-
-
-@pytest.mark.parametrize("batch", [None, "text", (), {"a": 1}], ids=str)
-def test_first_tensor__none(batch: Any) -> None:
-    assert flow.first_tensor(batch) is None
-
-
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_active_masks__computed_weight(sign: float) -> None:
     """A weight without a mask carries everything, also where it is computed and happens to be negative."""

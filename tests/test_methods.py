@@ -770,7 +770,7 @@ def test_find_masks__nothing_to_warn_of() -> None:
 
 def test_find_masks__unknown_paths_warn() -> None:
     (text,) = caught(models.MLP(4, 5, 3), Magnitude(), sparsity=0.1, example_input=torch.zeros(1, 7))
-    assert text.startswith("Input-output paths could not be followed from `example_input`: RuntimeError")
+    assert text.startswith("Input-output paths could not be followed from the example input: RuntimeError")
     assert caught(models.MLP(4, 5, 3), Magnitude(), sparsity=0.1) == []
 
 
@@ -956,10 +956,20 @@ GOOD: dict[str, Any] = {"sparsity": 0.5, "batches": BATCHES, "loss_fn": models.l
         ),
         pytest.param(zero_initialised(), SynFlow(), {}, ValueError, "synaptic flow R is 0: no signal", id="no_flow"),
         pytest.param(
-            models.MLP(4, 3), SynFlow(), {"batches": None}, ValueError, "shape of the input is not known", id="no_shape"
+            models.MLP(4, 3),
+            SynFlow(),
+            {"batches": None},
+            ValueError,
+            "input of the network is not known",
+            id="no_shape",
         ),
         pytest.param(
-            models.MLP(4, 3), SynFlow(), {"batches": ["text"]}, ValueError, "shape of the input is not", id="no_tensor"
+            models.MLP(4, 3),
+            SynFlow(),
+            {"batches": ["text"]},
+            ValueError,
+            "input of the network is not",
+            id="no_tensor",
         ),
     ],
 )
@@ -1046,7 +1056,7 @@ def test_search__paths_of_a_module_with_another_forward() -> None:
     found = search(module, Magnitude(), sparsity=0.5, parameters=parameters, batches=models.make_batches(3))
     assert found.masks.sparsity == 0.5
     assert found.active is None
-    assert found.path_error.startswith("TypeError: ")
+    assert found.path_error.startswith("the first tensor of a batch: TypeError: ")
     assert found.warnings == []
 
 

@@ -1,0 +1,156 @@
+"""Every container that Lightning enters is entered, and comes back as what it was."""
+
+from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+from lightning_drive import trees
+
+ONE = torch.ones(2)
+
+
+@dataclass
+class Plain:
+    x: Any
+    name: str = "a"
+    note: Any = field(default=None, init=False)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: Any
+
+
+class Features(UserDict[str, Any]):
+    """As feature extractors give them."""
+
+    def to(self, device: Any) -> "Features":
+        return Features({name: value.to(device) for name, value in self.items()})
+
+
+class ReadOnly(Mapping[str, Any]):
+    """A mapping that is made in a way of its own."""
+
+    def __init__(self, x: Any, *, made_by: str) -> None:
+        self.x, self.made_by = x, made_by
+
+    def __getitem__(self, name: str) -> Any:
+        return {"x": self.x}[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["x"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+class Boxes(list[Any]):
+    pass
+
+
+class Pair(NamedTuple):
+    x: Any
+    y: int
+
+
+class Graphs(SimpleNamespace):
+    """A batch that is no container, but moves to a device."""
+
+    def to(self, device: Any) -> "Graphs":
+        return self
+
+
+CONTAINERS = [
+    (ONE, "y"),
+    ["y", [ONE]],
+    {"x": {"y": ONE}},
+    OrderedDict(x=ONE),
+    defaultdict(list, x=[ONE]),
+    UserDict(x=ONE),
+    Features(x=ONE),
+    ReadOnly(ONE, made_by="hand"),
+    Plain(ONE),
+    Frozen({"x": ONE}),
+    Boxes([ONE]),
+    Pair(ONE, 3),
+    Graphs(x=ONE, edges=None),
+    pack_sequence([ONE]),
+    [Plain(Features(x=ONE))],
+]
+
+
+@pytest.mark.parametrize("tree", CONTAINERS, ids=lambda tree: type(tree).__name__)
+def test_mapped(tree: Any) -> None:
+    """The same container with other tensors in it; what was given stays as it is."""
+    found = trees.mapped(lambda tensor: tensor * 2 if tensor.is_floating_point() else tensor, tree)
+    assert type(found) is type(tree)
+    assert trees.leaves(found)[0].tolist() == [2.0, 2.0]
+    assert trees.leaves(tree)[0].tolist() == [1.0, 1.0]
+
+
+def test_mapped__keeps_what_is_beside() -> None:
+    twin = trees.mapped(torch.neg, ReadOnly(ONE, made_by="hand"))
+    assert (twin.made_by, twin["x"].tolist()) == ("hand", [-1.0, -1.0])
+    thing = object()
+    assert trees.mapped(torch.neg, {"thing": thing, "name": "a"}) == {"thing": thing, "name": "a"}
+    assert trees.mapped(torch.neg, Plain(ONE, "b")).name == "b"
+
+
+@pytest.mark.parametrize(
+    "tree", [None, "text", b"bytes", 3, (), {"a": 1}, torch.nn.Linear(2, 2), torch.float32], ids=str
+)
+def test_leaves__none(tree: Any) -> None:
+    assert trees.leaves(tree) == []
+
+
+def test_leaves__in_order() -> None:
+    tensors = [torch.full((1,), float(index)) for index in range(4)]
+    found = trees.leaves(({"b": tensors[0], "a": [tensors[1]]}, Plain(tensors[2]), tensors[3]))
+    assert [tensor.item() for tensor in found] == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_mapped__cannot_be_copied() -> None:
+    """It is shared: whatever Lightning does with it works on."""
+
+    class Handle:
+        def __init__(self) -> None:
+            self.x = ONE
+
+        def to(self, device: Any) -> "Handle":
+            return self
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("no copies")
+
+    handle = Handle()
+    assert trees.mapped(torch.neg, [handle])[0] is handle
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (ONE, ((ONE,), {})),
+        ((ONE, 2), ((ONE, 2), {})),
+        ([ONE], (([ONE],), {})),
+        ({"x": ONE}, ((), {"x": ONE})),
+        (UserDict(x=ONE), ((), {"x": ONE})),
+    ],
+    ids=["tensor", "tuple", "list", "dict", "mapping"],
+)
+def test_arguments(given: Any, expected: Any) -> None:
+    """As Lightning reads an ``example_input_array``; a list is one argument."""
+    assert repr(trees.arguments(given)) == repr(expected)
+
+
+def test_packed_sequence_stays_one() -> None:
+    found = trees.mapped(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, pack_sequence([ONE]))
+    assert isinstance(found, PackedSequence)
+    assert isinstance(found.data, Tensor)
+    assert found.data.dtype == torch.float64
