@@ -225,8 +225,8 @@ def search(
     network.join_ranks()
     if network.num_skipped:
         network.warnings.append(
-            f"{network.num_skipped:,} batches gave no loss, or one that no prunable parameter has a gradient of, and"
-            " were skipped while scoring."
+            f"Scoring skipped {network.num_skipped:,} batch{'es' * (network.num_skipped > 1)} without a loss, or with"
+            " one that no prunable parameter has a gradient of."
         )
     unreached = tuple(name for name in parameters if name not in network.reached)
     causes = Causes()
