@@ -74,6 +74,7 @@ def loss_gradients(
                 names = listed(parameters)
                 reason = f"The loss does not depend on any prunable parameter ({names}): all gradients are None."
         if reason:
+            _check_finite([] if loss is None else [loss.item()])
             skip(reason)
     if not losses:
         raise ValueError("There is nothing to score on: `batches` is empty.")
