@@ -1,21 +1,22 @@
 """From scores to masks: the rounds that all methods share, and what there is to say about their outcome."""
 
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import costs, flow, gradients, masking, prunable, ranking, rounds, schedules, shards
+from lightning_drive import costs, diagnosis, flow, gradients, masking, prunable, ranking, rounds, schedules, shards
 from lightning_drive import sparsity as measures
 from lightning_drive.costs import Costs
+from lightning_drive.diagnosis import Causes
 from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
-from lightning_drive.methods import Magnitude, Method, Network, Random, check_choice
+from lightning_drive.methods import Method, Network, check_choice
 from lightning_drive.passage import Passage
 from lightning_drive.ranks import ALONE, Ranks
 from lightning_drive.rounds import Round, ScoreHistogram
@@ -42,6 +43,8 @@ class Found:
     """How the scores of the last round lay; ``None`` if they were all zero."""
     costs: Costs
     """What the network computes in one forward pass."""
+    unreached: tuple[str, ...] = ()
+    """Names of the parameters that had no gradient in any round: masks are to be found without them."""
 
 
 def find_masks(
@@ -71,7 +74,9 @@ def find_masks(
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
         batches: What ``loss_fn`` takes, read in order, ``method.batches_per_round`` in each round; a finite iterable
             is cycled. ``DRIVE`` and ``SNIP`` need it.
-        loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor. ``DRIVE`` and ``SNIP`` need it.
+        loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor. ``DRIVE`` and ``SNIP`` need it. A batch for which
+            it returns ``None``, or a loss that no prunable parameter has a gradient of, is skipped: the next one is
+            taken in its place.
         masks: Continue from these masks, at their sparsity, instead of from the dense network.
         schedule: ``"exponential"`` removes the same fraction of the survivors in every round, ``"linear"`` the same
             number of weights.
@@ -85,16 +90,18 @@ def find_masks(
         on_round: Called after every round with its index, from 1, and the masks so far.
 
     Returns:
-        The masks, on the devices of their parameters. ``masks.apply_(module)`` prunes.
+        The masks, on the devices of their parameters. ``masks.apply_(module)`` prunes. Parameters that the loss has
+        no gradient for in any round have none: they stay dense, and masks are found a second time without them.
 
     Raises:
-        ValueError: If an argument is out of range, nothing is prunable, there is nothing to score on, the loss or a
-            score is not finite, every score is zero, or ``masks`` do not fit.
+        ValueError: If an argument is out of range, nothing is prunable, there is nothing to score on in a whole pass
+            over ``batches``, the loss or a score is not finite, every score is zero, or ``masks`` do not fit.
         TypeError: If an argument has the wrong type.
 
     Warns:
         UserWarning: If the cut falls inside exact zeros, a layer or every input-output path is lost, paths cannot be
-            followed, or SynFlow is not defined for a few layers.
+            followed, SynFlow is not defined for a few layers, batches were skipped, or parameters were left out since
+            the loss does not depend on them.
 
     Example:
         >>> from lightning_drive.methods import DRIVE
@@ -112,26 +119,64 @@ def find_masks(
     check_settings(sparsity, schedule, scope)
     shards.reshard_(module)
     names = prunable.prunable_parameters(module, include, exclude)
-    with undisturbed(module, method.mode) as scored:
-        found = search(
-            scored.module,
-            method,
-            sparsity=sparsity,
-            batches=batches,
-            loss_fn=loss_fn and gradients.on_replica_only(scored.of(loss_fn), module),
-            masks=masks,
-            schedule=schedule,
-            scope=scope,
-            parameters=parameters_by_name(scored.module, names),
-            example_input=getattr(module, "example_input_array", None) if example_input is None else example_input,
-            others=dense_matrices(module, names, exclude) if include is None else (),
-            on_round=on_round,
-        )
+    passes = None if batches is None else gradients.Passes(batches)
+    others = dense_matrices(module, names, exclude) if include is None else ()
+
+    def once(names: Collection[str], masks: Mapping[str, Tensor] | None) -> Found:
+        with undisturbed(module, method.mode) as scored:
+            return search(
+                scored.module,
+                method,
+                sparsity=sparsity,
+                batches=passes,
+                loss_fn=loss_fn and gradients.on_replica_only(scored.of(loss_fn), module),
+                masks=masks,
+                schedule=schedule,
+                scope=scope,
+                parameters=parameters_by_name(scored.module, names),
+                example_input=getattr(module, "example_input_array", None) if example_input is None else example_input,
+                others=others,
+                on_round=on_round,
+            )
+
+    found = of_reached(once, method, list(names), masks)
     if found.path_error and example_input is not None:
         found.warnings.append(f"Input-output paths could not be followed from {found.path_error}")
     for text in found.warnings:
         warnings.warn(text, stacklevel=2)
     return found.masks
+
+
+def of_reached(
+    once: Callable[[Sequence[str], Mapping[str, Tensor] | None], Found],
+    method: Method,
+    names: Sequence[str],
+    masks: Mapping[str, Tensor] | None,
+) -> Found:
+    """Find masks, and once more without the parameters that had no gradient in any round.
+
+    The masks are then those that excluding these parameters gives: counts refer to what is trained.
+
+    Args:
+        once: Finds masks of named parameters, from masks to start from; on the same batches each time.
+        method: The method.
+        names: Names of all prunable parameters.
+        masks: The masks to start from.
+
+    """
+    found, left_out = once(names, masks), set[str]()
+    while found.unreached:
+        left_out.update(found.unreached)
+        reached = [name for name in names if name not in left_out]
+        found = once(reached, masks and {name: mask for name, mask in masks.items() if name not in left_out})
+    if left_out:
+        in_order = [name for name in names if name in left_out]
+        found.warnings.insert(0, diagnosis.unreached(in_order, names, _reads_batches(method)))
+    return found
+
+
+def _reads_batches(method: Method) -> bool:
+    return hasattr(method, "batches_per_round")
 
 
 def search(
@@ -164,7 +209,7 @@ def search(
     Parameters may be split over ranks (FSDP2). Every rank then scores and masks its own part, and only histograms of
     scores are exchanged; masks are put together at the end. ``on_round`` is given this rank's part.
     """
-    reads_batches = hasattr(method, "batches_per_round")
+    reads_batches = _reads_batches(method)
     holders = shards.holders(parameters)
     current = _starting_masks(module, parameters, masks, sparsity)
     start = min(Masks(masks).sparsity, sparsity)  # rounding may have taken one weight more
@@ -174,6 +219,7 @@ def search(
     network = Network(module, parameters, batches, loss_fn, example_input, ranks)
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     history = _History()
+    zeros = _zeros(network, current)
     _mask_(network.weights, current)
     for index in indices:
         density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
@@ -184,8 +230,38 @@ def search(
             on_round(index, current)
     joined = Masks({name: shards.joined(mask, of=parameters[name]) for name, mask in current.items()})
     found, disagreements = _agreed(joined if shuffle is None else joined.shuffled(shuffle), ranks)
-    reads_gradients = not isinstance(method, (Magnitude, Random))
-    return _described(network, parameters, found, history, indices[0], disagreements, reads_gradients, others)
+    network.join_ranks()
+    if network.num_skipped:
+        network.warnings.append(
+            f"Scoring skipped {network.num_skipped:,} batch{'es' * (network.num_skipped > 1)} without a loss, or with"
+            " one that no prunable parameter has a gradient of."
+        )
+    unreached = tuple(name for name in parameters if name not in network.reached)
+    causes = Causes()
+    if network.reached and not network.is_sharded and not disagreements:
+        lost = measures.collapsed_layers(found) or (list(found) if ranks.broadcast(bool(history.remarks)) else [])
+        causes = _causes(network, method, zeros, lost)
+    described = _described(network, parameters, found, history, indices[0], disagreements, causes, zeros, others)
+    return replace(described, unreached=unreached if network.reached and only_round is None else ())
+
+
+def _zeros(network: Network, masks: Masks) -> set[str]:
+    """Name the parameters that are 0 throughout though they are not pruned."""
+    if network.is_sharded:
+        return set()
+    return {name for name, weight in network.weights.items() if not weight.any() and masks[name].any()}
+
+
+def _causes(network: Network, method: Method, zeros: Collection[str], lost: Sequence[str]) -> Causes:
+    """Find factors near 0 that took the scores of lost parameters away."""
+    if not lost:
+        return Causes()
+    known = _silent_norms(network.module)
+    try:
+        network.stand_still()
+        return diagnosis.causes(network.module, network.weights, zeros, lost, known, lambda: method.score(network))
+    except (ValueError, RuntimeError):  # of a loss with 1 in place of 1e-6, which may be infinite: the masks are there
+        return Causes()
 
 
 @dataclass
@@ -228,16 +304,18 @@ def _described(
     history: _History,
     first_round: int,
     disagreements: Sequence[str],
-    reads_gradients: bool,
+    causes: Causes,
+    zeros: Collection[str],
     others: Sequence[str],
 ) -> Found:
     """Say what there is to know about the masks that were found."""
     way, path_error = _passage(network)
     active, path_error = (None, path_error) if way is None else _active(network.module, masks, way)
     measured = costs.measure(network.module, parameters, way, masks)
-    troubles = [*history.remarks, *_collapses(masks, active)]
-    if troubles and reads_gradients and not network.is_sharded:
-        troubles.extend(_silent_norms(network.module))
+    troubles = [*history.remarks, *_collapses(masks, active, causes.explained)]
+    if troubles and network.reached and not network.is_sharded:
+        troubles.extend(_silence(_silent_norms(network.module)))
+    troubles.extend([*causes.remarks, *diagnosis.dead_pairs(masks, zeros)])
     counts = [*history.counts, ranking.count_each(masks.values())]
     return Found(
         masks,
@@ -330,7 +408,8 @@ def _starting_masks(
         different = listed(sorted(masks.keys() ^ parameters.keys()))
         raise ValueError(
             f"`masks` must cover exactly the prunable parameters, but {different} is in only one of the two:"
-            " check `include`, `exclude` and what is frozen."
+            " check `include`, `exclude` and what is frozen. What an earlier search left out, since nothing depends on"
+            " it, goes in `exclude`."
         )
     start = Masks(masks)
     start.parameters_of(module)  # or an error that names the shape that differs
@@ -398,18 +477,22 @@ def _cuts_in_zeros(rankings: Mapping[str, ranking.Ranking], round_index: int, re
             )
 
 
-def _silent_norms(module: nn.Module) -> Iterator[str]:
-    """Name the norms that let nothing through, since their scale is 0, and say what that does to scores."""
-    silent = [
-        f"'{name}.weight'"
+def _silent_norms(module: nn.Module) -> list[str]:
+    """Name the scales of norms that let nothing through, since they are 0."""
+    return [
+        f"{name}.weight" if name else "weight"
         for name, layer in module.named_modules()
         if isinstance(layer, _NORMS) and layer.weight is not None and not layer.weight.any()
     ]
-    if silent:
+
+
+def _silence(scales: Sequence[str]) -> Iterator[str]:
+    """Say what norms that let nothing through do to scores."""
+    if scales:
         yield (
-            f"The scale of {listed(silent, most=3)} is 0 throughout, as some libraries initialise residual branches:"
-            " all weights in front of it score 0. Initialise it with 1 (timm: `zero_init_last=False`), or prune after"
-            " a warm-up."
+            f"The scale of {listed(map(repr, scales), most=3)} is 0 throughout, as some libraries initialise residual"
+            " branches: all weights in front of it score 0. Initialise it with 1 (timm: `zero_init_last=False`), or"
+            " prune after a warm-up."
         )
 
 
@@ -468,11 +551,12 @@ def _inclusion(masks: Masks, dense: Sequence[str], measured: Costs) -> str:
     return f" Prune what the network multiplies with by `include={[*masks, *multiplied]}`."
 
 
-def _collapses(masks: Masks, active: Masks | None) -> Iterator[str]:
-    """Say where nothing is left, and what commonly helps."""
-    helps = "More rounds, a lower `sparsity` or `scope='layerwise'` commonly help."
+def _collapses(masks: Masks, active: Masks | None, explained: Collection[str]) -> Iterator[str]:
+    """Say where nothing is left, and what commonly helps, unless that is explained otherwise."""
     empty = measures.collapsed_layers(masks)
+    is_explained = bool(empty) and set(empty) <= set(explained)
+    helps = "" if is_explained else " More rounds, a lower `sparsity` or `scope='layerwise'` commonly help."
     if empty:
-        yield f"Layer collapse: no weight is left in {listed(map(repr, empty))}. {helps}"
+        yield f"Layer collapse: no weight is left in {listed(map(repr, empty))}.{helps}"
     if active is not None and not active.num_kept:
-        yield f"The network is cut off: no path from its input to its output is left, so it cannot learn. {helps}"
+        yield f"The network is cut off: no path from its input to its output is left, so it cannot learn.{helps}"

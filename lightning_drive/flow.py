@@ -104,6 +104,8 @@ class SynapticFlow:
             for name, parameter in parameters.items()
         }
         self._others: dict[str, tuple[Tensor, Tensor]] = {}
+        self.reached: set[str] = set()
+        """Names of the parameters that the flow depends on."""
         self._replica = Replica(module, self._stand_in)
 
     def _stand_in(self, name: str, value: Tensor) -> Tensor:
@@ -141,6 +143,7 @@ class SynapticFlow:
             name: torch.zeros_like(weight) if gradient is None else gradient
             for (name, weight), gradient in zip(self.weights.items(), gradients, strict=True)
         }
+        self.reached = {name for name, gradient in zip(found, gradients, strict=True) if gradient is not None}
         return found, total.item()
 
 

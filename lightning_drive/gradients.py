@@ -11,8 +11,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_drive import shards, trees
 from lightning_drive.messages import listed
 
-LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
-"""``loss_fn(module, batch)`` returns a scalar tensor."""
+LossFunction: TypeAlias = Callable[[Any, Any], Tensor | None]
+"""``loss_fn(module, batch)`` returns a scalar tensor, or ``None`` for a batch to skip."""
+
+
+def refuse(reason: str) -> None:
+    """Raise for a batch that gives nothing to score by.
+
+    Args:
+        reason: Why it gives nothing.
+
+    Raises:
+        ValueError: Always.
+
+    """
+    raise ValueError(reason)
 
 
 def loss_gradients(
@@ -20,6 +33,7 @@ def loss_gradients(
     parameters: Mapping[str, nn.Parameter],
     loss_fn: LossFunction,
     batches: Iterable[Any],
+    skip: Callable[[str], None] = refuse,
 ) -> dict[str, Tensor]:
     """Sum the loss gradients over batches, with the weights as they are now.
 
@@ -30,37 +44,82 @@ def loss_gradients(
     Args:
         module: Passed to ``loss_fn``. Its ``.grad`` fields must be ``None``.
         parameters: Parameter name to the live parameters to differentiate by.
-        loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor.
+        loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor, or ``None`` for a batch to skip.
         batches: The batches to sum over, at least one.
+        skip: Called with the reason for every batch that gives nothing to score by: no loss, or one that no prunable
+            parameter has a gradient of.
 
     Returns:
-        Parameter name to its gradient, dense, in the parameter's precision and on its device; zeros where the loss
-        does not depend on it; of a parameter that is split over ranks, this rank's part. The caller owns these tensors.
+        Parameter name to its gradient, dense, in the parameter's precision and on its device; without those that the
+        loss does not depend on; of a parameter that is split over ranks, this rank's part. The caller owns these
+        tensors.
 
     Raises:
-        ValueError: If there is no batch, or the loss is not a scalar tensor, not finite or without a gradient.
+        ValueError: If there is no batch, or the loss is not a scalar tensor or not finite.
 
     """
     losses = []
     for batch in batches:
         loss = loss_fn(module, batch_in_float32(batch))
-        _check_loss(loss)
-        losses.append(loss.detach().reshape(()))
-        loss.backward()  # type: ignore[no-untyped-call]
+        reason = _no_loss(loss)
+        if not reason:
+            assert loss is not None
+            before = _state(parameters)
+            losses.append(loss.detach().reshape(()))
+            loss.backward()  # type: ignore[no-untyped-call]
+            if all(
+                now[0] is then[0] and now[1] == then[1] for now, then in zip(_state(parameters), before, strict=True)
+            ):
+                names = listed(parameters)
+                reason = f"The loss does not depend on any prunable parameter ({names}): all gradients are None."
+        if reason:
+            _check_finite([] if loss is None else [loss.item()])
+            skip(reason)
     if not losses:
         raise ValueError("There is nothing to score on: `batches` is empty.")
     _check_finite(torch.stack(losses).tolist())  # at the end, where there is something to wait for anyway
-    if all(parameter.grad is None for parameter in parameters.values()):
-        raise ValueError(
-            f"The loss does not depend on any prunable parameter ({listed(parameters)}): all gradients are None."
-        )
     gradients = {
-        name: torch.zeros_like(shards.local(parameter)) if parameter.grad is None else shards.local(parameter.grad)
-        for name, parameter in parameters.items()
+        name: shards.local(parameter.grad) for name, parameter in parameters.items() if parameter.grad is not None
     }
     for parameter in module.parameters():
         parameter.grad = None
     return {name: gradient.to_dense() if gradient.is_sparse else gradient for name, gradient in gradients.items()}
+
+
+def _state(parameters: Mapping[str, nn.Parameter]) -> list[tuple[Tensor | None, int]]:
+    """Return what tells whether a backward pass added to a gradient."""
+    gradients = [parameter.grad for parameter in parameters.values()]
+    return [(gradient, 0 if gradient is None else gradient._version) for gradient in gradients]
+
+
+class Passes:
+    """Batches that can be gone through again. What an iterator gave is kept and repeated.
+
+    Args:
+        batches: A finite or endless iterable.
+
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        self._kept: list[Any] | None = [] if isinstance(batches, Iterator) else None
+        self._ended = False
+        self.length: int | None = None
+        """How many batches the last whole pass had; ``None`` before its end."""
+
+    def __iter__(self) -> Iterator[Any]:
+        length = 0
+        for length, batch in enumerate(self._batches if self._kept is None else self._repeated(self._kept), 1):  # noqa: B007
+            yield batch
+        self.length = length
+
+    def _repeated(self, kept: list[Any]) -> Iterator[Any]:
+        yield from kept
+        if not self._ended:
+            for batch in self._batches:
+                kept.append(batch)
+                yield batch
+        self._ended = True
 
 
 def endless(batches: Iterable[Any]) -> Iterator[Any]:
@@ -80,18 +139,11 @@ def endless(batches: Iterable[Any]) -> Iterator[Any]:
         ([1, 2, 3, 1, 2], [1, 2, 3, 1, 2])
 
     """
-    kept: list[Any] | None = [] if isinstance(batches, Iterator) else None
-    empty = True
+    passes = batches if isinstance(batches, Passes) else Passes(batches)
     while True:
-        for batch in batches:
-            empty = False
-            if kept is not None:
-                kept.append(batch)
-            yield batch
-        if empty:
+        yield from passes
+        if not passes.length:
             raise ValueError("There is nothing to score on: `batches` is empty.")
-        if kept is not None:
-            batches, kept = kept, None
 
 
 def batch_norm_statistics(
@@ -112,8 +164,7 @@ def batch_norm_statistics(
         batches: The batches to average over.
 
     Returns:
-        Name of a BatchNorm layer to the names and new values of its buffers; empty if no layer takes part or there is
-        no batch.
+        Name of a BatchNorm layer to the names and new values of its buffers, without layers that no batch reached.
 
     """
     layers = {
@@ -128,13 +179,12 @@ def batch_norm_statistics(
         for layer in layers.values():
             layer.reset_running_stats()
             layer.momentum = None  # torch then averages cumulatively
-        count = 0
-        for count, batch in enumerate(batches, 1):  # noqa: B007
+        for batch in batches:
             loss_fn(module, batch_in_float32(batch))
         return {
             path: {name: value.clone() for name, value in layer.named_buffers()}
             for path, layer in layers.items()
-            if count
+            if layer.num_batches_tracked
         }
     finally:
         for layer, momentum in momenta.items():
@@ -179,7 +229,7 @@ def on_replica_only(loss_fn: LossFunction, original: nn.Module) -> LossFunction:
     """
     names = {id(parameter): name for name, parameter in original.named_parameters()}
 
-    def checked(module: Any, batch: Any) -> Tensor:
+    def checked(module: Any, batch: Any) -> Tensor | None:
         loss = loss_fn(module, batch)
         if names and isinstance(loss, Tensor):
             found = [names[id(leaf)] for leaf in leaves_of(loss) if id(leaf) in names]
@@ -222,12 +272,16 @@ def add_history(tensor: Tensor, known: set[Any]) -> set[Any]:
     return known
 
 
-def _check_loss(loss: object) -> None:
+def _no_loss(loss: object) -> str:
+    """Say why a loss gives nothing to score by, or raise if it is none at all."""
+    if loss is None:
+        return "The loss must be a scalar tensor, got None, which skips a batch."
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ValueError(f"The loss must be a scalar tensor, got {shape}.")
     if not loss.requires_grad:
-        raise ValueError("The loss has no gradient (`requires_grad` is False): it must depend on trainable parameters.")
+        return "The loss has no gradient (`requires_grad` is False): it must depend on trainable parameters."
+    return ""
 
 
 def _check_finite(losses: list[float]) -> None:

@@ -3,19 +3,24 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import repeat
 from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_drive import flow, gradients, passage, scores, shards, trees
-from lightning_drive.gradients import LossFunction
+from lightning_drive.gradients import LossFunction, Passes
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
 from lightning_drive.passage import Passage
 from lightning_drive.ranks import ALONE, Ranks
 from lightning_drive.undisturbed import Mode, in_mode, preserved_rng
+
+_MOST_IN_A_ROW = 10_000
+"""How many batches to skip one after another before that is an error, where the end of the data is not known."""
+_MOST_OF_ZERO = 100
+"""How often to take other batches where all gradients are 0: the network may also be cut off."""
 
 
 class Network:
@@ -24,8 +29,9 @@ class Network:
     Args:
         module: The network.
         parameters: Parameter name to live prunable parameter, pruned entries already 0.
-        batches: An endless iterator, or ``None`` where there is no data.
-        loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor, or ``None`` where there is no data.
+        batches: A finite or endless iterable, or ``None`` where there is no data.
+        loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor or, for a batch to skip, ``None``. ``None`` where
+            there is no data.
         example_input: What ``forward`` takes: a tensor, a tuple of arguments or a mapping of keyword arguments; by
             default what the loss calls the module with.
         ranks: Processes that hold the same network, each with batches of its own.
@@ -45,12 +51,19 @@ class Network:
         self._parameters = parameters
         self._ranks = ranks
         self.is_sharded = any(map(shards.is_sharded, parameters.values()))
-        self._batches = None if batches is None else self._watched(gradients.endless(batches))
+        self._passes = batches if batches is None or isinstance(batches, Passes) else Passes(batches)
+        self._batches = None if self._passes is None else self._watched(gradients.endless(self._passes))
+        self._skipped_in_a_row = 0
+        self._reason = ""  # why the last batch was skipped
+        self.num_skipped = 0
+        """How many batches gave nothing to score by."""
+        self.reached: set[str] = set()
+        """Names of the parameters that had a gradient in any round so far, be it zero."""
         self._loss_fn = loss_fn
         self._example_input = self._on_device(example_input)
         self._first: Any = None
         self._passage: Passage | None = None
-        self._recorded: list[Passage] | None = None
+        self._recorded: list[Passage] = []
         self.warnings: list[str] = []
         self._flow: flow.SynapticFlow | None = None
 
@@ -85,7 +98,8 @@ class Network:
     def loss_gradients(self, num_batches: int) -> dict[str, Tensor]:
         """Sum the loss gradients over the next batches, and average them over the ranks.
 
-        The result is that of one large batch which joins those of all ranks.
+        The result is that of one large batch which joins those of all ranks. A batch that gives no gradient is
+        skipped, and the next one is taken in its place.
 
         Args:
             num_batches: How many batches to take, at least 1.
@@ -93,16 +107,71 @@ class Network:
         Returns:
             Parameter name to gradient, in float32 or float64; the caller owns it.
 
+        Raises:
+            ValueError: If no batch of a whole pass over the data gives a gradient.
+
         """
         if self._batches is None or self._loss_fn is None:
             missing = "batches" if self._batches is None else "loss_fn"
             raise ValueError(f"This method scores by the gradient of a loss, so it needs `{missing}`, got None.")
         with self._ranks.together():
-            batches = islice(self._batches, num_batches)
-            found = gradients.loss_gradients(self.module, self._parameters, self._loss, batches)
+            found = self._own_gradients(num_batches)
+        self.reached.update(found)
+        found = {
+            name: found[name] if name in found else torch.zeros_like(weight) for name, weight in self.weights.items()
+        }
         if not self.is_sharded:  # else FSDP2 has averaged them
             self._ranks.mean_(found.values())
         return {name: scores.in_full(gradient) for name, gradient in found.items()}
+
+    def _own_gradients(self, num_batches: int) -> dict[str, Tensor]:
+        """Sum the gradients over the next batches of this rank that have any."""
+        assert self._passes is not None
+        skip = gradients.refuse if self.is_sharded else self._skip  # ranks that share weights run the same batches
+        for number in range(_MOST_OF_ZERO):
+            taken = self._taken(num_batches)
+            found = gradients.loss_gradients(self.module, self._parameters, self._loss, taken, skip)
+            if self.is_sharded or any(gradient.any() for gradient in found.values()):
+                self.num_skipped += number * num_batches
+                break
+            if self._passes.length is not None and number * num_batches >= self._passes.length:
+                break
+        return found
+
+    def _taken(self, num_batches: int) -> Iterator[Any]:
+        """Give batches until so many of them were not skipped."""
+        assert self._batches is not None
+        assert self._passes is not None
+        while num_batches:
+            batch = next(self._batches)
+            if self._skipped_in_a_row >= (self._passes.length or _MOST_IN_A_ROW):
+                where = ", a whole pass over the data" if self._passes.length else ""
+                raise ValueError(
+                    f"{self._reason} This was so for {self._skipped_in_a_row:,} batches in a row{where}: there is"
+                    " nothing to score by."
+                )
+            before = self.num_skipped
+            yield batch
+            if self.num_skipped == before:
+                num_batches -= 1
+                self._skipped_in_a_row = 0
+
+    def _skip(self, reason: str) -> None:
+        self._reason = reason
+        self._skipped_in_a_row += 1
+        self.num_skipped += 1
+
+    def join_ranks(self) -> None:
+        """Put together what ranks know of skipped batches and of parameters that had a gradient."""
+        names = list(self._parameters)
+        counts = torch.tensor([self.num_skipped, *(name in self.reached for name in names)])
+        self.num_skipped, *reached = self._ranks.sum(counts).tolist()
+        self.reached = {name for name, count in zip(names, reached, strict=True) if count}
+
+    def stand_still(self) -> None:
+        """Use the next batch again and again from here on, so that scores can be compared."""
+        if self._batches is not None:
+            self._batches = repeat(next(self._batches))
 
     def synaptic_flow(self) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
         """Compute the synaptic flow, see :class:`lightning_drive.flow.SynapticFlow`.
@@ -123,6 +192,7 @@ class Network:
             self._check_flow()
             self._flow = flow.SynapticFlow(self.module, self._parameters)
         found, total = self._flow.gradients(self.passage())
+        self.reached |= self._flow.reached
         return self._flow.weights, found, total
 
     def _check_flow(self) -> None:
@@ -176,9 +246,9 @@ class Network:
         batch = gradients.batch_in_float32(self._first_batch())
         if self._loss_fn is not None:
             with suppress(Exception):  # of a training step that cannot be called in this mode, say
-                if self._recorded is None:
+                if not self._recorded:
                     self._loss(self.module, batch)
-                found = passage.chosen(self.module, self._recorded or ()) or found
+                found = passage.chosen(self.module, self._recorded) or found
         found = found or passage.chosen(self.module, Passage.guessed(self.module, batch))
         if found is None:
             raise self._unknown_input()
@@ -192,10 +262,10 @@ class Network:
     def _is_enough(self, found: Passage) -> bool:
         return passage.uses(self.module, found).issuperset(self._parameters.values())
 
-    def _loss(self, module: Any, batch: Any) -> Tensor:
+    def _loss(self, module: Any, batch: Any) -> Tensor | None:
         """Compute the loss, and see the first time what it calls."""
         assert self._loss_fn is not None
-        if self._recorded is not None:
+        if self._recorded:
             return self._loss_fn(module, batch)
         with passage.recording(module) as calls:
             loss = self._loss_fn(module, batch)

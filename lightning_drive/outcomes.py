@@ -1,13 +1,14 @@
 """What a pruning brings: masks found in the middle of a ``fit`` that is left as it was, and the report of them."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
 from lightning_drive.methods import Method
+from lightning_drive.ranks import Ranks
 from lightning_drive.report import Control, CycleReport, PruningReport
 from lightning_drive.schedules import Schedule
 from lightning_drive.scoring import Sandbox
@@ -72,10 +74,6 @@ def search(
     """
     times = [time.monotonic()] * 2  # when the search began, and when its last round was over
 
-    def on_round(*_: Any) -> None:
-        times[1] = time.monotonic()
-        advance()
-
     num_rounds = method.rounds if only_round is None else 1
     ranks = scoring.ranks_of(trainer)
     shards.reshard_(pl_module)  # validation, a forward pass without a backward pass, leaves parameters whole
@@ -85,28 +83,34 @@ def search(
     def loss_in(sandbox: Sandbox) -> LossFunction | None:
         return loss and gradients.on_replica_only(loss(sandbox), pl_module)
 
-    with (
-        display.progress(trainer, f"Pruning by {type(method).__name__}", num_rounds) as advance,
-        _scored(trainer, pl_module, method.mode) as (sandbox, batches),
-    ):
-        parameters = finding.parameters_by_name(sandbox.module, live)
-        found = finding.search(
-            sandbox.module,
-            method,
-            sparsity=sparsity,
-            parameters=parameters,
-            batches=batches,
-            loss_fn=loss_in(sandbox),
-            masks=masks,
-            schedule=schedule,
-            scope=scope,
-            example_input=sandbox.module.example_input_array,
-            others=others,
-            on_round=on_round,
-            only_round=only_round,
-            shuffle=scoring.random_numbers(trainer) if shuffle else None,
-            ranks=ranks,
-        )
+    def once(names: Collection[str], masks: Mapping[str, Tensor] | None) -> Found:
+        def on_round(*_: Any) -> None:
+            times[1] = time.monotonic()
+            advance()
+
+        with (
+            display.progress(trainer, f"Pruning by {type(method).__name__}", num_rounds) as advance,
+            _scored(trainer, pl_module, method.mode) as (sandbox, batches),
+        ):
+            return finding.search(
+                sandbox.module,
+                method,
+                sparsity=sparsity,
+                parameters=finding.parameters_by_name(sandbox.module, names),
+                batches=batches,
+                loss_fn=loss_in(sandbox),
+                masks=masks,
+                schedule=schedule,
+                scope=scope,
+                example_input=sandbox.module.example_input_array,
+                others=others,
+                on_round=on_round,
+                only_round=only_round,
+                shuffle=scoring.random_numbers(trainer) if shuffle else None,
+                ranks=ranks,
+            )
+
+    found = finding.of_reached(once, method, list(live), masks)
     times.append(time.monotonic())
     statistics = {}
     if loss is not None and bn_batches:
@@ -115,10 +119,20 @@ def search(
             loss_fn = loss_in(sandbox)
             assert loss_fn is not None
             statistics = gradients.batch_norm_statistics(sandbox.module, loss_fn, islice(batches, bn_batches))
+        statistics = _of_all_ranks(statistics, pl_module, ranks)
         ranks.mean_(value for layer in statistics.values() for value in layer.values() if value.is_floating_point())
     times.append(time.monotonic())
     spans = [after - before for before, after in pairwise(times)]
     return Outcome(found, statistics, dict(zip(("rounds", "measuring", "batch_norm"), spans, strict=True)))
+
+
+def _of_all_ranks(
+    statistics: dict[str, dict[str, Tensor]], pl_module: pl.LightningModule, ranks: Ranks
+) -> dict[str, dict[str, Tensor]]:
+    """Keep the statistics of layers that batches of every rank reached."""
+    names = [name for name, _ in pl_module.named_modules()]
+    counts = ranks.sum(torch.tensor([int(name in statistics) for name in names])).tolist()
+    return {name: statistics[name] for name, count in zip(names, counts, strict=True) if count == ranks.size}
 
 
 @contextmanager

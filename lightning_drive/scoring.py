@@ -142,19 +142,22 @@ def training_step_loss(trainer: pl.Trainer) -> gradients.LossFunction:
         trainer: The Trainer of a :func:`sandbox`.
 
     Returns:
-        ``loss_fn(pl_module, batch)``, to be called with the module of the sandbox.
+        ``loss_fn(pl_module, batch)``, to be called with the module of the sandbox. It returns ``None`` where
+        ``training_step`` does, which skips the batch in training, too.
 
     """
     indices = count()
 
-    def loss_fn(pl_module: pl.LightningModule, batch: Any) -> Tensor:
+    def loss_fn(pl_module: pl.LightningModule, batch: Any) -> Tensor | None:
         index = next(indices)
         if index == 0:
             pl_module.on_train_epoch_start()
         pl_module.on_train_batch_start(batch, index)
         kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, index)
         output = pl_module.training_step(*kwargs.values())
-        loss = output.get("loss") if isinstance(output, dict) else output
+        if output is None:
+            return None
+        loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise MisconfigurationException(
                 "To score weights, `training_step` must return the loss as a tensor or under the key 'loss' of a dict,"

@@ -133,8 +133,9 @@ class WarmupPruningCallback(PruningCallback):
         """Say which layers were left out since a finetuning callback has not unfrozen them yet."""
         for other in companions.callbacks_of(trainer):
             if isinstance(other, BaseFinetuning):
+                known = {*masks, *self.prunable_parameters(pl_module)}
                 with prunable.unfrozen(pl_module):
-                    frozen = [name for name in self.prunable_parameters(pl_module) if name not in masks]
+                    frozen = [name for name in self.prunable_parameters(pl_module) if name not in known]
                 if frozen:
                     yield (
                         f"{listed(map(repr, frozen))} were not pruned, since {type(other).__name__} froze them, and"

@@ -317,6 +317,31 @@ def failing(folder: Path) -> dict[str, Any]:
     return {"error": "none"}
 
 
+class WithExperts(Exact):
+    """Has three more layers: one for each rank, and one that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.experts = nn.ModuleList([nn.Linear(4, 4).double() for _ in range(3)])
+
+
+def skipping(folder: Path) -> dict[str, Any]:
+    """Let one rank skip two batches, and each rank use another layer."""
+
+    def loss_fn(module: Any, batch: Any) -> Tensor | None:
+        calls.append(rank())
+        if rank() == 1 and len(calls) in (1, 3):
+            return None
+        loss = F.cross_entropy(module(batch[0]), batch[1])
+        return loss + module.experts[rank()].weight.square().sum()
+
+    calls: list[int] = []
+    pruning = METHODS["drive"](loss_fn=loss_fn, bn_batches=0)
+    result = train(folder, WithExperts(), pruning, "ddp_find_unused_parameters_true")
+    return {**result, "calls": len(calls)}
+
+
 def disagreeing(folder: Path) -> dict[str, Any]:
     """Let the weights of one rank differ."""
     return train(folder, fits.ConvModule(), METHODS["snip"](), "ddp", others=(LeavesAlone(),))
@@ -393,7 +418,16 @@ def spawned(folder: Path, strategy: str) -> dict[str, Any]:
 SHARDS_ON_CPU = torch.__version__ >= "2.6"
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (joined, variants, methods, resume, failing, disagreeing, *([sharded] if SHARDS_ON_CPU else []))
+    for scenario in (
+        joined,
+        variants,
+        methods,
+        resume,
+        failing,
+        skipping,
+        disagreeing,
+        *([sharded] if SHARDS_ON_CPU else []),
+    )
 }
 
 

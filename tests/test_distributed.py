@@ -148,6 +148,17 @@ def test_failing(ranks: Any) -> None:
     assert second.startswith("ValueError: The loss must be finite, got nan")
 
 
+def test_skipping(ranks: Any) -> None:
+    """A rank takes other batches of its own; what any rank has a gradient of is pruned, and the rest left out."""
+    first, second = ranks("skipping")
+    assert first["digest"] == second["digest"]
+    masks = Masks.from_state_dict(first["masks"])
+    assert [name for name in masks if "experts" in name] == ["experts.0.weight", "experts.1.weight"]
+    assert second["calls"] == first["calls"] + 2
+    texts = first["report"]["warnings"]
+    assert [text for text in texts if "'experts.2.weight' had no gradient in any round" in text]
+
+
 def test_disagreeing(ranks: Any) -> None:
     """Ranks whose weights differ get the masks of the first, and are told."""
     first, second = ranks("disagreeing")

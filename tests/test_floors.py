@@ -12,7 +12,7 @@ from lightning_drive import callbacks
 
 FLOORS = (
     {"copying", "forms", "handover", "messages", "modes", "ranks", "sources"},
-    {"checkpoints", "schedules", "scores", "ranking", "sparsity", "shards", "trees"},
+    {"checkpoints", "diagnosis", "schedules", "scores", "ranking", "sparsity", "shards", "trees"},
     {"channels", "gradients", "masking", "prunable", "replicas", "rounds", "tables"},
     {"files", "passage", "pictures", "rewinding", "undisturbed"},
     {"compaction", "costs", "flow"},
