@@ -1,4 +1,4 @@
-"""Weights that are no plain dense numbers: sparse or quantised ones, and subclasses of tensors that stand for others."""
+"""Weights that are no plain dense numbers: sparse or quantised ones, and subclasses of tensors."""
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ def not_maskable(tensor: Tensor, name: str) -> TypeError:
 
 
 def _places(tensor: Tensor) -> Tensor:
-    """Return for each entry of a compressed sparse tensor which of its values it is, from 1 on; 0 where there is none."""
+    """Return for each entry of a compressed sparse tensor which of its values it is, from 1 on; 0 for none."""
     values = tensor.values()
     order = torch.arange(1, values.numel() + 1, dtype=torch.float64, device=values.device).view(values.shape)
     if _COMPRESSED[tensor.layout] == "row":
