@@ -37,6 +37,7 @@ _WINDOWS = {
 }
 _REDUCTIONS = {"Mean", "Sum", "Amax", "Amin"}
 _VIEWS = {"View", "UnsafeView", "ReshapeAlias"}
+_FOLLOWED = {"Cat"} | _ELEMENTWISE | _WINDOWS | _REDUCTIONS | _VIEWS
 
 _UNIFORM = {torch.float64: 1e-12, torch.float32: 1e-6}
 """How far values of one channel may be apart to be one constant; in no other precision are constants told."""
@@ -147,10 +148,14 @@ def group_of(graph: Any, traced: "Traced", layer: nn.Module, channels: list[int]
     device = next(layer.parameters()).device
     position = {channel: root for root, channel in enumerate(channels)}
     items: dict[tuple[Any, bool], Item] = {}
+    nodes = graph.module2node
+    graph.module2node = {layer: nodes[layer]}  # it would look at all of these again, for long
     try:
         entries = graph.get_pruning_group(layer, pruner.prune_out_channels, channels).items
     except Exception:  # where torch-pruning gives up
         return None
+    finally:
+        graph.module2node = nodes
     for entry in entries:
         node, roots = entry.dep.target, entry.root_idxs
         reads = (
@@ -223,7 +228,7 @@ class _Way(NamedTuple):
 
 def _after(node: Any, inputs: Sequence[Any], before: Sequence[_Way], group: Group, traced: "Traced") -> _Way | None:
     """Follow channels through an operation that is no layer, if it keeps them apart."""
-    name = node.grad_fn.name().rpartition("::")[-1].rstrip("0123456789").removesuffix("Backward")
+    name = _operation(node)
     place, after = before[0].place, traced.shape(node)
     if any(each.place != place for each in before):
         return None
@@ -244,6 +249,13 @@ def _after(node: Any, inputs: Sequence[Any], before: Sequence[_Way], group: Grou
     if name in _REDUCTIONS:
         return _after_reduction(node.grad_fn, before[0], shapes[0])
     return _after_view(before[0], shapes[0], after, group) if name in _VIEWS else None
+
+
+def _operation(node: Any) -> str:
+    """Return the name of an operation of torch; that of anybody's own is ``""``, whatever it is called."""
+    if isinstance(node.grad_fn, torch.autograd.function.BackwardCFunction):
+        return ""
+    return node.grad_fn.name().rpartition("::")[-1].rstrip("0123456789").removesuffix("Backward")  # type: ignore[no-any-return]
 
 
 def _after_concatenation(node: Any, place: int, group: Group, traced: "Traced") -> _Way | None:
@@ -379,20 +391,24 @@ def trace(library: Any, module: nn.Module, inputs: Sequence[Any]) -> tuple[Any, 
         warnings.simplefilter("ignore")  # about what torch-pruning does not know; nor is that followed here
         for parameter in flags:
             parameter.requires_grad_(parameter.is_floating_point())
-        plain = [layer for layer in module.modules() if _is_plain(layer) and layer not in shared]
+        plain = {layer: None for layer in module.modules() if _is_plain(layer) and layer not in shared}
         for layer in plain:
             run = layer.forward
             layer.forward = partial(traced.run, layer, run)
             stack.callback(delattr, layer, "forward")
+        # Whatever others return is not followed. A metric equals anything, and would stand for all in a list.
+        others = [each for each in module.modules() if each not in plain and type(each).__eq__ is object.__eq__]
         try:
-            graph.build_dependency(module, inputs[0], forward_fn=forward, verbose=False)
+            graph.build_dependency(module, inputs[0], forward_fn=forward, ignored_layers=others, verbose=False)
         except Exception as error:
-            if outputs:
+            if not outputs:
+                raise
+            if not _pass_over_failures(library, graph, plain):
                 raise ValueError(f"torch-pruning cannot follow this module: {error!r}.") from error
-            raise
         traced.plain = dict.fromkeys(
             layer for layer in traced.calls if traced.calls[layer] == 1 and traced.is_batched(layer)
         )
+        _stop_at_unknown(graph, traced)
         with torch.no_grad():
             for given in inputs[1:]:
                 call(module, given)
@@ -400,6 +416,48 @@ def trace(library: Any, module: nn.Module, inputs: Sequence[Any]) -> tuple[Any, 
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
     return graph, traced
+
+
+def _pass_over_failures(library: Any, graph: Any, layers: Iterable[nn.Module]) -> bool:
+    """Have torch-pruning leave the channels where they are at operations that it fails to follow, such as some views.
+
+    Groups that these take part in are left alone then, unless the channels do stay where they are.
+
+    Returns:
+        Whether the rest can be followed.
+
+    """
+    nodes = getattr(graph, "module2node", {})
+    root = next((layer for layer in layers if layer in nodes), None)
+    if root is None or any(len(node.dependencies) < len(node.inputs) + len(node.outputs) for node in nodes.values()):
+        return False
+    prune = graph.get_pruner_of_module(root).prune_out_channels
+    for module, node in nodes.items():
+        graph.module2node = {root: nodes[root], module: node}
+        try:
+            graph.get_pruning_group(root, prune, [])  # which looks at all nodes first
+        except Exception:  # of many kinds: divisions by zero, sizes that are None, recursion without end
+            node.type = library.ops.OPTYPE.ELEMENTWISE
+    graph.module2node = nodes
+    return True
+
+
+def _stop_at_unknown(graph: Any, traced: Traced) -> None:
+    """Have torch-pruning give up a group where it meets what is not followed, before it goes on from there.
+
+    A group with a few shuffles of channels would take minutes, and then be left alone.
+    """
+    for node in graph.module2node.values():
+        for dependency in node.dependencies:
+            target = dependency.target
+            if target.module not in traced.plain and _operation(target) not in _FOLLOWED:
+                dependency.index_mapping.append(_stop)  # the last of the mappings that indices go through
+
+
+def _stop(indices: Sequence[Any]) -> Sequence[Any]:
+    if indices:
+        raise ValueError("This operation is not followed.")
+    return indices
 
 
 def _begin(value: Any) -> Any:

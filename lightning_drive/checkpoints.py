@@ -43,13 +43,14 @@ _TUPLE = "__tuple__"
 """Marks a tuple, which JSON does not know."""
 
 
-def load(path: str | Path, *, needs_weights: bool = True) -> dict[str, Any]:
+def load(path: str | Path, *, needs_weights: bool = True, weights_only: bool = True) -> dict[str, Any]:
     """Load a checkpoint without running any code that is in it; tensors are on the CPU.
 
     Args:
         path: A file that ``torch.save`` or Lightning wrote. Without weights, it may also be the folder that sharded
             training writes.
         needs_weights: Whether the weights are needed.
+        weights_only: As of ``torch.load``: ``False`` also loads objects of any class, and runs code from the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -59,10 +60,16 @@ def load(path: str | Path, *, needs_weights: bool = True) -> dict[str, Any]:
     path, file = Path(path), _file(Path(path), needs_weights)
     with sources.held(file) as same:
         try:
-            content = torch.load(same, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(same))
+            content = torch.load(same, map_location="cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(same))
         except OSError:
             raise
         except Exception as error:  # of many kinds, where a file is damaged
+            if not weights_only and isinstance(error, (ImportError, AttributeError)):
+                raise ValueError(
+                    f"{str(path)!r} holds something that cannot be imported here: {error}. Install its package, or be"
+                    " in the folder of its module. What a script defined that was run itself (`__main__`) cannot be"
+                    " found again: save the checkpoint without it."
+                ) from error
             raise ValueError(_unreadable(path, error, is_sound=_is_sound(same))) from error
         if zipfile.is_zipfile(same) and not _is_sound(same, weights=needs_weights):
             raise ValueError(f"{str(path)!r} is damaged: a checksum in it is not that of what it holds.")
@@ -189,7 +196,7 @@ hyper_parameters_left_out=[], entries_left_out=['set (set)'])
         else:
             part, left_out = _plain_part({key: value})
             kept.update(part)
-            entries += left_out
+            (hyper_parameters if key in _HYPER_PARAMETERS else entries).extend(left_out)
     callback, report = pruning_in(content)
     if report is not None:
         kept.update(_plain_part({_PRUNING: {"callback": callback, "report": report}})[0])
@@ -263,15 +270,21 @@ def _unreadable(path: Path, error: Exception, *, is_sound: bool) -> str:
     if not found and is_sound and isinstance(error, pickle.UnpicklingError):
         return (
             f"{str(path)!r} holds what torch cannot load without running code, such as an integer of more than 255"
-            f" bytes, so it was not loaded. If you trust the file, load it by `torch.load({str(path)!r},"
-            " weights_only=False)` in Python, and save it without that."
+            f" bytes, so it was not loaded. {_if_trusted(path)}"
         )
     if not found:
         return f"{str(path)!r} is not a file that `torch.save` wrote, or it is damaged or cut off."
     return (
-        f"{str(path)!r} holds a {found[1]}, and loading that could run any code, so it was not loaded. If you trust the"
-        f" file, take what you need out of `torch.load({str(path)!r}, weights_only=False)` in Python: its 'state_dict'"
-        " for `lightning_drive.save_sparse`, the 'report' of one of its 'callbacks' for"
+        f"{str(path)!r} holds a {found[1]}, and loading that could run any code, so it was not loaded."
+        f" {_if_trusted(path)}"
+    )
+
+
+def _if_trusted(path: Path) -> str:
+    return (
+        "If you trust the file's source, let `lightning-drive` load it with `--trust-pickle`, or in Python take what"
+        f" you need out of `torch.load({str(path)!r}, weights_only=False)`: its 'state_dict' for"
+        " `lightning_drive.save_sparse`, the 'report' of one of its 'callbacks' for"
         " `lightning_drive.PruningReport.from_dict`."
     )
 

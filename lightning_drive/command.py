@@ -10,7 +10,8 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -177,16 +178,24 @@ def _parser() -> argparse.ArgumentParser:
     expand.add_argument("sparse", metavar="SPARSE", type=Path, help="a sparse file, of `compress` or of `save_sparse`")
     expand.add_argument("out", metavar="OUT", type=Path, help="the checkpoint to write")
 
+    for command in (report, compress):
+        command.add_argument(
+            "--trust-pickle",
+            action="store_true",
+            help="load CKPT with all that was pickled into it, such as hyper-parameters of any class. This RUNS CODE"
+            " FROM THE FILE: give it only for files from a source that you trust. Without it, no code is run, and such"
+            " a file is refused",
+        )
     for command in (compress, expand):
         command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     return parser
 
 
-def _compress(checkpoint: Path, out: Path, overwrite: bool) -> None:
+def _compress(checkpoint: Path, out: Path, overwrite: bool, trust_pickle: bool) -> None:
     from lightning_drive import checkpoints, files
 
     _check_free(out, checkpoint, overwrite)
-    content = checkpoints.load(checkpoint)
+    content = _loaded(checkpoint, trust_pickle)
     state_dict = checkpoints.state_dict_of(content, checkpoint)
     rest = checkpoints.packed(content)
     files.save_sparse(state_dict, out, metadata=rest.metadata)
@@ -229,19 +238,19 @@ def _expand(sparse: Path, out: Path, overwrite: bool) -> None:
     print(f"{out}: {out.stat().st_size:,} bytes, {len(state_dict)} tensors, hyper-parameters: {names}")
 
 
-def _report(checkpoint: Path, as_json: bool) -> None:
+def _report(checkpoint: Path, as_json: bool, trust_pickle: bool) -> None:
     from lightning_drive import checkpoints, files
 
     is_sparse = checkpoints.is_safetensors(checkpoint)
     if is_sparse:
         content = checkpoints.unpacked(files.read_metadata(checkpoint), checkpoint)
     else:
-        content = checkpoints.load(checkpoint, needs_weights=False)
+        content = _loaded(checkpoint, trust_pickle, needs_weights=False)
     callback, values = checkpoints.pruning_in(content)
     report = _report_of(values, checkpoint)
     zeros: list[dict[str, Any]] = []
     if not report:
-        whole = checkpoints.load(checkpoint) if checkpoint.is_dir() else content  # or say that it is in parts
+        whole = _loaded(checkpoint, trust_pickle) if checkpoint.is_dir() else content  # or say that it is in parts
         zeros = _zeros(files.load_sparse(checkpoint) if is_sparse else checkpoints.state_dict_of(whole, checkpoint))
     if as_json:
         found = {"callback": callback or None, "report": report.to_dict() if report else None}
@@ -252,6 +261,15 @@ def _report(checkpoint: Path, as_json: bool) -> None:
         reason = f"{callback} had not pruned yet" if callback else "no pruning callback was saved in it"
         print(f"No report in {checkpoint}: {reason}. These are the zeros in all parameters and buffers:")
         print("\n".join(_table(zeros)))
+
+
+def _loaded(checkpoint: Path, trust_pickle: bool, *, needs_weights: bool = True) -> dict[str, Any]:
+    from lightning_drive import checkpoints
+
+    if not trust_pickle:
+        return checkpoints.load(checkpoint, needs_weights=needs_weights)
+    with _current_folder():
+        return checkpoints.load(checkpoint, needs_weights=needs_weights, weights_only=False)
 
 
 def _plan(
@@ -289,22 +307,30 @@ def _module(path: str) -> Any:
     package, _, name = path.partition(":")
     if not package or not name:
         raise ValueError(f"MODULE must be PACKAGE.MODULE:NAME, such as torchvision.models:resnet18, got {path!r}.")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
     try:
-        found: Any = importlib.import_module(package)
-        for part in name.split("."):
-            found = getattr(found, part)
+        with _current_folder():
+            found: Any = importlib.import_module(package)
+            for part in name.split("."):
+                found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{path!r} cannot be imported: {error}.") from error
-    finally:
-        sys.path.remove(here)
     if not isinstance(found, nn.Module) and callable(found):
         _check_call(found, path)
         found = found()
     if not isinstance(found, nn.Module):
         raise TypeError(f"{path!r} must be a torch module or return one, got {type(found).__name__}.")
     return found
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """Import modules also from the current folder."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def _check_call(make: Callable[..., Any], path: str) -> None:

@@ -39,8 +39,8 @@ def compact(module: nn.Module, example_input: Any) -> nn.Module:
     rounding. It is compared on ``example_input``, on random numbers of its shape, and on both in one batch, in float64
     where the module can run in it. Only Linear, convolutions, BatchNorm and PReLU lose channels, and only where all
     between them treats each channel by itself. All else is left as it is: attention, LayerNorm, grouped (but not
-    depthwise) convolutions, shared or parametrised weights, layers with hooks, subclasses of layers. At least one
-    channel of each layer is left, and inputs and outputs keep their shapes.
+    depthwise) convolutions, channels that are shuffled or split, shared or parametrised weights, layers with hooks,
+    subclasses of layers. At least one channel of each layer is left, and inputs and outputs keep their shapes.
 
     The module itself is only read. A LightningModule is copied without its Trainer; where ``forward`` does not do all
     that is to stay the same, compact the network in it. Shapes change, so a ``state_dict`` of the one does not load

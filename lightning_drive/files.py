@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import forms, masking, shards, sources
+from lightning_drive import forms, masking, plain, shards, sources
 from lightning_drive.messages import listed
 
 _VERSION = 1
@@ -197,8 +197,9 @@ def _stored(name: str, tensor: Tensor, taken: Mapping[str, Any]) -> tuple[dict[s
     entry: dict[str, Any] = {}
     if _name(tensor.dtype) in _AS_BYTES:
         entry = {"dtype": _name(tensor.dtype), "shape": list(tensor.shape)}
-    whole = tensor.detach().as_subclass(Tensor).resolve_conj().resolve_neg().cpu().contiguous()
-    flat = whole.view(-1)
+    given = tensor.detach().as_subclass(Tensor).resolve_conj().resolve_neg().cpu().contiguous()
+    flat = given.as_strided((given.numel(),), (1,))  # one number is contiguous whatever its strides are
+    whole = flat.view(given.shape)
     words = _words(flat)
     kept = words.ne(0).any(1)
     keys = _keys(name)
@@ -299,13 +300,15 @@ def _checked(name: object, value: object) -> Tensor:
         reason = "is on the meta device and has no values. Load the weights first"
     elif value.layout != torch.strided:
         reason = f"has the layout {value.layout}. Make it dense with `to_dense()`"
+    elif value.is_nested:
+        reason = "is a nested tensor. Make it one tensor with `to_padded_tensor`, or several"
+    elif not plain.is_plain(value) or _name(value.dtype) not in _NATIVE + _AS_BYTES:
+        reason = f"is a {type(value).__name__} of {value.dtype}, which cannot be stored. Convert it first"
     elif not forms.has_memory(value):
         reason = (
             f"claims {value.numel():,} numbers, and has {value.untyped_storage().nbytes():,} bytes in memory. Store the"
             " tensor that it was expanded from"
         )
-    elif hasattr(value, "__tensor_flatten__") or _name(value.dtype) not in _NATIVE + _AS_BYTES:
-        reason = f"is a {type(value).__name__} of {value.dtype}, which cannot be stored. Convert it first"
     if reason or not isinstance(value, Tensor):
         raise TypeError(f"{name!r} {reason}.")
     return value

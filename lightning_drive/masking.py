@@ -16,7 +16,7 @@ from torch.optim import ASGD, LBFGS, Adagrad, Optimizer, Rprop
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from lightning_drive import forms, shards
+from lightning_drive import forms, plain, shards
 from lightning_drive import sparsity as measures
 from lightning_drive.messages import listed
 
@@ -160,11 +160,12 @@ class Masks(Mapping[str, Tensor]):
             module: Has every masked parameter under its name, in the mask's shape.
 
         Raises:
+            TypeError: If a parameter is quantised, or otherwise of a form that zeros cannot be written into (named).
             ValueError: If a parameter is missing or has another shape (named).
 
         """
         for name, parameter in self.parameters_of(module).items():
-            zero_(parameter, self[name])
+            zero_(parameter, self[name], name)
 
     def parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Find the parameters that the masks are for.
@@ -176,6 +177,7 @@ class Masks(Mapping[str, Tensor]):
             Parameter name to live parameter, in the order of the masks.
 
         Raises:
+            TypeError: If a parameter is a nested tensor (named).
             ValueError: If a parameter is missing or has another shape (named).
 
         """
@@ -186,6 +188,8 @@ class Masks(Mapping[str, Tensor]):
                     f"The masks hold {name!r}, but the module has no parameter of that name: they belong to another"
                     f" module. It has: {listed(parameters, most=20)}."
                 )
+            if parameters[name].is_nested:
+                raise plain.not_maskable(parameters[name], name)
             if parameters[name].shape != mask.shape:
                 raise ValueError(
                     f"The mask of {name!r} has shape {tuple(mask.shape)}, but the parameter has shape"
@@ -196,15 +200,21 @@ class Masks(Mapping[str, Tensor]):
     def hold_for(self, module: nn.Module) -> bool:
         """Whether the module is pruned as the masks say: it has these parameters, and 0 wherever they prune.
 
+        Weights may be sparse or quantised by now; what counts are the numbers that they stand for.
+
         Args:
             module: Any module.
+
+        Raises:
+            TypeError: If it cannot be read what numbers a parameter stands for (named).
 
         """
         parameters = dict(module.named_parameters())
         return all(
             name in parameters
+            and not parameters[name].is_nested
             and parameters[name].shape == mask.shape
-            and not shards.local(parameters[name].detach())[_pruned(mask, parameters[name])].any()
+            and not plain.numbers(shards.local(parameters[name].detach()), name)[_pruned(mask, parameters[name])].any()
             for name, mask in self.items()
         )
 
@@ -268,12 +278,16 @@ class MaskedParameters:
             for a zero.
 
     Raises:
+        TypeError: If a parameter is not dense, or a subclass that may keep its numbers elsewhere (named).
         ValueError: If a parameter is missing or has another shape (named).
 
     """
 
     def __init__(self, module: nn.Module, masks: Masks) -> None:
         parameters = masks.parameters_of(module)
+        for name, parameter in parameters.items():
+            if not plain.is_plain(shards.local(parameter)):
+                raise plain.not_maskable(shards.local(parameter), name)
         self.may_divide_by_zero = any(parameter.dtype == torch.float16 for parameter in parameters.values())
         self._parameters = parameters
         self._covers = {parameter: _Cover(masks[name], parameter) for name, parameter in parameters.items()}
@@ -530,15 +544,22 @@ def _unpacked(name: str, packed: Mapping[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def zero_(tensor: Tensor, mask: Tensor) -> None:
+def zero_(tensor: Tensor, mask: Tensor, name: str = "a tensor") -> None:
     """Set what a mask prunes to exactly 0, once; what is masked again and again has :class:`MaskedParameters`.
 
     Args:
-        tensor: A parameter, which may be split over ranks, or any dense tensor.
+        tensor: A parameter, which may be split over ranks, or any other tensor.
         mask: Boolean tensor of the same shape, on any device; ``True`` keeps.
+        name: What to call the tensor in the message.
+
+    Raises:
+        TypeError: If zeros cannot be written into it, and it is not 0 already where the mask prunes.
 
     """
     mask, tensor = shards.part(mask, of=tensor).to(tensor.device), shards.local(tensor)
+    if not plain.is_plain(tensor):
+        plain.zero_(tensor, ~mask, name)
+        return
     if tensor.device.type != "cpu" or not tensor.is_floating_point() or not tensor.ndim:
         tensor.masked_fill_(~mask, 0)
         return

@@ -1,5 +1,6 @@
 """A checkpoint is read without running code in it, or refused in one line; JSON gives back what it took."""
 
+import argparse
 import json
 import os
 import re
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -160,6 +162,27 @@ def test_load__unknown_class(tmp_path: Path) -> None:
     assert legacy.count(b"Own") == 1
     with pytest.raises(ValueError, match=r"\.Gun, and loading that could run any code"):
         checkpoints.load(written(tmp_path, legacy.replace(b"Own", b"Gun")))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("value", [Path("data"), argparse.Namespace(lr=0.1), np.float64(0.5)], ids=repr)
+def test_load__trusted(value: Any, zipped: bool, tmp_path: Path) -> None:
+    """Refused with a way to load it, which works."""
+    path = saved(tmp_path, {"hyper_parameters": {"it": value}}, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"so it was not loaded\..* with `--trust-pickle`"):
+        checkpoints.load(path)
+    assert checkpoints.load(path, weights_only=False) == {"hyper_parameters": {"it": value}}
+
+
+def test_load__trusted_but_unknown(tmp_path: Path) -> None:
+    legacy = saved(tmp_path, {"it": Own()}, _use_new_zipfile_serialization=False).read_bytes()
+    for other in (b"Gun", b"owN"):
+        path = written(tmp_path, legacy.replace(b"Own", other))
+        with pytest.raises(ValueError, match=rf"cannot be imported here: .*{other.decode()}") as raised:
+            checkpoints.load(path, weights_only=False)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match=DAMAGED):
+        checkpoints.load(cut(tmp_path, -100), weights_only=False)
 
 
 # What our callbacks left in it.

@@ -1,6 +1,7 @@
 """The command makes checkpoints small and whole again, prints what was pruned, and says in one line what is wrong."""
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 
 import fits
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -178,6 +180,84 @@ def test_compress__hyper_parameters_left_out(
     succeeds(capsys, "expand", tmp_path / "small", tmp_path / "large.ckpt")
     again = Network.load_from_checkpoint(tmp_path / "large.ckpt")
     assert {name: again.hparams[name] for name in SETTINGS} == SETTINGS
+
+
+class Config(dict[str, Any]):
+    """A mapping of the user's own, as those of OmegaConf are."""
+
+
+PICKLED: dict[str, tuple[Any, str]] = {
+    "own_class": ({"names": Config(a=1)}, "names (Config)"),
+    "namespace": ({"names": argparse.Namespace(a=1)}, "names (Namespace)"),
+    "path": ({"names": Path("data")}, f"names ({type(Path()).__name__})"),
+    "numpy": ({"names": np.float64(0.5)}, "names (float64)"),
+    "as_a_whole": (argparse.Namespace(**SETTINGS), "hyper_parameters (Namespace)"),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLED)
+def test_trust_pickle(kind: str, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such a checkpoint is refused with the flag named, and used with it; what JSON cannot hold is named then."""
+    value, name = PICKLED[kind]
+    content = torch.load(run[0], weights_only=True)
+    content["hyper_parameters"] = {**SETTINGS, **value} if isinstance(value, dict) else value
+    path, out = tmp_path / "odd.ckpt", tmp_path / "small"
+    torch.save(content, path)
+    for arguments in (("report", path), ("compress", path, out)):
+        assert "`--trust-pickle`" in fails(capsys, *arguments)
+    assert not out.exists()
+    assert str(run[2].report) in succeeds(capsys, "report", path, "--trust-pickle")
+    *_, line = succeeds(capsys, "compress", "--trust-pickle", path, out).splitlines()
+    assert line.startswith(f"Hyper-parameters that JSON cannot hold are left out: {name}. Give them")
+    assert fits.equal_states(load_sparse(out), content["state_dict"])
+
+
+def test_trust_pickle__of_the_current_folder(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class is imported from the current folder, as `plan` does it; elsewhere the error says so."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    (here / "settings_of_mine.py").write_text("class Settings:\n    pass\n")
+    content = torch.load(checkpoint, weights_only=True)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(here)
+        patch.delitem(sys.modules, "settings_of_mine", raising=False)
+        content["hyper_parameters"]["names"] = importlib.import_module("settings_of_mine").Settings()
+        torch.save(content, tmp_path / "odd.ckpt")
+    sys.modules.pop("settings_of_mine", None)
+    monkeypatch.chdir(elsewhere)
+    message = fails(capsys, "report", "--trust-pickle", tmp_path / "odd.ckpt")
+    assert "cannot be imported here: No module named 'settings_of_mine'" in message
+    monkeypatch.chdir(here)
+    succeeds(capsys, "report", "--trust-pickle", tmp_path / "odd.ckpt")
+    sys.modules.pop("settings_of_mine", None)
+
+
+def test_trust_pickle__says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("report", "compress"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "RUNS CODE FROM THE FILE" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.arange(2.0, 7.0).view(1, 5)[:, 0],
+        torch.arange(6.0).view(2, 3)[1:, 2:].t(),
+        torch.arange(8, dtype=torch.bfloat16).view(2, 2, 2)[1:, :1, 1],
+    ],
+)
+def test_compress__view_of_one_number(
+    odd: Tensor, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["odd"] = odd
+    torch.save(content, tmp_path / "odd.ckpt")
+    succeeds(capsys, "compress", tmp_path / "odd.ckpt", tmp_path / "small")
+    assert torch.equal(load_sparse(tmp_path / "small")["odd"], odd)
 
 
 @pytest.mark.parametrize("version", [None, "0.9.0", "1.5.10", "1.6.2", "1.9.0", "2.0.0"])

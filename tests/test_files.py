@@ -106,6 +106,38 @@ def test_round_trip__layouts(tmp_path: Path) -> None:
     assert_same(load_sparse(tmp_path / "file"), state_dict)
 
 
+ONE_NUMBER: dict[str, Callable[[Tensor], Tensor]] = {
+    "column": lambda numbers: numbers.view(1, 24)[:, 3],
+    "corner": lambda numbers: numbers.view(4, 6)[3:, 5:].t(),
+    "block": lambda numbers: numbers.view(2, 3, 4)[1:, 2:, 3:].permute(2, 0, 1),
+    "scalar": lambda numbers: numbers.view(4, 6)[1, 2],
+    "strided": lambda numbers: numbers.as_strided((1, 1), (7, 11), 5),
+    "expanded": lambda numbers: numbers[4].expand(1, 3),
+    "nothing": lambda numbers: numbers.view(4, 6)[:0, ::2].t(),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+@pytest.mark.parametrize("view", ONE_NUMBER)
+def test_round_trip__views_of_one_number(view: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Whose strides may be anything, although they are contiguous; also conjugated and negated ones."""
+    odd = ONE_NUMBER[view](random_bits((24,), dtype, 1.0, torch.Generator().manual_seed(0)))
+    state_dict = {"odd": odd, "parameter": nn.Parameter(odd, requires_grad=False)}
+    if dtype in (torch.complex64, torch.complex128):
+        state_dict |= {"conjugated": odd.conj(), "imaginary": odd.conj().imag}
+    elif dtype in (torch.float32, torch.float64):
+        state_dict |= {"negated": torch._neg_view(odd)}
+    save_sparse(state_dict, tmp_path / "file")
+    found = load_sparse(tmp_path / "file")
+    assert list(found) == list(state_dict)
+    for name, tensor in state_dict.items():
+        expected = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert found[name].untyped_storage().tolist() == expected.reshape(-1).untyped_storage().tolist()
+
+
 def test_save_sparse__format(tmp_path: Path) -> None:
     """The bits of `masking.pack` and the values in order; all else as any reader of safetensors expects it."""
     weight, bias = torch.zeros(30, 40), torch.randn(40)
@@ -273,6 +305,13 @@ class Doubled(Tensor):
         raise NotImplementedError
 
 
+class Hidden(Doubled):
+    """The same, of a class that does not say so."""
+
+    __tensor_flatten__ = property()  # type: ignore[assignment]
+
+
+@pytest.mark.filterwarnings("ignore:.*(beta state|prototype stage|[qQ]uantize)")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -282,6 +321,12 @@ class Doubled(Tensor):
         pytest.param(lambda: torch.empty(3, device="meta"), "'bad' is on the meta device", id="meta"),
         pytest.param(lambda: nn.LazyLinear(3).weight, "'bad' has no shape yet", id="lazy"),
         pytest.param(lambda: Doubled(torch.ones(3)), "'bad' is a Doubled of torch.float32", id="subclass"),
+        pytest.param(lambda: Hidden(torch.ones(3)), "'bad' is a Hidden of torch.float32", id="wrapper"),
+        pytest.param(lambda: torch.eye(3).to_sparse_csr(), r"layout torch.sparse_csr. Make it dense", id="csr"),
+        pytest.param(
+            lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "is a Tensor of torch.qint8", id="q"
+        ),
+        pytest.param(lambda: torch.nested.nested_tensor([torch.ones(2)]), "'bad' is a nested tensor", id="nested"),
         pytest.param(lambda: torch.zeros(3, dtype=torch.bits8), "of torch.bits8, which cannot be", id="dtype"),
     ],
 )

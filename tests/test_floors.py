@@ -11,7 +11,7 @@ import lightning_drive
 from lightning_drive import callbacks
 
 FLOORS = (
-    {"copying", "forms", "handover", "messages", "modes", "ranks", "sources"},
+    {"copying", "forms", "handover", "messages", "modes", "plain", "ranks", "sources"},
     {"checkpoints", "diagnosis", "schedules", "scores", "ranking", "sparsity", "shards", "trees"},
     {"channels", "gradients", "masking", "prunable", "replicas", "rounds", "tables"},
     {"files", "passage", "pictures", "rewinding", "undisturbed"},

@@ -1,0 +1,120 @@
+"""Weights that are no plain dense numbers: sparse or quantised ones, and subclasses of tensors."""
+
+import torch
+from torch import Tensor
+
+_UNREAD = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
+"""What operations raise that a kind of tensor does not have; ``NotImplementedError`` is a ``RuntimeError``."""
+
+_COMPRESSED = {torch.sparse_csr: "row", torch.sparse_bsr: "row", torch.sparse_csc: "col", torch.sparse_bsc: "col"}
+"""Sparse layouts to the dimension whose indices they compress."""
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is the numbers that it stands for.
+
+    Args:
+        tensor: Any tensor; of one that is split over ranks, this rank's part.
+
+    Example:
+        >>> weight = torch.eye(2)
+        >>> is_plain(weight), is_plain(weight.to_sparse_csr())
+        (True, False)
+
+    """
+    is_own_kind = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return tensor.layout == torch.strided and not (is_own_kind or tensor.is_quantized or tensor.is_nested)
+
+
+def numbers(tensor: Tensor, name: str) -> Tensor:
+    """Return the numbers that a tensor stands for as a plain dense tensor.
+
+    Args:
+        tensor: Any tensor, such as a parameter; it may be sparse, quantised or a subclass with ``dequantize()`` or
+            ``to_dense()``.
+        name: What to call it in the message.
+
+    Raises:
+        TypeError: If it cannot be told (named).
+
+    """
+    if is_plain(tensor):
+        return tensor
+    # What every tensor has would first ask the subclass for operations that it may not have.
+    ways = [way for way in ("dequantize", "to_dense") if getattr(type(tensor), way) is not getattr(Tensor, way)]
+    for way in (*ways, "dequantize", "to_dense"):
+        try:
+            dense: Tensor = getattr(tensor, way)()
+        except _UNREAD:
+            continue
+        if type(dense) is Tensor and is_plain(dense) and dense.shape == tensor.shape:
+            return dense
+    raise TypeError(
+        f"{name!r} is {_kind(tensor)}, and neither its `dequantize()` nor its `to_dense()` gives the numbers that it"
+        " stands for. Look at the weights before they are converted."
+    )
+
+
+def zero_(tensor: Tensor, pruned: Tensor, name: str) -> None:
+    """Set entries of a tensor that is not plain to exactly 0.
+
+    Args:
+        tensor: A sparse or quantised tensor, or a subclass.
+        pruned: Boolean tensor of the same shape, on its device; ``True`` where to write.
+        name: What to call it in the message.
+
+    Raises:
+        TypeError: If that cannot be done, and they are not 0 already (named).
+
+    """
+    tensor = tensor.detach()
+    before = numbers(tensor, name)
+    if not before[pruned].any():
+        return
+    wanted = before.masked_fill(pruned, 0)
+    try:
+        if tensor.layout == torch.sparse_coo:  # which may hold an entry in several parts
+            tensor._values().masked_fill_(pruned[tuple(tensor._indices())], 0)
+        elif tensor.layout in _COMPRESSED:
+            places = _places(tensor)
+            tensor.values().view(-1)[places[pruned & (places > 0)] - 1] = 0
+        else:
+            tensor.copy_(wanted)
+    except _UNREAD:
+        pass
+    if not torch.equal(numbers(tensor, name), wanted):
+        raise not_maskable(tensor, name)
+
+
+def not_maskable(tensor: Tensor, name: str) -> TypeError:
+    """Return the error that says that a parameter cannot be masked.
+
+    Args:
+        tensor: The parameter.
+        name: Its name.
+
+    """
+    return TypeError(
+        f"{name!r} is {_kind(tensor)}, into which zeros cannot be written one by one. Put the masks on"
+        " before the weights are quantised or converted: `masks.apply_(module)`, then convert."
+    )
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """Return for each entry of a compressed sparse tensor which of its values it is, from 1 on; 0 for none."""
+    values = tensor.values()
+    order = torch.arange(1, values.numel() + 1, dtype=torch.float64, device=values.device).view(values.shape)
+    if _COMPRESSED[tensor.layout] == "row":
+        indices = tensor.crow_indices(), tensor.col_indices()
+    else:
+        indices = tensor.ccol_indices(), tensor.row_indices()
+    places = torch.sparse_compressed_tensor(
+        *indices, order, size=tensor.shape, layout=tensor.layout, check_invariants=False
+    )
+    return places.to_dense().long()
+
+
+def _kind(tensor: Tensor) -> str:
+    own = "" if type(tensor) in (Tensor, torch.nn.Parameter) else f"a {type(tensor).__name__} of "
+    layout = "" if tensor.layout == torch.strided else f" with the layout {tensor.layout}"
+    return f"{own or 'a tensor of '}{tensor.dtype}{layout}"
