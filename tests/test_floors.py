@@ -18,7 +18,7 @@ FLOORS = (
     {"compaction", "costs", "methods"},
     {"finding", "planning", "report"},
     {"batches", "cli", "companions", "compatibility", "display", "scoring", "phases"},
-    {"enforcing", "outcomes"},
+    {"ends", "enforcing", "outcomes"},
     {"pruning"},
     {"warmup"},
     {"callbacks", "lottery"},
