@@ -1,6 +1,5 @@
 """Pruning before a global step, in the middle of an epoch or not."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from fits import ConvModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger
-from test_saves import Calls, Hook, Interrupt, Net, Run, Unhook, interrupt, places
+from test_saves import Calls, Interrupt, Run, interrupt, places
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -257,7 +256,7 @@ def test_log(tmp_path: Path, name: str) -> None:
         def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             seen.append(float(trainer.callback_metrics.get("pruning/sparsity", -1)))
 
-    module, _ = fit(tmp_path, callback, Look(), logger=logger)
+    fit(tmp_path, callback, Look(), logger=logger)
     assert seen == pytest.approx([-1, *[callback.masks.sparsity] * 3])
     rows = (Path(logger.log_dir) / "metrics.csv").read_text()
     assert "pruning/density" in rows
