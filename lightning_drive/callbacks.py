@@ -19,6 +19,8 @@ class DRIVEPruningCallback(WarmupPruningCallback):
     Args:
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``: 0.98 keeps 2 %.
         warmup_epochs: Dense epochs before pruning, E in the paper, at least 0.
+        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which has to be
+            left out then. For endless streams. Steps are counted as by ``trainer.global_step``.
         rounds: Pruning rounds, N in the paper, at least 1. Each costs a forward and backward pass per batch.
         batches_per_round: Training batches whose gradients are summed in each round, at least 1.
         schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
@@ -33,7 +35,8 @@ class DRIVEPruningCallback(WarmupPruningCallback):
             ``training_step``, with logging silenced. Needed for manual optimization.
         bn_batches: Training batches for re-estimating BatchNorm's running statistics after pruning, at least 0;
             0 leaves them as they are.
-        reset_best: Whether ModelCheckpoint and EarlyStopping forget the dense epochs when the network is pruned.
+        reset_best: Whether ModelCheckpoint and EarlyStopping forget the dense epochs when the network is pruned; until
+            then, EarlyStopping is held off.
         control: For comparison: ``shuffle`` shuffles the masks within each parameter; ``reinit`` keeps the masks, and
             trains from new initial values of the survivors. Default: neither.
 
@@ -58,6 +61,7 @@ class DRIVEPruningCallback(WarmupPruningCallback):
         *,
         sparsity: float,
         warmup_epochs: int = 5,
+        warmup_steps: int | None = None,
         rounds: int = 100,
         batches_per_round: int = 1,
         schedule: Schedule = "exponential",
@@ -74,6 +78,7 @@ class DRIVEPruningCallback(WarmupPruningCallback):
             DRIVE(rounds=rounds, batches_per_round=batches_per_round, mode=mode),
             sparsity=sparsity,
             warmup_epochs=warmup_epochs,
+            warmup_steps=warmup_steps,
             schedule=schedule,
             scope=scope,
             include=include,
@@ -95,6 +100,8 @@ class SNIPPruningCallback(WarmupPruningCallback):
     Args:
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``: 0.98 keeps 2 %.
         warmup_epochs: Dense epochs before pruning, at least 0; 0 prunes at initialisation, as the paper does.
+        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which has to be
+            left out then. For endless streams. Steps are counted as by ``trainer.global_step``.
         rounds: Pruning rounds, at least 1; 1 is the paper's single shot. Each costs a forward and backward pass per
             batch.
         batches_per_round: Training batches whose gradients are summed in each round, at least 1.
@@ -110,7 +117,8 @@ class SNIPPruningCallback(WarmupPruningCallback):
             ``training_step``, with logging silenced. Needed for manual optimization.
         bn_batches: Training batches for re-estimating BatchNorm's running statistics after pruning, at least 0;
             0 leaves them as they are.
-        reset_best: Whether ModelCheckpoint and EarlyStopping forget the dense epochs when the network is pruned.
+        reset_best: Whether ModelCheckpoint and EarlyStopping forget the dense epochs when the network is pruned; until
+            then, EarlyStopping is held off.
         control: For comparison: ``shuffle`` shuffles the masks within each parameter; ``reinit`` keeps the masks, and
             trains from new initial values of the survivors. Default: neither.
 
@@ -135,6 +143,7 @@ class SNIPPruningCallback(WarmupPruningCallback):
         *,
         sparsity: float,
         warmup_epochs: int = 0,
+        warmup_steps: int | None = None,
         rounds: int = 1,
         batches_per_round: int = 1,
         schedule: Schedule = "exponential",
@@ -151,6 +160,7 @@ class SNIPPruningCallback(WarmupPruningCallback):
             SNIP(rounds=rounds, batches_per_round=batches_per_round, mode=mode),
             sparsity=sparsity,
             warmup_epochs=warmup_epochs,
+            warmup_steps=warmup_steps,
             schedule=schedule,
             scope=scope,
             include=include,
@@ -173,6 +183,8 @@ class SynFlowPruningCallback(WarmupPruningCallback):
     Args:
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``: 0.98 keeps 2 %.
         warmup_epochs: Dense epochs before pruning, at least 0; 0 prunes at initialisation, as the paper does.
+        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which has to be
+            left out then. For endless streams. Steps are counted as by ``trainer.global_step``.
         rounds: Pruning rounds, at least 1. Each costs a forward and backward pass on one image of ones.
         schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
             number of weights.
@@ -182,7 +194,8 @@ class SynFlowPruningCallback(WarmupPruningCallback):
         exclude: Glob patterns over parameter names that stay dense.
         bn_batches: Training batches for re-estimating BatchNorm's running statistics after pruning, at least 0;
             0 leaves them as they are.
-        reset_best: Whether ModelCheckpoint and EarlyStopping forget the dense epochs when the network is pruned.
+        reset_best: Whether ModelCheckpoint and EarlyStopping forget the dense epochs when the network is pruned; until
+            then, EarlyStopping is held off.
         control: For comparison: ``shuffle`` shuffles the masks within each parameter; ``reinit`` keeps the masks, and
             trains from new initial values of the survivors. Default: neither.
 
@@ -209,6 +222,7 @@ class SynFlowPruningCallback(WarmupPruningCallback):
         *,
         sparsity: float,
         warmup_epochs: int = 0,
+        warmup_steps: int | None = None,
         rounds: int = 100,
         schedule: Schedule = "exponential",
         scope: Scope = "global",
@@ -222,6 +236,7 @@ class SynFlowPruningCallback(WarmupPruningCallback):
             SynFlow(rounds=rounds),
             sparsity=sparsity,
             warmup_epochs=warmup_epochs,
+            warmup_steps=warmup_steps,
             schedule=schedule,
             scope=scope,
             include=include,

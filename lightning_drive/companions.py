@@ -61,9 +61,10 @@ def hold_off_early_stopping(trainer: pl.Trainer, on: bool) -> None:
     """
     for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping):
-            vars(callback).pop("_should_skip_check", None)
-            if on:
-                vars(callback)["_should_skip_check"] = _skip_check
+            for name in ("_should_skip_check", "_run_early_stopping_check"):  # subclasses have hooks of their own
+                vars(callback).pop(name, None)
+                if on:
+                    vars(callback)[name] = _skip_check
 
 
 def forget_best(trainer: pl.Trainer) -> str:

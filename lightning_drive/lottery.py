@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from typing_extensions import override
 
-from lightning_drive import companions, compatibility, display, forms, methods, outcomes, phases, scoring
-from lightning_drive.finding import Scope
+from lightning_drive import companions, compatibility, display, ends, forms, methods, outcomes, phases, scoring
+from lightning_drive.finding import Found, Scope
 from lightning_drive.messages import listed
 from lightning_drive.methods import Magnitude
 from lightning_drive.planning import Intent
@@ -22,6 +22,7 @@ from lightning_drive.pruning import PruningCallback
 from lightning_drive.report import Control, PruningReport
 from lightning_drive.rewinding import RewindPoint
 from lightning_drive.schedules import Schedule
+from lightning_drive.sparsity import collapsed_layers
 
 
 class IMPPruningCallback(PruningCallback):
@@ -39,7 +40,8 @@ class IMPPruningCallback(PruningCallback):
     of another length, ``configure_optimizers`` is called once more for its schedulers.
 
     Running averages (EMA, SWA) begin again with every cycle. EarlyStopping is held off until the last cut, and
-    ModelCheckpoint then tracks the best anew. Checkpoints hold a copy of the rewind point until the last cut.
+    ModelCheckpoint then tracks the best anew. Checkpoints hold a copy of the rewind point until the last cut. A network
+    that a cut leaves without a path from input to output ends the run with an error.
 
     Args:
         sparsity: Fraction of the prunable weights to remove in all, in ``[0, 1)``: 0.98 keeps 2 %.
@@ -55,7 +57,8 @@ class IMPPruningCallback(PruningCallback):
         exclude: Glob patterns over parameter names that stay dense.
         bn_batches: At least 0, as in the other callbacks, but without effect here: BatchNorm's statistics return with
             the weights.
-        reset_best: Whether ModelCheckpoint and EarlyStopping forget what was before the last cut.
+        reset_best: Whether ModelCheckpoint and EarlyStopping forget what was before the last cut, until which
+            EarlyStopping is held off.
         control: For comparison: ``shuffle`` shuffles the final masks within each parameter; ``reinit`` keeps the
             masks, and trains from new initial values of the survivors. Default: neither.
 
@@ -158,7 +161,6 @@ class IMPPruningCallback(PruningCallback):
         if self._restored and not compatibility.is_quick_check(trainer):
             self._resume_schedule(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
-        companions.hold_off_early_stopping(trainer, self.reset_best and not self._finished)  # until the last cut
 
     @override
     def on_train_batch_start(
@@ -174,23 +176,12 @@ class IMPPruningCallback(PruningCallback):
         """Say so if the run ended before its cycles did."""
         if not self._finished:
             rank_zero_warn(
-                f"Training ended in epoch {trainer.current_epoch}, in cycle {self.cycle} (counted from 0) of"
-                f" {self.cycles}: the network has a sparsity of {self.masks.sparsity:.4f}, not {self.sparsity}. Let"
-                f" training run for more than {self.cycles * self.epochs_per_cycle} epochs, or lower `cycles` or"
-                " `epochs_per_cycle`."
+                f"Training ended in epoch {trainer.current_epoch}{ends.reason(trainer)}, in cycle {self.cycle} (counted"
+                f" from 0) of {self.cycles}: the network has a sparsity of {self.masks.sparsity:.4f}, not"
+                f" {self.sparsity}. The next cut would have been at the start of epoch"
+                f" {(self.cycle + 1) * self.epochs_per_cycle}. Let training run for more than"
+                f" {self.cycles * self.epochs_per_cycle} epochs, or lower `cycles` or `epochs_per_cycle`."
             )
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the module, its optimizers and the other callbacks."""
-        companions.hold_off_early_stopping(trainer, False)
-        super().on_exception(trainer, pl_module, exception)
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the module, its optimizers and the other callbacks."""
-        companions.hold_off_early_stopping(trainer, False)
-        super().teardown(trainer, pl_module, stage)
 
     @override
     def _check_settings(self, then: dict[str, Any], report: PruningReport | None) -> None:
@@ -247,11 +238,25 @@ class IMPPruningCallback(PruningCallback):
             only_round=cycle,
             shuffle=is_last and self.control == "shuffle",
         )
+        if not compatibility.is_quick_check(trainer):
+            self._check_paths(outcome.found, cycle)
         # Everything is computed: from here on only commit.
         self._record(trainer, outcome, self._method(), start, control=self.control if is_last else "none", cycle=cycle)
         self._commit(trainer, pl_module)
         with display.above_bar(trainer):
             self._announce(trainer, outcome.found, None if is_last else self._line())
+
+    def _check_paths(self, found: Found, cycle: int) -> None:
+        """Raise if nothing is left to train."""
+        if found.active is not None and not found.active.num_kept:
+            empty = collapsed_layers(found.masks)
+            where = f", and no weight is left in {listed(map(repr, empty))}" if empty else ""
+            raise MisconfigurationException(
+                f"After cycle {cycle} of {self.cycles}, at a sparsity of {found.masks.sparsity:.2%}, the network is cut"
+                f" off: no path from its input to its output is left{where}. Nothing can come of the epochs that"
+                " follow. Lower `sparsity`, raise `cycles`, set `scope='layerwise'`, or leave small layers out with"
+                " `exclude`."
+            )
 
     @override
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -265,7 +270,6 @@ class IMPPruningCallback(PruningCallback):
         start.rewind_schedulers_([config.scheduler for config in self._schedulers])
         trainer.lr_scheduler_configs[:] = self._schedulers  # SWA may have put its own there
         companions.restart_averages(trainer, pl_module)
-        companions.hold_off_early_stopping(trainer, self.reset_best and not self._finished)
         super()._settle(trainer, pl_module)
 
     def _start_of_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule, start: RewindPoint) -> RewindPoint:

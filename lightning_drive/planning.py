@@ -43,6 +43,15 @@ class Intent(NamedTuple):
     pass_over: str
     first_epoch: int
     last_epoch: int
+    step: int | None = None
+    """Before which global step it will prune; the epochs say nothing then."""
+
+    @property
+    def when(self) -> str:
+        """When it will prune last, to be put into a sentence."""
+        if self.step is not None:
+            return f"before step {self.step}"
+        return f"at the start of epoch {self.last_epoch} (counted from 0)"
 
 
 @dataclass(frozen=True)
@@ -55,10 +64,12 @@ class PruningPlan:
         kept: How many prunable weights are left after each round; in iterative magnitude pruning every cycle has one.
         passes: Forward and backward passes that scoring takes.
         pass_over: What one such pass is over, such as ``"a training batch"``.
-        first_epoch: At the start of which epoch the first round is done.
-        last_epoch: At the start of which epoch the last round is done.
+        first_epoch: At the start of which epoch the first round is done, or, with a ``first_step``, in which epoch;
+            ``None`` if that is not known.
+        last_epoch: The same for the last round.
         steps: Training steps of the whole run; ``None`` if that is not known.
         max_epochs: Epochs of the whole run; ``None`` if that is not known.
+        first_step: Before which global step all rounds are done; ``None``: at the start of an epoch.
 
     Example:
         >>> parameters = PlannedParameter("0.weight", (3, 4), 12), PlannedParameter("0.bias", (3,), 3, "a bias or norm")
@@ -79,10 +90,11 @@ class PruningPlan:
     kept: tuple[int, ...]
     passes: int
     pass_over: str
-    first_epoch: int = 0
-    last_epoch: int = 0
+    first_epoch: int | None = 0
+    last_epoch: int | None = 0
     steps: int | None = None
     max_epochs: int | None = None
+    first_step: int | None = None
 
     @property
     def num_prunable(self) -> int:
@@ -103,7 +115,9 @@ class PruningPlan:
             f" {1 - self.kept[-1] / self.num_prunable:.2%}"
         )
         rounds = f"{len(self.kept)} round{'s' * (len(self.kept) != 1)}"
-        if self.last_epoch > self.first_epoch:
+        if self.first_step is not None:
+            yield f"when: before step {self.first_step}, in {rounds}"
+        elif self.last_epoch != self.first_epoch:
             yield f"when: from the start of epoch {self.first_epoch} to that of epoch {self.last_epoch}, in {rounds}"
         else:
             yield f"when: at the start of epoch {self.first_epoch}, in {rounds}"
@@ -130,7 +144,7 @@ class PruningPlan:
             parts.append(f"{self.passes:,} forward and backward pass{'es' * (self.passes != 1)} over {self.pass_over}")
         if self.share is not None and self.passes:
             parts[-1] += f", beside {self.steps:,} training steps"
-        if self.last_epoch > self.first_epoch:
+        if self.last_epoch != self.first_epoch:
             of = "" if self.max_epochs is None else f" of {self.max_epochs:,}"
             parts.append(f"{self.last_epoch:,}{of} epochs of training before the last cut")
         return f"costs: {'; '.join(parts) or 'next to nothing'}"
@@ -169,16 +183,19 @@ def plan(
         if value is not None:
             check_count(argument, value)
     sizes = [parameter.numel() for parameter in selected.values()]
+    epochs: tuple[int | None, int | None] = intent.first_epoch, intent.last_epoch
+    if intent.step is not None:
+        epochs = (None if steps_per_epoch is None else intent.step // steps_per_epoch,) * 2
     return PruningPlan(
         intent.method,
         planned_parameters(module, selected, exclude),
         counts(sizes, intent.rounds, sparsity, schedule, scope),
         intent.passes,
         intent.pass_over,
-        intent.first_epoch,
-        intent.last_epoch,
+        *epochs,
         None if max_epochs is None or steps_per_epoch is None else max_epochs * steps_per_epoch,
         max_epochs,
+        intent.step,
     )
 
 

@@ -21,6 +21,7 @@ from lightning_drive import (
     companions,
     compatibility,
     display,
+    ends,
     finding,
     forms,
     gradients,
@@ -76,7 +77,8 @@ class PruningCallback(pl.Callback):
         scope: ``"global"`` or ``"layerwise"``, see :func:`lightning_drive.find_masks`.
         include: Glob patterns over parameter names; ``None``: linear and convolutional weights.
         exclude: Glob patterns over parameter names that stay dense.
-        reset_best: Whether ModelCheckpoint and EarlyStopping forget what was before pruning.
+        reset_best: Whether ModelCheckpoint and EarlyStopping forget what was before pruning; until then, EarlyStopping
+            is held off.
         control: ``"none"``, ``"shuffle"`` or ``"reinit"``, see :class:`lightning_drive.PruningReport`.
         remember_epoch: At the start of which epoch to remember weights and optimizers, to return to; ``None``: never.
 
@@ -209,7 +211,11 @@ class PruningCallback(pl.Callback):
             compatibility.check_finetuning(self, trainer)
 
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse, once the data is loaded and a checkpoint restored, what cannot work."""
+        """Refuse, once the data is loaded and a checkpoint restored, what cannot work; warn of what may not."""
+        if not compatibility.is_quick_check(trainer):
+            ends.warn_of_unknown_length(trainer, self._intent(), self._remedy_for_unknown_length)
+            if not self.reset_best:
+                ends.warn_of_early_stopping(trainer, self._intent())
 
     def _metrics(self) -> dict[str, float]:
         """Give what is logged with every epoch, so that monitors and checkpoint names can use it."""
@@ -254,6 +260,7 @@ class PruningCallback(pl.Callback):
         """Take up restored masks again, now that weights and optimizers are restored too."""
         self._phase_start = time.monotonic() if trainer.global_step == 0 else None  # else only part of it is known
         self._resumes_epoch = True  # unless ``on_train_epoch_start`` comes first
+        scoring.begin_batch_again(trainer)
         if not self._finished:
             self._check_training(trainer, pl_module)
         if self.pruned:
@@ -268,6 +275,7 @@ class PruningCallback(pl.Callback):
                 if self._restored:
                     now, selects = self._settings(), self.prunable_parameters
                     outcomes.warn_of_other_settings(self.masks, self._settings_then or {}, now, selects, pl_module)
+        self._hold_off_early_stopping(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -338,6 +346,7 @@ class PruningCallback(pl.Callback):
                     self._commit(trainer, pl_module)
             with suppress(ValueError):  # masks that do not fit, which were the exception then
                 self.masks.apply_(pl_module)
+        companions.hold_off_early_stopping(trainer, False)
         scoring.begin_epoch_again(trainer)
         self._handover.discard()
         self._release()
@@ -347,6 +356,7 @@ class PruningCallback(pl.Callback):
         """Let go of the module and its optimizers, after a last look at what others wrote."""
         if self._live is not None:
             self._live.renew()
+        companions.hold_off_early_stopping(trainer, False)
         self._release()
 
     @override
@@ -480,6 +490,10 @@ class PruningCallback(pl.Callback):
                     " beginning."
                 )
 
+    def _hold_off_early_stopping(self, trainer: pl.Trainer) -> None:
+        """Keep EarlyStopping from ending training before the last cut."""
+        companions.hold_off_early_stopping(trainer, self.reset_best and not self._finished)
+
     def _prune_when_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Prune if it is time; say whether it was."""
         if self._finished or not self._is_due(trainer):
@@ -554,6 +568,7 @@ class PruningCallback(pl.Callback):
         for module in (pl_module, *companions.averaged_models(trainer)):
             gradients.load_batch_norm_statistics(module, self._pruning.unfinished or {})
         self._settle(trainer, pl_module)
+        self._hold_off_early_stopping(trainer)
         if self._finished and self.reset_best:
             self._forgotten = companions.forget_best(trainer)
         self._phase_start = time.monotonic()
@@ -604,6 +619,11 @@ class PruningCallback(pl.Callback):
             pl_module.log_dict(self._metrics(), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     # What is refused before training starts.
+
+    @property
+    def _remedy_for_unknown_length(self) -> str:
+        """What to set where an epoch may never end."""
+        return "Set `limit_train_batches` to the number of batches that an epoch is to have."
 
     @property
     def _unshardable(self) -> str:

@@ -61,6 +61,20 @@ def steps_per_epoch(trainer: pl.Trainer, epoch: int = 0) -> float:
     return math.ceil(batches / accumulated) if math.isfinite(batches) else math.inf
 
 
+def is_accumulating(trainer: pl.Trainer) -> bool:
+    """Whether gradients of earlier batches wait for an optimizer step, in ``on_train_batch_start``.
+
+    At the start of an epoch none do: the Trainer steps after its last batch.
+
+    Args:
+        trainer: A Trainer in the middle of ``fit``.
+
+    """
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    is_between_batches = batches.ready == batches.processed
+    return not is_between_batches and (batches.ready - 1) % trainer.accumulate_grad_batches > 0
+
+
 def begin_epoch_again(trainer: pl.Trainer) -> None:
     """Let a checkpoint that is saved at the start of an epoch begin with all of that epoch when it is resumed.
 
@@ -96,6 +110,24 @@ def _begin_again(epochs: dict[str, Any], batches: dict[str, Any]) -> None:
         for each in epochs.values():
             each["ready"] = each["started"]
         batches["current"], batches["is_last_batch"] = dict.fromkeys(batches["current"], 0), False
+
+
+def begin_batch_again(trainer: pl.Trainer) -> None:
+    """Let a run that was saved or stopped before a batch of an epoch go on with that batch, as one that was not.
+
+    Scoring takes its time there, too. The Trainer takes back, in the counts of the epoch, what it fetched and did not
+    train on, but neither in its total nor in whether it was the last batch: it would leave that one out.
+
+    Args:
+        trainer: The Trainer, in ``on_train_start``.
+
+    """
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    current: Any = batches.current
+    if current.ready > current.processed >= current.started:
+        batches.total.ready -= 1
+        current.ready -= 1
+        batches.is_last_batch = False
 
 
 def copied(state: Any) -> Any:

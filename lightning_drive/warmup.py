@@ -1,5 +1,6 @@
 """Dense warm-up, one pruning, sparse training: when the early-pruning callbacks prune, and what follows."""
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,18 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_drive import batches, companions, compatibility, display, finding, gradients, methods, prunable, scoring
+from lightning_drive import (
+    batches,
+    companions,
+    compatibility,
+    display,
+    ends,
+    finding,
+    gradients,
+    methods,
+    prunable,
+    scoring,
+)
 from lightning_drive.finding import Scope
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
@@ -26,12 +38,16 @@ class WarmupPruningCallback(PruningCallback):
     """Train densely for some epochs, prune once, keep the masks until the end.
 
     Pruning happens at the start of epoch ``warmup_epochs``, so all of the epoch before is dense, its validation and
-    checkpoint included.
+    checkpoint included; or before the batch of global step ``warmup_steps``, in the middle of an epoch or not.
 
     Args:
         method: The method that finds the masks.
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
         warmup_epochs: Dense epochs before pruning, at least 0.
+        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which has to be
+            left out then: for endless streams, and warm-ups that are no whole epochs. Steps are counted as
+            ``trainer.global_step`` does: those of all optimizers together, and one for every
+            ``accumulate_grad_batches`` batches. ``None``: ``warmup_epochs`` decides.
         schedule: See :class:`~lightning_drive.pruning.PruningCallback`, as for the other arguments that are not here.
         scope: See there.
         include: See there.
@@ -52,6 +68,7 @@ class WarmupPruningCallback(PruningCallback):
         *,
         sparsity: float,
         warmup_epochs: int = 0,
+        warmup_steps: int | None = None,
         schedule: Schedule = "exponential",
         scope: Scope = "global",
         include: list[str] | None = None,
@@ -73,11 +90,15 @@ class WarmupPruningCallback(PruningCallback):
         )
         finding.check_method(method)
         methods.check_count("warmup_epochs", warmup_epochs, least=0)
+        if warmup_steps is not None:
+            methods.check_count("warmup_steps", warmup_steps, least=0)
+            _check_left_out(type(self), "warmup_epochs", warmup_epochs, "warmup_steps", warmup_steps)
         methods.check_count("bn_batches", bn_batches, least=0)
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"`loss_fn` must be a function `loss_fn(pl_module, batch)` or None, got {loss_fn!r}.")
         self.method = method
         self.warmup_epochs = warmup_epochs
+        self.warmup_steps = warmup_steps
         self.loss_fn = loss_fn
         self.bn_batches = bn_batches
 
@@ -85,9 +106,13 @@ class WarmupPruningCallback(PruningCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the run ended before its warm-up did."""
         if not self.pruned:
+            remedy = f"Lower `{self._warmup[0]}`, or let training run longer."
+            if self.warmup_steps is None and math.isinf(trainer.num_training_batches):
+                remedy = self._remedy_for_unknown_length
             rank_zero_warn(
-                f"Training ended in epoch {trainer.current_epoch}, before the {self.warmup_epochs} warm-up epochs were"
-                " over: the network is dense. Lower `warmup_epochs`, or let training run longer."
+                f"Training ended in epoch {trainer.current_epoch}, after {trainer.global_step} steps"
+                f"{ends.reason(trainer)}, before the warm-up was over: the network is dense. It would have been pruned"
+                f" {self._intent().when}. {remedy}"
             )
 
     @override
@@ -95,11 +120,23 @@ class WarmupPruningCallback(PruningCallback):
         batches = getattr(self.method, "batches_per_round", 1)
         pass_over = "a training batch" if self._needs_loss else "a single sample, in float64"
         passes = self.method.rounds * batches
-        return Intent(str(self.method), self.method.rounds, passes, pass_over, self.warmup_epochs, self.warmup_epochs)
+        epochs = self.warmup_epochs if self.warmup_steps is None else 0
+        return Intent(str(self.method), self.method.rounds, passes, pass_over, epochs, epochs, self.warmup_steps)
 
     @override
     def _is_due(self, trainer: pl.Trainer) -> bool:
-        return compatibility.is_quick_check(trainer) or trainer.current_epoch >= self.warmup_epochs
+        if compatibility.is_quick_check(trainer):
+            return True
+        if self.warmup_steps is None:
+            return trainer.current_epoch >= self.warmup_epochs
+        return trainer.global_step >= self.warmup_steps and not scoring.is_accumulating(trainer)
+
+    @property
+    def _warmup(self) -> tuple[str, int]:
+        """Name and value of the argument that says when to prune."""
+        if self.warmup_steps is None:
+            return "warmup_epochs", self.warmup_epochs
+        return "warmup_steps", self.warmup_steps
 
     @override
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -137,10 +174,12 @@ class WarmupPruningCallback(PruningCallback):
                 with prunable.unfrozen(pl_module):
                     frozen = [name for name in self.prunable_parameters(pl_module) if name not in known]
                 if frozen:
+                    name, value = self._warmup
                     yield (
                         f"{listed(map(repr, frozen))} were not pruned, since {type(other).__name__} froze them, and"
-                        " are dense when they are unfrozen. Set `warmup_epochs` to more than the epoch in which that"
-                        f" happens, got {self.warmup_epochs}, or say with `exclude` that they are to stay dense."
+                        f" are dense when they are unfrozen. Set `{name}` to more than the"
+                        f" {name.removeprefix('warmup_')[:-1]} in which that happens, got {value}, or say with"
+                        " `exclude` that they are to stay dense."
                     )
 
     def _loss(self, sandbox: scoring.Sandbox) -> gradients.LossFunction:
@@ -159,7 +198,9 @@ class WarmupPruningCallback(PruningCallback):
         super()._check_module(trainer, pl_module)
         if self._needs_loss and self.loss_fn is None:
             scoring.check_training_step(pl_module)
-        if not compatibility.is_quick_check(trainer) and 0 <= self._max_epochs <= self.warmup_epochs:
+        if compatibility.is_quick_check(trainer) or self.warmup_steps is not None:
+            return
+        if 0 <= self._max_epochs <= self.warmup_epochs:
             raise MisconfigurationException(
                 f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes at the start of epoch"
                 f" {self.warmup_epochs} (counted from 0), but training ends after max_epochs={self._max_epochs}"
@@ -169,13 +210,54 @@ class WarmupPruningCallback(PruningCallback):
     @override
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_training(trainer, pl_module)
-        reads_statistics = self.bn_batches > 0 and self.warmup_epochs > 0
+        reads_statistics = self.bn_batches > 0 and self._warmup[1] > 0
         if self._needs_loss or reads_statistics or pl_module.example_input_array is None:
             batches.check_data(trainer)
+        if compatibility.is_quick_check(trainer):
+            return
+        if self.warmup_steps is not None:
+            self._check_steps(trainer, pl_module, self.warmup_steps)
+            return
         steps = sum(scoring.steps_per_epoch(trainer, epoch) for epoch in range(self.warmup_epochs))
-        if not compatibility.is_quick_check(trainer) and math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
+        if math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
             raise MisconfigurationException(
                 f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes after {steps:g} steps, but training"
                 f" ends after max_steps={trainer.max_steps}, so it would never prune. Raise `max_steps` or lower"
                 " `warmup_epochs`."
             )
+
+    def _check_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule, warmup_steps: int) -> None:
+        """Raise if training ends before step ``warmup_steps``."""
+        ends_after = {}
+        if trainer.max_steps >= 0:
+            ends_after["max_steps"] = float(trainer.max_steps)
+        if self._max_epochs >= 0 and pl_module.automatic_optimization:  # else a batch may have any number of steps
+            left = range(trainer.current_epoch, self._max_epochs)
+            steps = sum(scoring.steps_per_epoch(trainer, epoch) for epoch in left)
+            ends_after["max_epochs"] = trainer.global_step + steps
+        for name, last in ends_after.items():
+            if last <= warmup_steps:
+                raise MisconfigurationException(
+                    f"{type(self).__name__}(warmup_steps={warmup_steps}) prunes before step {warmup_steps} (counted"
+                    f" from 0), but with {name}={getattr(trainer, name)} training ends after {last:g} steps, so it"
+                    f" would never prune. Raise `{name}` or lower `warmup_steps`."
+                )
+
+    @property
+    @override
+    def _remedy_for_unknown_length(self) -> str:
+        return f"Set `warmup_steps` in place of `warmup_epochs`. {super()._remedy_for_unknown_length}"
+
+
+def _check_left_out(kind: type, name: str, value: Any, decides: str, given: Any) -> None:
+    """Raise if an argument has another value than its default, though another argument decides.
+
+    The default is looked up in the constructors, from the class up: a file of settings may well name it.
+    """
+    signatures = (inspect.signature(each.__init__).parameters for each in kind.__mro__)  # type: ignore[misc]
+    default = next(parameters[name].default for parameters in signatures if name in parameters)
+    if value != default:
+        raise ValueError(
+            f"`{decides}` says when to prune in place of `{name}`, which must be left out then, got"
+            f" {decides}={given} and {name}={value}. Give one of them."
+        )

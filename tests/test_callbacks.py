@@ -221,7 +221,7 @@ def test_training_that_stops_early_is_dense(tmp_path: Path) -> None:
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             trainer.should_stop = True
 
-    with pytest.warns(UserWarning, match="before the 2 warm-up epochs were over: the network is dense"):
+    with pytest.warns(UserWarning, match="before the warm-up was over: the network is dense.* epoch 2 "):
         fits.trainer(tmp_path, fits.drive(), Stop()).fit(ConvModule(), fits.loader())
 
 

@@ -88,7 +88,22 @@ def test_command_line(command_line: Any) -> None:
     assert [int(mask.sum()) for mask in callback.masks.values()] == [27, 216]
 
 
+@pytest.mark.parametrize(
+    "arguments", [["warmup_steps=2"], ["warmup_epochs=5", "warmup_steps=4"], ["warmup_steps=null"]]
+)
+def test_warmup_steps(command_line: Any, tmp_path: Path, arguments: list[str]) -> None:
+    """In steps; `null` as in a file that was printed, beside the default of `warmup_epochs`."""
+    config = tmp_path / "config.yaml"
+    given = arguments != ["warmup_steps=null"]
+    config.write_text(CONFIG.replace("        warmup_epochs: 1\n", "") if given else CONFIG)
+    settings = [f"--trainer.callbacks.{argument}" for argument in arguments]
+    cli = command_line(*settings, "--trainer.max_epochs=3") if given else command_line(*settings)
+    [callback, *_] = cli.trainer.callbacks
+    assert callback.report.step == (int(arguments[-1].partition("=")[2]) if given else 3)
+
+
 WRONG = {
+    "warmup_steps=5": "`warmup_steps` says when to prune .* got warmup_steps=5 and warmup_epochs=1. Give one of them.",
     "sparsity=90": r"`sparsity` is the fraction removed and must be in \[0, 1\), got 90.0. For 90 % pass 0.9.",
     "rounds=0": "`rounds` must be a whole number of at least 1, got 0.",
     "warmup_epochs=-1": "`warmup_epochs` must be a whole number of at least 0, got -1.",

@@ -19,7 +19,7 @@ FLOORS = (
     {"methods"},
     {"finding", "planning", "report"},
     {"batches", "cli", "companions", "compatibility", "display", "scoring", "phases"},
-    {"enforcing", "outcomes"},
+    {"ends", "enforcing", "outcomes"},
     {"pruning"},
     {"warmup"},
     {"callbacks", "lottery"},

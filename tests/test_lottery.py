@@ -258,6 +258,13 @@ def test_equals_find_masks_in_a_loop(tmp_path: Path, scope: Any) -> None:
     assert is_same(fits.state_of(module), fits.state_of(plain))
 
 
+@pytest.fixture
+def _is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs go on whose network, small as it is, a cut leaves without a path from input to output."""
+    monkeypatch.setattr(IMPPruningCallback, "_check_paths", lambda *_: None)
+
+
+@pytest.mark.usefixtures("_is_cut_off")
 @pytest.mark.filterwarnings("ignore:Layer collapse", "ignore:The network is cut off")
 @pytest.mark.parametrize("schedule", ["exponential", "linear"])
 @pytest.mark.parametrize("scope", ["global", "layerwise"])
@@ -278,6 +285,7 @@ def test_counts(tmp_path: Path, sparsity: float, scope: Any, schedule: Any) -> N
             assert (masks[name] <= after[cycle - 1].masks[name]).all()
 
 
+@pytest.mark.usefixtures("_is_cut_off")
 @pytest.mark.filterwarnings("ignore:Layer collapse", "ignore:The network is cut off")
 def test_counts__at_least_one(tmp_path: Path) -> None:
     callback = imp(sparsity=0.998, scope="layerwise")
@@ -285,6 +293,7 @@ def test_counts__at_least_one(tmp_path: Path) -> None:
     assert [int(mask.sum()) for mask in callback.masks.values()] == [1, 1, 1]
 
 
+@pytest.mark.usefixtures("_is_cut_off")
 @pytest.mark.filterwarnings("ignore:Layer collapse", "ignore:The network is cut off")
 def test_ties(tmp_path: Path) -> None:
     """Equal magnitudes, of either sign, go to the earlier parameter and then to the lower index."""
@@ -731,7 +740,7 @@ def test_early_stopping_waits_for_the_ticket__and_is_then_as_ever(tmp_path: Path
     assert fit(tmp_path, Scripted(), stopping).current_epoch == 2
 
 
-@pytest.mark.filterwarnings("ignore:Training ended in epoch")
+@pytest.mark.filterwarnings("ignore:Training ended in epoch", "ignore:EarlyStopping")
 def test_early_stopping_waits_for_the_ticket__turned_off(tmp_path: Path) -> None:
     callback = imp(reset_best=False)
     running = fit(tmp_path, Scripted(), callback, EarlyStopping("val_loss", patience=1), max_epochs=8)
