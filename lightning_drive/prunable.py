@@ -117,8 +117,7 @@ def prunable_parameters(
     """
     include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     parameters = dict(module.named_parameters())
-    default, absent = _default_names(module)
-    derived = {**_computed_weights(module), **absent}
+    default, derived = _default_names(module), _computed_weights(module)
     known = [*parameters, *derived]
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
@@ -126,7 +125,7 @@ def prunable_parameters(
                 raise ValueError(
                     f"`{argument}` pattern {pattern!r} matches no parameter. {_named(pattern, known, default)}"
                 )
-    names = {*default, *absent}
+    names = set(default)
     if include is not None:
         matrices = _matrices(module, parameters, derived)
         names = set().union(*(_included(pattern, names, matrices, known) for pattern in include))
@@ -305,19 +304,18 @@ def _named(pattern: str, known: Sequence[str], default: Sequence[str]) -> str:
     return f"{hint}The parameters are, prunable ones first (a tied one by its first name): {listed(names, most=30)}."
 
 
-def _default_names(module: nn.Module) -> tuple[list[str], dict[str, Computed]]:
-    """Name the weights that layers multiply by: those that are parameters, and those that are computed."""
-    weights, absent = set(), {}
+def _default_names(module: nn.Module) -> list[str]:
+    """Name the weights that layers multiply by, those that are parameters first."""
+    weights: set[Tensor | None] = set()
+    absent: list[str] = []
     for path, layer in module.named_modules():
-        for name in _weight_names(layer):
-            if name in layer._parameters:
-                weights.add(layer._parameters[name])  # what a layer does not use is there as `None`
-            else:
-                absent[_joined(path, name)] = computed.of_layer(layer).get(name) or computed.of_sources(layer, name)
+        names = _weight_names(layer)
+        weights.update(layer._parameters[name] for name in names if name in layer._parameters)  # unused ones are `None`
+        absent += [_joined(path, name) for name in names if name not in layer._parameters]
     for layer in module.modules():
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
             weights.discard(layer._parameters.get("weight"))
-    return [name for name, parameter in module.named_parameters() if parameter in weights], absent
+    return [*(name for name, parameter in module.named_parameters() if parameter in weights), *absent]
 
 
 def _weight_names(layer: nn.Module) -> list[str]:
@@ -335,11 +333,14 @@ def _weight_names(layer: nn.Module) -> list[str]:
 
 
 def _computed_weights(module: nn.Module) -> dict[str, Computed]:
-    return {
-        _joined(path, name): each
-        for path, layer in module.named_modules()
-        for name, each in computed.of_layer(layer).items()
-    }
+    """Name the weights that are not stored, in the order of the layers."""
+    found = {}
+    for path, layer in module.named_modules():
+        known = computed.of_layer(layer)
+        for name in dict.fromkeys([*known, *_weight_names(layer)]):
+            if name not in layer._parameters:
+                found[_joined(path, name)] = known.get(name) or computed.of_sources(layer, name)
+    return found
 
 
 def _matrices(
