@@ -26,8 +26,8 @@ class DRIVEPruningCallback(WarmupPruningCallback):
         schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
             number of weights.
         scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
-        include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all linear
-            and convolutional layers.
+        include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
+            layers that multiply by them. ``["*"]``: everything of two dimensions or more.
         exclude: Glob patterns over parameter names that stay dense.
         mode: ``train``: BatchNorm uses batch statistics while scoring; ``eval``: running statistics. Dropout is off
             in both.
@@ -108,8 +108,8 @@ class SNIPPruningCallback(WarmupPruningCallback):
         schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
             number of weights.
         scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
-        include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all linear
-            and convolutional layers.
+        include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
+            layers that multiply by them. ``["*"]``: everything of two dimensions or more.
         exclude: Glob patterns over parameter names that stay dense.
         mode: ``train``: BatchNorm uses batch statistics while scoring; ``eval``: running statistics. Dropout is off
             in both.
@@ -189,8 +189,8 @@ class SynFlowPruningCallback(WarmupPruningCallback):
         schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
             number of weights.
         scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
-        include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all linear
-            and convolutional layers.
+        include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
+            layers that multiply by them. ``["*"]``: everything of two dimensions or more.
         exclude: Glob patterns over parameter names that stay dense.
         bn_batches: Training batches for re-estimating BatchNorm's running statistics after pruning, at least 0;
             0 leaves them as they are.

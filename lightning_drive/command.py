@@ -50,8 +50,9 @@ _ABOUT_PLAN = """\
 Print what a callback would prune of a module, when, and what that would cost.
 Nothing is trained or changed.
 
-Prunable are the weights of all linear and convolutional layers. Biases, norms
-and embeddings are not. The table lists all parameters, and which stay dense.
+Prunable are the weights of all layers that multiply by them: linear,
+convolutional, attention and recurrent ones. Biases, norms and embeddings are
+not. The table lists all parameters, and which stay dense.
 """
 
 _ABOUT_REPORT = """\

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from lightning_drive import costs, diagnosis, flow, gradients, masking, prunable, ranking, rounds, schedules, shards
 from lightning_drive import sparsity as measures
+from lightning_drive.arguments import check_choice
 from lightning_drive.costs import Costs
 from lightning_drive.diagnosis import Causes
 from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
-from lightning_drive.methods import Method, Network, check_choice
+from lightning_drive.methods import Method, Network
 from lightning_drive.passage import Passage
 from lightning_drive.ranks import ALONE, Ranks
 from lightning_drive.rounds import Round, ScoreHistogram
@@ -57,8 +58,8 @@ def find_masks(
     masks: Mapping[str, Tensor] | None = None,
     schedule: Schedule = "exponential",
     scope: Scope = "global",
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
     example_input: Any = None,
     on_round: Callable[[int, Masks], None] | None = None,
 ) -> Masks:
@@ -82,7 +83,8 @@ def find_masks(
             number of weights.
         scope: ``"global"``: one ranking for all parameters. ``"layerwise"``: every parameter keeps the same fraction.
         include: Glob patterns over parameter names, see
-            :func:`lightning_drive.prunable.prunable_parameters`; default: linear and convolutional weights.
+            :func:`lightning_drive.prunable.prunable_parameters`; default: the weights of all layers that multiply by
+            them.
         exclude: Glob patterns over parameter names that stay dense.
         example_input: What ``forward`` takes, batch dimension first: a tensor, a tuple of arguments or a mapping of
             keyword arguments. ``SynFlow`` and input-output paths need it. Default: a LightningModule's
@@ -116,9 +118,11 @@ def find_masks(
 
     """
     check_method(method)
-    check_settings(sparsity, schedule, scope)
+    sparsity, schedule, scope = check_settings(sparsity, schedule, scope)
+    include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     shards.reshard_(module)
     names = prunable.prunable_parameters(module, include, exclude)
+    prunable.check_numbers(names)
     passes = None if batches is None else gradients.Passes(batches)
     others = dense_matrices(module, names, exclude) if include is None else ()
 
@@ -378,8 +382,8 @@ def check_method(method: Method) -> None:
         )
 
 
-def check_settings(sparsity: float, schedule: str, scope: str) -> None:
-    """Refuse settings that no module could be pruned with.
+def check_settings(sparsity: float, schedule: str, scope: str) -> tuple[float, Schedule, Scope]:
+    """Return settings in plain types, and raise for those that no module could be pruned with.
 
     Args:
         sparsity: Fraction removed, in ``[0, 1)``.
@@ -391,9 +395,8 @@ def check_settings(sparsity: float, schedule: str, scope: str) -> None:
         ValueError: If it is out of range, or a choice is not one.
 
     """
-    schedules.check_sparsity(sparsity)
-    check_choice("schedule", schedule, Schedule)
-    check_choice("scope", scope, Scope)
+    fraction = schedules.check_sparsity(sparsity)
+    return fraction, check_choice("schedule", schedule, Schedule), check_choice("scope", scope, Scope)
 
 
 def _starting_masks(

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from typing_extensions import override
 
-from lightning_drive import companions, compatibility, display, ends, forms, methods, outcomes, phases, scoring
+from lightning_drive import arguments, companions, compatibility, display, ends, forms, outcomes, phases, scoring
 from lightning_drive.finding import Found, Scope
 from lightning_drive.messages import listed
 from lightning_drive.methods import Magnitude
@@ -52,8 +52,8 @@ class IMPPruningCallback(PruningCallback):
         schedule: ``exponential`` removes the same fraction of the survivors in every cycle, ``linear`` the same
             number of weights.
         scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
-        include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all linear
-            and convolutional layers.
+        include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
+            layers that multiply by them. ``["*"]``: everything of two dimensions or more.
         exclude: Glob patterns over parameter names that stay dense.
         bn_batches: At least 0, as in the other callbacks, but without effect here: BatchNorm's statistics return with
             the weights.
@@ -96,10 +96,10 @@ class IMPPruningCallback(PruningCallback):
         reset_best: bool = True,
         control: Control = "none",
     ) -> None:
-        methods.check_count("cycles", cycles)
-        methods.check_count("epochs_per_cycle", epochs_per_cycle)
-        methods.check_count("rewind_epoch", rewind_epoch, least=0)
-        methods.check_count("bn_batches", bn_batches, least=0)
+        cycles = arguments.check_count("cycles", cycles)
+        epochs_per_cycle = arguments.check_count("epochs_per_cycle", epochs_per_cycle)
+        rewind_epoch = arguments.check_count("rewind_epoch", rewind_epoch, least=0)
+        bn_batches = arguments.check_count("bn_batches", bn_batches, least=0)
         if rewind_epoch >= epochs_per_cycle:
             raise ValueError(
                 f"`rewind_epoch` is an epoch of the first cycle, so it must be less than `epochs_per_cycle`"

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import repeat
-from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_drive import flow, gradients, passage, scores, shards, trees
+from lightning_drive.arguments import check_choice, check_count
 from lightning_drive.gradients import LossFunction, Passes
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
@@ -326,9 +327,9 @@ class DRIVE:
     mode: Mode = "train"
 
     def __post_init__(self) -> None:
-        check_count("rounds", self.rounds)
-        check_count("batches_per_round", self.batches_per_round)
-        check_choice("mode", self.mode, Mode)
+        object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
+        object.__setattr__(self, "batches_per_round", check_count("batches_per_round", self.batches_per_round))
+        object.__setattr__(self, "mode", check_choice("mode", self.mode, Mode))
 
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.scores.drive` on the next batches."""
@@ -352,9 +353,9 @@ class SNIP:
     mode: Mode = "train"
 
     def __post_init__(self) -> None:
-        check_count("rounds", self.rounds)
-        check_count("batches_per_round", self.batches_per_round)
-        check_choice("mode", self.mode, Mode)
+        object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
+        object.__setattr__(self, "batches_per_round", check_count("batches_per_round", self.batches_per_round))
+        object.__setattr__(self, "mode", check_choice("mode", self.mode, Mode))
 
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.scores.snip` on the next batches."""
@@ -375,7 +376,7 @@ class SynFlow:
     mode: ClassVar[Mode] = "eval"
 
     def __post_init__(self) -> None:
-        check_count("rounds", self.rounds)
+        object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
 
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.scores.synflow` in float64."""
@@ -403,7 +404,7 @@ class Magnitude:
     mode: ClassVar[Mode] = "eval"
 
     def __post_init__(self) -> None:
-        check_count("rounds", self.rounds)
+        object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
 
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.scores.magnitude`."""
@@ -428,7 +429,8 @@ class Random:
     mode: ClassVar[Mode] = "eval"
 
     def __post_init__(self) -> None:
-        check_count("rounds", self.rounds)
+        object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
+        object.__setattr__(self, "seed", check_count("seed", self.seed, least=None))
 
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by uniform random numbers drawn on the CPU."""
@@ -458,35 +460,3 @@ def with_fewer_rounds(method: Method, most: int) -> Method:
 
     """
     return replace(method, rounds=min(method.rounds, most))  # type: ignore[type-var]
-
-
-def check_choice(argument: str, value: object, choices: Any) -> None:
-    """Refuse a value that is not one of a ``Literal``'s choices.
-
-    Args:
-        argument: The argument's name, for the message.
-        value: What was given.
-        choices: The ``Literal`` type.
-
-    Raises:
-        ValueError: If it is none of them.
-
-    """
-    if value not in get_args(choices):
-        raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}.")
-
-
-def check_count(argument: str, value: object, *, least: int = 1) -> None:
-    """Refuse what is not a whole number of at least ``least``.
-
-    Args:
-        argument: The argument's name, for the message.
-        value: What was given.
-        least: The lowest value allowed.
-
-    Raises:
-        ValueError: If it is not.
-
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{argument}` must be a whole number of at least {least}, got {value!r}.")

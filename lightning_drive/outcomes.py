@@ -79,6 +79,7 @@ def search(
     shards.reshard_(pl_module)  # validation, a forward pass without a backward pass, leaves parameters whole
     scoring.free_gradients(trainer, pl_module)
     live = select(pl_module)
+    prunable.check_numbers(live)
 
     def loss_in(sandbox: Sandbox) -> LossFunction | None:
         return loss and gradients.on_replica_only(loss(sandbox), pl_module)
@@ -194,6 +195,7 @@ def report(
         scores=found.scores,
         cycles=cycles,
         other_multiply_adds=measured.others,
+        num_parameters=prunable.count_all(trainer.lightning_module),
     )
 
 

@@ -1,14 +1,15 @@
 """What pruning will do to a module and what it will cost, said before anything is trained."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_drive import schedules, tables
-from lightning_drive.methods import check_count
+from lightning_drive.arguments import check_count, check_patterns
 from lightning_drive.schedules import Schedule
 
 _SHOWN_ROUNDS = 8
@@ -75,6 +76,7 @@ class PruningPlan:
         >>> parameters = PlannedParameter("0.weight", (3, 4), 12), PlannedParameter("0.bias", (3,), 3, "a bias or norm")
         >>> print(PruningPlan("SNIP()", parameters, kept=(6,), passes=1, pass_over="a training batch"))
         SNIP() keeps 6 of 12 prunable weights, a sparsity of 50.00%
+        of all 15 weights 80.00% are prunable, an overall sparsity of 40.00%
         when: at the start of epoch 0, in 1 round
         weights left after round 1: 6
         parameter  shape  weights              pruned
@@ -102,6 +104,16 @@ class PruningPlan:
         return sum(each.num_weights for each in self.parameters if not each.stays_dense)
 
     @property
+    def num_weights(self) -> int:
+        """How many weights there are in all, prunable or not."""
+        return sum(each.num_weights for each in self.parameters)
+
+    @property
+    def overall_sparsity(self) -> float:
+        """Fraction of all weights, prunable or not, that will be removed."""
+        return (self.num_prunable - self.kept[-1]) / self.num_weights
+
+    @property
     def share(self) -> float | None:
         """Passes of scoring per training step, of the whole run; ``None`` if its length is not known."""
         return None if self.steps is None else self.passes / self.steps
@@ -113,6 +125,10 @@ class PruningPlan:
         yield (
             f"{self.method} keeps {self.kept[-1]:,} of {self.num_prunable:,} prunable weights, a sparsity of"
             f" {1 - self.kept[-1] / self.num_prunable:.2%}"
+        )
+        yield (
+            f"of all {self.num_weights:,} weights {self.num_prunable / self.num_weights:.2%} are prunable, an overall"
+            f" sparsity of {self.overall_sparsity:.2%}"
         )
         rounds = f"{len(self.kept)} round{'s' * (len(self.kept) != 1)}"
         if self.first_step is not None:
@@ -158,7 +174,7 @@ def plan(
     sparsity: float,
     schedule: Schedule,
     scope: str,
-    exclude: Sequence[str] | None,
+    exclude: Iterable[str] | None,
     max_epochs: int | None,
     steps_per_epoch: int | None,
 ) -> PruningPlan:
@@ -179,9 +195,8 @@ def plan(
         ValueError: If one of the last two is not a whole number of at least 1.
 
     """
-    for argument, value in (("max_epochs", max_epochs), ("steps_per_epoch", steps_per_epoch)):
-        if value is not None:
-            check_count(argument, value)
+    max_epochs = None if max_epochs is None else check_count("max_epochs", max_epochs)
+    steps_per_epoch = None if steps_per_epoch is None else check_count("steps_per_epoch", steps_per_epoch)
     sizes = [parameter.numel() for parameter in selected.values()]
     epochs: tuple[int | None, int | None] = intent.first_epoch, intent.last_epoch
     if intent.step is not None:
@@ -200,7 +215,7 @@ def plan(
 
 
 def planned_parameters(
-    module: nn.Module, selected: Mapping[str, nn.Parameter], exclude: Sequence[str] | None
+    module: nn.Module, selected: Mapping[str, nn.Parameter], exclude: Iterable[str] | None
 ) -> tuple[PlannedParameter, ...]:
     """Say of every parameter whether it will be pruned, and why not.
 
@@ -210,6 +225,7 @@ def planned_parameters(
         exclude: Glob patterns over parameter names that stay dense.
 
     """
+    exclude = check_patterns("exclude", exclude)
 
     def reason(name: str, parameter: nn.Parameter) -> str:
         if name in selected:
@@ -223,6 +239,7 @@ def planned_parameters(
     return tuple(
         PlannedParameter(name, tuple(parameter.shape), parameter.numel(), reason(name, parameter))
         for name, parameter in module.named_parameters()
+        if not isinstance(parameter, UninitializedParameter)  # whose shape nobody knows
     )
 
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_drive import (
+    arguments,
     checkpoints,
     companions,
     compatibility,
@@ -26,7 +27,6 @@ from lightning_drive import (
     forms,
     gradients,
     messages,
-    methods,
     outcomes,
     planning,
     prunable,
@@ -75,7 +75,8 @@ class PruningCallback(pl.Callback):
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
         schedule: ``"exponential"`` or ``"linear"``, see :func:`lightning_drive.find_masks`.
         scope: ``"global"`` or ``"layerwise"``, see :func:`lightning_drive.find_masks`.
-        include: Glob patterns over parameter names; ``None``: linear and convolutional weights.
+        include: Glob patterns over parameter names; ``None``: the weights of all layers that multiply by them, see
+            :func:`lightning_drive.prunable.prunable_parameters`.
         exclude: Glob patterns over parameter names that stay dense.
         reset_best: Whether ModelCheckpoint and EarlyStopping forget what was before pruning; until then, EarlyStopping
             is held off.
@@ -97,19 +98,11 @@ class PruningCallback(pl.Callback):
         remember_epoch: int | None,
     ) -> None:
         super().__init__()
-        finding.check_settings(sparsity, schedule, scope)
-        prunable.check_patterns("include", include)
-        prunable.check_patterns("exclude", exclude)
-        methods.check_choice("control", control, Control)
-        if not isinstance(reset_best, bool):
-            raise TypeError(f"`reset_best` must be True or False, got {reset_best!r}.")
-        self.sparsity = sparsity
-        self.schedule: Schedule = schedule
-        self.scope: Scope = scope
-        self.include = include
-        self.exclude = exclude
-        self.reset_best = reset_best
-        self.control: Control = control
+        self.sparsity, self.schedule, self.scope = finding.check_settings(sparsity, schedule, scope)
+        self.include = arguments.check_patterns("include", include)
+        self.exclude = arguments.check_patterns("exclude", exclude)
+        self.control: Control = arguments.check_choice("control", control, Control)
+        self.reset_best = arguments.check_flag("reset_best", reset_best)
         self._pruning = Pruning()
         self._handover = Handover()
         self._remember_epoch = remember_epoch
@@ -206,7 +199,9 @@ class PruningCallback(pl.Callback):
 
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse, before anything runs, what cannot work."""
-        shards.holders(self.prunable_parameters(pl_module))
+        parameters = self.prunable_parameters(pl_module)
+        prunable.check_numbers(parameters)
+        shards.holders(parameters)
         if self._remember_epoch is not None:
             compatibility.check_finetuning(self, trainer)
 
@@ -219,7 +214,10 @@ class PruningCallback(pl.Callback):
 
     def _metrics(self) -> dict[str, float]:
         """Give what is logged with every epoch, so that monitors and checkpoint names can use it."""
-        return {} if self.report is None else {"pruning/sparsity": self.report.sparsity}
+        if self.report is None:
+            return {}
+        metrics = {"pruning/sparsity": self.report.sparsity, "pruning/overall_sparsity": self.report.overall_sparsity}
+        return {name: value for name, value in metrics.items() if value is not None}
 
     def _start_afresh(self) -> None:
         """Forget a module that the callback was used with before."""
@@ -467,7 +465,7 @@ class PruningCallback(pl.Callback):
     def _settings(self) -> dict[str, Any]:
         """Return in plain types what the masks depend on."""
         names = ("schedule", "scope", "control")
-        patterns = {name: getattr(self, name) and list(getattr(self, name)) for name in ("include", "exclude")}
+        patterns = {name: arguments.check_patterns(name, getattr(self, name)) for name in ("include", "exclude")}
         return {"sparsity": float(self.sparsity), **{name: getattr(self, name) for name in names}, **patterns}
 
     # What happens when it is time.

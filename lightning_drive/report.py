@@ -114,6 +114,8 @@ class PruningReport:
         cycles: What there is to know of every cycle of iterative magnitude pruning.
         other_multiply_adds: Multiply-adds for one sample in which no prunable weight takes part, such as those of
             attention and of layers that were left out; ``None`` if they could not be counted.
+        num_parameters: How many weights the module has in all, prunable or not: biases, norms, embeddings and frozen
+            ones, too; ``None`` in reports of earlier versions.
 
     Example:
         >>> layer = LayerReport("fc.weight", (2, 4), num_weights=8, num_kept=2, num_active=1)
@@ -145,6 +147,7 @@ class PruningReport:
     scores: ScoreHistogram | None = None
     cycles: tuple[CycleReport, ...] = field(default=(), hash=False)
     other_multiply_adds: int | None = None
+    num_parameters: int | None = None
 
     @classmethod
     def of(
@@ -219,6 +222,11 @@ class PruningReport:
         """Fraction removed or cut off from input or output, or ``None`` if paths could not be followed."""
         active = self._num_active
         return None if active is None else (self.num_weights - active) / self.num_weights
+
+    @property
+    def overall_sparsity(self) -> float | None:
+        """Removed weights as a fraction of all that the module has, prunable or not; ``None`` if that is not known."""
+        return None if self.num_parameters is None else (self.num_weights - self.num_kept) / self.num_parameters
 
     @property
     def multiply_adds(self) -> int | None:
@@ -437,6 +445,11 @@ class PruningReport:
             + ("not measured" if effective is None else f"{effective:.2%}")
             + " (active: kept and on a path from input to output)"
         )
+        if self.overall_sparsity is not None:
+            yield (
+                f"overall sparsity {self.overall_sparsity:.2%}, of all {self.num_parameters:,} weights:"
+                f" {self.num_weights / (self.num_parameters or 1):.2%} of them are prunable"
+            )
         if self.multiply_adds is not None:
             others = f", and {tables.count(self.other_multiply_adds)} without prunable weights"
             yield (
@@ -478,6 +491,8 @@ def _contradictions(report: PruningReport) -> Iterator[str]:
             yield f"{layer.name!r} cannot have {layer.num_weights} weights in the shape {layer.shape}"
         elif layer.num_kept > layer.num_weights or (layer.num_active or 0) > layer.num_kept:
             yield f"{layer.name!r} has more kept weights than weights, or more active ones than kept ones"
+    if report.num_parameters is not None and report.num_parameters < sum(each.num_weights for each in report.layers):
+        yield "its module has fewer weights in all than prunable ones"
     if any(len(each.removed) != len(names) for each in report.rounds):
         yield f"its rounds are not of {len(names)} layers"
     if report.scores is not None and len(report.scores.kept) != len(report.scores.pruned):

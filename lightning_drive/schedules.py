@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
+from lightning_drive.arguments import check_count, check_number
+
 Schedule: TypeAlias = Literal["exponential", "linear"]
 
 
@@ -43,7 +45,7 @@ def exponential(round_index: int, num_rounds: int, sparsity: float, start: float
         [0.1, 0.02]
 
     """
-    _check(round_index, num_rounds, sparsity, start)
+    round_index, num_rounds, sparsity, start = _checked(round_index, num_rounds, sparsity, start)
     if round_index == num_rounds:  # the quotient below is not exact, the promise is
         return 1 - sparsity
     return (1 - start) * math.pow((1 - sparsity) / (1 - start), round_index / num_rounds)
@@ -71,7 +73,7 @@ def linear(round_index: int, num_rounds: int, sparsity: float, start: float = 0.
         [0.7, 0.4, 0.1]
 
     """
-    _check(round_index, num_rounds, sparsity, start)
+    round_index, num_rounds, sparsity, start = _checked(round_index, num_rounds, sparsity, start)
     if round_index == num_rounds:
         return 1 - sparsity
     return 1 - start - (sparsity - start) * (round_index / num_rounds)
@@ -95,8 +97,8 @@ def num_kept(num_weights: int, density: float) -> int:
     return max(1, round(num_weights * density))
 
 
-def check_sparsity(sparsity: float) -> None:
-    """Refuse anything that is not a fraction removed.
+def check_sparsity(sparsity: object) -> float:
+    """Return a fraction removed as a ``float``.
 
     Args:
         sparsity: Fraction removed, in ``[0, 1)``.
@@ -106,16 +108,21 @@ def check_sparsity(sparsity: float) -> None:
         ValueError: If it is outside ``[0, 1)``.
 
     """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
-        raise TypeError(f"`sparsity` is the fraction removed and must be a number in [0, 1), got {sparsity!r}.")
-    if not 0 <= sparsity < 1:
-        hint = f" For {sparsity:g} % pass {sparsity / 100:g}." if 1 < sparsity < 100 else ""
+    fraction = check_number("sparsity", sparsity, "is the fraction removed and must be a number in [0, 1)")
+    if not 0 <= fraction < 1:
+        hint = f" For {fraction:g} % pass {fraction / 100:g}." if 1 < fraction < 100 else ""
         raise ValueError(f"`sparsity` is the fraction removed and must be in [0, 1), got {sparsity}.{hint}")
+    return fraction
 
 
-def _check(round_index: int, num_rounds: int, sparsity: float, start: float) -> None:
+def _checked(round_index: int, num_rounds: int, sparsity: float, start: float) -> tuple[int, int, float, float]:
+    round_index, num_rounds = (
+        check_count(argument, value, least=None)
+        for argument, value in (("round_index", round_index), ("num_rounds", num_rounds))
+    )
     if not 1 <= round_index <= num_rounds:
         raise ValueError(f"`round_index` must be in 1..{num_rounds} (`num_rounds`), got {round_index}.")
-    check_sparsity(sparsity)
+    sparsity, start = check_sparsity(sparsity), check_number("start", start, "must be a number")
     if not 0 <= start <= sparsity:
         raise ValueError(f"`start` is the fraction already removed and must be in [0, {sparsity}], got {start}.")
+    return round_index, num_rounds, sparsity, start

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_drive import (
+    arguments,
     batches,
     companions,
     compatibility,
@@ -89,18 +90,16 @@ class WarmupPruningCallback(PruningCallback):
             remember_epoch=0 if control == "reinit" else None,
         )
         finding.check_method(method)
-        methods.check_count("warmup_epochs", warmup_epochs, least=0)
-        if warmup_steps is not None:
-            methods.check_count("warmup_steps", warmup_steps, least=0)
-            _check_left_out(type(self), "warmup_epochs", warmup_epochs, "warmup_steps", warmup_steps)
-        methods.check_count("bn_batches", bn_batches, least=0)
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"`loss_fn` must be a function `loss_fn(pl_module, batch)` or None, got {loss_fn!r}.")
         self.method = method
-        self.warmup_epochs = warmup_epochs
-        self.warmup_steps = warmup_steps
+        self.warmup_epochs = arguments.check_count("warmup_epochs", warmup_epochs, least=0)
+        self.warmup_steps = None
+        if warmup_steps is not None:
+            self.warmup_steps = arguments.check_count("warmup_steps", warmup_steps, least=0)
+            _check_left_out(type(self), "warmup_epochs", self.warmup_epochs, "warmup_steps", self.warmup_steps)
         self.loss_fn = loss_fn
-        self.bn_batches = bn_batches
+        self.bn_batches = arguments.check_count("bn_batches", bn_batches, least=0)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

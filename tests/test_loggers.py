@@ -161,9 +161,12 @@ def expected(callback: PruningCallback) -> History:
     report = callback.report
     assert report is not None
     last = 1 - fits.NUM_KEPT / fits.NUM_PRUNABLE
+    of_all = fits.NUM_PRUNABLE / sum(parameter.numel() for parameter in ConvModule().parameters())
+    overall = last * of_all
     if report.cycle is None:
         return {
             "pruning/sparsity": [(6, last), (8, last), (11, last)],
+            "pruning/overall_sparsity": [(6, overall), (8, overall), (11, overall)],
             "pruning/density": [(6, 1 - last)],
             "pruning/effective_sparsity": [(6, report.effective_sparsity)],
             "pruning/seconds": [(6, report.seconds)],
@@ -173,6 +176,9 @@ def expected(callback: PruningCallback) -> History:
     return {
         "pruning/cycle": [(2, 0), (3, 1), (5, 1), (6, 2), (8, 2), (11, 2)],
         "pruning/sparsity": [(3, first), (5, first), (6, last), (8, last), (11, last)],
+        "pruning/overall_sparsity": [
+            (step, share) for step, share in zip((3, 5, 6, 8, 11), (first * of_all,) * 2 + (overall,) * 3, strict=True)
+        ],
         "pruning/density": [(3, 1 - first), (6, 1 - last)],
         "pruning/effective_sparsity": [(3, some), (6, report.effective_sparsity)],
         "pruning/seconds": [(3, pytest.approx(30, abs=30)), (6, report.seconds)],

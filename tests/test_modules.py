@@ -247,10 +247,8 @@ FOLDED = [f"net.{name}.weight" for name in ("rows", "up_rows", "space", "up_spac
         pytest.param(encoder, drive(mode="eval"), ENCODER, id="transformer-eval"),
         pytest.param(Folded, drive(), FOLDED, id="convolutions"),
         pytest.param(Folded, synflow(), FOLDED, id="convolutions-synflow"),
-        pytest.param(TwoInputs, drive(), ["net.head.weight"], id="bilinear"),
-        pytest.param(
-            TwoInputs, drive(include=["*.weight"]), ["net.head.weight"], id="bilinear-not_by_a_pattern_with_others"
-        ),
+        pytest.param(TwoInputs, drive(), ["net.bilinear.weight", "net.head.weight"], id="bilinear"),
+        pytest.param(TwoInputs, drive(exclude=["net.bilinear.*"]), ["net.head.weight"], id="bilinear-left_out"),
         pytest.param(
             TwoInputs, drive(include=["net.bilinear.weight"]), ["net.bilinear.weight"], id="bilinear-asked_for"
         ),

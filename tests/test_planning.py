@@ -85,7 +85,8 @@ def test_plan__text(callback: PruningCallback, line: str) -> None:
 def test_plan__text_of_rounds_and_parameters() -> None:
     """Worked out by hand: 1,000 weights and a tenth of those left in each of three rounds."""
     plan = DRIVEPruningCallback(sparsity=0.999, rounds=3).plan(nn.Linear(50, 20))
-    _, _, kept, *table, costs = str(plan).splitlines()
+    _, share, _, kept, *table, costs = str(plan).splitlines()
+    assert share == "of all 1,020 weights 98.04% are prunable, an overall sparsity of 97.94%"
     assert kept == "weights left after round 1: 100; 2: 10; 3: 1"
     assert table == [
         "parameter  shape  weights              pruned",

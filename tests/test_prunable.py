@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_drive import prunable
+from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, Magnitude, Random, find_masks, prunable
 
 
 class Zoo(nn.Module):
@@ -37,6 +37,8 @@ ZOO = [
     "conv1d.weight",
     "upward.weight",
     "conv3d.weight",
+    "lstm.weight_ih_l0",
+    "lstm.weight_hh_l0",
     "attention.in_proj_weight",
     "attention.out_proj.weight",
     "cross.q_proj_weight",
@@ -87,10 +89,12 @@ def test_prunable_parameters(module: nn.Module, expected: list[str]) -> None:
     ("include", "exclude", "expected"),
     [
         pytest.param(None, ["conv*"], ZOO[1:2] + ZOO[3:], id="exclude_some"),
-        pytest.param(None, ["attention.*", "cross.*", "conv?d.*"], ["upward.weight", "head.weight"], id="exclude_many"),
-        pytest.param(["attention.*"], None, ZOO[3:5], id="include_leaves_biases_dense"),
-        pytest.param(["*"], None, ZOO, id="include_everything_prunable"),
-        pytest.param(["*"], ["*proj*"], ["conv1d.weight", "upward.weight", "conv3d.weight", "head.weight"], id="both"),
+        pytest.param(
+            None, ["attention.*", "cross.*", "conv?d.*", "lstm.*"], ["upward.weight", "head.weight"], id="exclude_many"
+        ),
+        pytest.param(["attention.*"], None, ZOO[5:7], id="include_leaves_biases_dense"),
+        pytest.param(["*"], None, ["scale", "embedding.weight", *ZOO], id="include_everything"),
+        pytest.param(["*"], ["*proj*", "lstm.*"], ["scale", "embedding.weight", *ZOO[:3], "head.weight"], id="both"),
         pytest.param(["embedding.weight"], None, ["embedding.weight"], id="embedding_by_name"),
         pytest.param(["scale", "head.*"], None, ["scale", "head.weight"], id="bare_parameter_by_name"),
         pytest.param(["head.*", "conv1d.*"], None, ["conv1d.weight", "head.weight"], id="order_of_the_module"),
@@ -115,7 +119,8 @@ def test_prunable_parameters__tied_to_an_embedding(embedding: type[nn.Module]) -
     module[2].weight = module[0].weight
     assert list(prunable.prunable_parameters(module)) == ["1.weight"]
     assert list(prunable.prunable_parameters(module[::-1])) == ["1.weight"]
-    assert list(prunable.prunable_parameters(module, include=["*"])) == ["1.weight"]
+    assert list(prunable.prunable_parameters(module, include=["*.weight"])) == ["1.weight"]
+    assert list(prunable.prunable_parameters(module, include=["*"])) == ["0.weight", "1.weight"]
     assert list(prunable.prunable_parameters(module, include=["0.weight", "1.*"])) == ["0.weight", "1.weight"]
     with pytest.raises(ValueError, match=r"'2\.weight' matches no parameter.*\(a tied one by its first"):
         prunable.prunable_parameters(module, include=["2.weight"])
@@ -304,3 +309,282 @@ def test_prunable_parameters__unselected_overlap() -> None:
     assert list(prunable.prunable_parameters(module, exclude=["head.weight"])) == ["other.weight"]
     module.head.weight = module.embedding.weight
     assert "other.weight" in prunable.prunable_parameters(module)
+
+
+RECURRENT = ["weight_ih_l0", "weight_hh_l0"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        pytest.param(nn.RNN(3, 4), RECURRENT, id="rnn"),
+        pytest.param(nn.GRU(3, 4, 2), [*RECURRENT, "weight_ih_l1", "weight_hh_l1"], id="gru_of_two_layers"),
+        pytest.param(
+            nn.LSTM(3, 4, bidirectional=True, proj_size=2),
+            [f"weight_{kind}_l0{way}" for way in ("", "_reverse") for kind in ("ih", "hh", "hr")],
+            id="lstm_in_both_directions_with_projections",
+        ),
+        pytest.param(nn.LSTMCell(3, 4), ["weight_ih", "weight_hh"], id="lstm_cell"),
+        pytest.param(nn.GRUCell(3, 4), ["weight_ih", "weight_hh"], id="gru_cell"),
+        pytest.param(type("Mine", (nn.GRU,), {})(3, 4), RECURRENT, id="subclass"),
+        pytest.param(nn.Bilinear(2, 3, 4), ["weight"], id="bilinear"),
+        pytest.param(nn.MultiheadAttention(4, 2).out_proj, ["weight"], id="non_dynamically_quantizable"),
+        pytest.param(nn.ConvTranspose1d(3, 4, 1), ["weight"], id="transposed_convolution"),
+    ],
+)
+def test_prunable_parameters__layers(layer: nn.Module, expected: list[str]) -> None:
+    """Every layer that multiplies by weights; biases are none of them."""
+    assert list(prunable.prunable_parameters(layer)) == expected
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LazyConv2d(4, 1), lambda: nn.LazyConvTranspose2d(4, 1)])
+def test_prunable_parameters__lazy_once_initialised(make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    layer(torch.ones(1, 3, 2, 2))
+    assert list(prunable.prunable_parameters(layer)) == ["weight"]
+
+
+def class_like(qualified: str, **weights: torch.Tensor) -> type[nn.Module]:
+    """Imitate a layer of a library that is not installed."""
+
+    def init(self: nn.Module) -> None:
+        nn.Module.__init__(self)
+        for name, weight in {**weights, "bias": torch.zeros(3)}.items():
+            self.register_parameter(name, nn.Parameter(weight))
+
+    module, _, name = qualified.rpartition(".")
+    return type(name, (nn.Module,), {"__init__": init, "__module__": module, "__qualname__": name})
+
+
+@pytest.mark.parametrize(
+    ("qualified", "weights"),
+    [
+        pytest.param("transformers.pytorch_utils.Conv1D", ["weight"], id="transformers"),
+        pytest.param("transformers.modeling_utils.Conv1D", ["weight"], id="older_transformers"),
+        pytest.param("torch_geometric.nn.dense.linear.Linear", ["weight"], id="graph_network"),
+        pytest.param("torch_geometric.nn.conv.rgcn_conv.RGCNConv", ["weight", "root"], id="relational_graph_network"),
+    ],
+)
+def test_prunable_parameters__other_libraries(qualified: str, weights: list[str]) -> None:
+    """They are known by name, subclasses too; a class of the same name elsewhere is not."""
+    kind = class_like(qualified, **{name: torch.ones(2, 3) for name in weights})
+    assert list(prunable.prunable_parameters(kind())) == weights
+    assert list(prunable.prunable_parameters(type("Sub", (kind,), {})())) == weights
+    elsewhere = class_like(f"mine.{qualified}", weight=torch.ones(2, 3))
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        prunable.prunable_parameters(elsewhere())
+
+
+def test_prunable_parameters__gpt2_head_is_tied() -> None:
+    """A head that shares an embedding's table stays dense, with layers of transformers around it."""
+    conv1d = class_like("transformers.pytorch_utils.Conv1D", weight=torch.ones(4, 4))
+    module = nn.ModuleDict({"wte": nn.Embedding(5, 4), "c_attn": conv1d(), "lm_head": nn.Linear(4, 5, bias=False)})
+    module["lm_head"].weight = module["wte"].weight
+    assert list(prunable.prunable_parameters(module)) == ["c_attn.weight"]
+
+
+def test_prunable_parameters__other_library_lazy_error() -> None:
+    kind = class_like("torch_geometric.nn.dense.linear.Linear")
+    module = kind()
+    module.weight = nn.parameter.UninitializedParameter()
+    with pytest.raises(ValueError, match="'weight' is not initialised yet"):
+        prunable.prunable_parameters(module)
+
+
+class Experts(nn.Module):
+    """Its weights are in one parameter of three dimensions, beside a norm, a bias and an embedding of places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 4, 5))
+        self.down = nn.Parameter(torch.randn(3, 5, 4))
+        self.bias = nn.Parameter(torch.zeros(3, 1, 5))
+        self.scale = nn.Parameter(torch.ones(4))
+        self.places = nn.Parameter(torch.zeros(1, 7, 4))
+        self.norm = nn.LayerNorm([7, 4])
+        self.batch_norm = nn.BatchNorm1d(4)
+
+
+@pytest.mark.parametrize(("name", "patterns"), [("up", ["up"]), ("both", ["up", "down"]), ("glob", ["[ud]*"])])
+def test_register(name: str, patterns: list[str]) -> None:
+    """By class or by name, with names or globs; subclasses count; it can be taken back."""
+    expected = ["up"] if name == "up" else ["up", "down"]
+    for layer in (Experts, f"{Experts.__module__}.{Experts.__qualname__}"):
+        forget = prunable.register(layer, *patterns)
+        try:
+            assert list(prunable.prunable_parameters(Experts())) == expected
+            assert list(find_masks(type("Sub", (Experts,), {})(), Magnitude(), sparsity=0.5)) == expected
+        finally:
+            forget()
+        forget()  # harmless
+        with pytest.raises(ValueError, match="no trainable parameter"):
+            prunable.prunable_parameters(Experts())
+
+
+def test_register__default_name() -> None:
+    kind = class_like("mine.Linear", weight=torch.ones(2, 3))
+    forget = prunable.register(kind)
+    assert list(prunable.prunable_parameters(kind())) == ["weight"]
+    forget()
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(2, 2), 3, dict])
+def test_register__error(layer: Any) -> None:
+    with pytest.raises(TypeError, match=r"`layer` must be a subclass of `nn\.Module` or its qualified name"):
+        prunable.register(layer, "weight")
+
+
+@pytest.mark.parametrize(
+    ("include", "expected"),
+    [
+        pytest.param(["*"], ["up", "down", "places"], id="everything"),
+        pytest.param(["?*"], ["up", "down", "places"], id="wildcards"),
+        pytest.param(["[us]*"], ["up"], id="matrices_before_vectors"),
+        pytest.param(["scale", "up"], ["up", "scale"], id="vector_by_name"),
+        pytest.param(["norm.weight"], ["norm.weight"], id="norm_by_name"),
+        pytest.param(["*norm.bias"], ["norm.bias", "batch_norm.bias"], id="biases_by_name"),
+    ],
+)
+def test_prunable_parameters__include_without_default(include: list[str], expected: list[str]) -> None:
+    assert list(prunable.prunable_parameters(Experts(), include=include)) == expected
+
+
+@pytest.mark.parametrize("module", [Experts(), nn.ModuleDict({"norm": nn.BatchNorm1d(3), "fc": nn.Linear(3, 3)})])
+@pytest.mark.parametrize("pattern", ["norm.*", "norm*"])
+def test_prunable_parameters__include_only_norms_error(module: nn.Module, pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"matches only norms, biases and other vectors \(norm.weight, norm.bias\)"):
+        prunable.prunable_parameters(module, include=[pattern])
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
+def test_prunable_parameters__empty_is_left_out() -> None:
+    assert list(prunable.prunable_parameters(nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 3), nn.Linear(3, 2)))) == [
+        "2.weight"
+    ]
+
+
+class WeightDrop(nn.Module):
+    """As language models have it: dropout on recurrent weights, which are written into the layer for every pass."""
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        super().__init__()
+        self.lstm = lstm
+        weight = lstm.weight_hh_l0
+        del lstm.weight_hh_l0
+        self.weight_hh_l0_raw = nn.Parameter(weight.data)
+        lstm.weight_hh_l0 = self.weight_hh_l0_raw.clone()
+
+
+def computed_layers() -> nn.Module:
+    return nn.Sequential(
+        nn.utils.weight_norm(nn.LSTM(3, 3), "weight_hh_l0"),
+        nn.utils.spectral_norm(nn.Linear(3, 3)),
+        nn.utils.parametrizations.spectral_norm(nn.Conv1d(3, 3, 1)),
+        prune.l1_unstructured(nn.GRUCell(3, 3), "weight_ih", 0.5),
+        WeightDrop(nn.LSTM(3, 3)),
+        nn.utils.weight_norm(nn.Linear(3, 3)),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "select",
+    [
+        pytest.param(lambda module: find_masks(module, Magnitude(), sparsity=0.5), id="find_masks"),
+        pytest.param(lambda module: DRIVEPruningCallback(sparsity=0.5).plan(module), id="plan"),
+        pytest.param(lambda module: IMPPruningCallback(sparsity=0.5, include=["*"]).plan(module), id="everything"),
+    ],
+)
+def test_prunable_parameters__computed_all_at_once(select: Callable[[nn.Module], object]) -> None:
+    """All are named in the order of the module, each with the call that makes it plain, and the text can be pasted."""
+    module = computed_layers()
+    with pytest.raises(ValueError, match="are computed anew") as caught:
+        select(module)
+    text = str(caught.value)
+    names = ["0.weight_hh_l0", "1.weight", "2.weight", "3.weight_ih", "4.lstm.weight_hh_l0", "5.weight"]
+    assert text.startswith(", ".join(map(repr, names)))
+    for call, place in (
+        ('torch.nn.utils.remove_weight_norm(layer, "weight_hh_l0")', "0.weight_hh_l0"),
+        ("torch.nn.utils.remove_spectral_norm(layer)", "1.weight"),
+        ('torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")', "2.weight"),
+        ('torch.nn.utils.prune.remove(layer, "weight_ih")', "3.weight_ih"),
+        ("torch.nn.utils.remove_weight_norm(layer)", "5.weight"),
+    ):
+        assert f"`{call}` for '{place}'" in text
+    [exclude] = re.findall(r"`exclude=(\[.*\])`", text)
+    left = prunable.prunable_parameters(module, exclude=[*re.findall("'([^']+)'", exclude)])
+    assert list(left) == ["0.weight_ih_l0", "3.weight_hh", "4.lstm.weight_ih_l0"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("include", [None, ["*"], ["*.weight*"]])
+def test_prunable_parameters__computed_and_frozen(include: list[str] | None) -> None:
+    """What they are computed from is not trained, so they are left out as other frozen weights are."""
+    module = computed_layers()[:4].requires_grad_(False).append(nn.Linear(3, 3))
+    assert list(prunable.prunable_parameters(module, include)) == ["4.weight"]
+    with pytest.raises(ValueError, match=r"\(0\.weight_ih_l0, .*1\.weight.* matched, but `requires_grad` is False\)"):
+        prunable.prunable_parameters(module[:4])
+
+
+def test_prunable_parameters__many_computed() -> None:
+    """Those too many to read are counted, and what to paste stays short."""
+    vocoder = nn.Sequential(*(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)) for _ in range(30)))
+    module = nn.ModuleDict({"vocoder": vocoder, "head": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"'vocoder\.7\.weight' and 22 more are computed.*`exclude=\['vocoder\.\*'\]`"):
+        prunable.prunable_parameters(module)
+
+
+def test_prunable_parameters__adapter_in_a_parametrization() -> None:
+    """A frozen weight to which something trained is added is not frozen."""
+
+    class Adapter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.zeros(3, 1))
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight + self.a
+
+    layer = nn.Linear(3, 3).requires_grad_(False)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Adapter())
+    with pytest.raises(ValueError, match="'weight' is computed anew"):
+        prunable.prunable_parameters(layer)
+
+
+def odd_linear(change: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[0].weight = nn.Parameter(change(module[0].weight.detach()))
+    return module
+
+
+def made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Linear(4, 4))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        pytest.param(lambda: odd_linear(lambda w: w.to("meta")), "is on the meta device.*to_empty", id="meta"),
+        pytest.param(lambda: odd_linear(lambda w: w.to(torch.float8_e5m2)), "is in torch.float8_e5m2", id="float8"),
+        pytest.param(
+            lambda: odd_linear(lambda w: w.to_sparse_csr()), r"is stored as torch.sparse_csr.*to_dense", id="csr"
+        ),
+        pytest.param(lambda: odd_linear(lambda w: w.to_sparse()), r"is stored as torch.sparse_coo.*to_dense", id="coo"),
+        pytest.param(made_in_inference_mode, r"was made in `torch.inference_mode\(\)`", id="inference"),
+    ],
+)
+@pytest.mark.parametrize("method", [Magnitude(), Random()], ids=["magnitude", "random"])
+def test_check_numbers(make: Callable[[], nn.Module], text: str, method: Any) -> None:
+    """What cannot be pruned is named before anything runs, with what to do; without it the rest can be."""
+    with pytest.raises(ValueError, match=rf"'0\.weight' {text}.*`exclude=\['0\.weight'\]`"):
+        find_masks(make(), method, sparsity=0.5)
+    assert list(prunable.prunable_parameters(make(), exclude=["0.weight"])) == ["1.weight"]
+
+
+def test_check_numbers__plan_of_meta() -> None:
+    """A plan needs shapes only."""
+    plan = DRIVEPruningCallback(sparsity=0.5).plan(nn.Linear(4, 4, device="meta"))
+    assert (plan.kept[-1], plan.num_weights, plan.overall_sparsity) == (8, 20, 0.4)

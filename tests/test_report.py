@@ -448,7 +448,7 @@ class NeedsRecurrence(ConvModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recurrent = nn.LSTM(8, 8)
+        self.recurrent = nn.LSTM(8, 8).requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return super().forward(images + 0 * self.recurrent(images.mean(1).transpose(0, 1))[0].mean())
@@ -638,3 +638,41 @@ def test_figure__error(kind: Any, metric: str | None, message: str) -> None:
     found = replace(full_report(), rounds=(), scores=None)
     with pytest.raises(ValueError, match=message):
         found.figure(kind, metric=metric)
+
+
+@pytest.mark.parametrize("method", [fits.drive, fits.CALLBACKS["IMP"]], ids=["drive", "imp"])
+def test_report__overall_sparsity(method: Callable[[], Any], tmp_path: Path) -> None:
+    """Pruned weights as a fraction of all that the module has, each once: biases, norms, frozen and tied ones, too."""
+
+    class Module(ConvModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = nn.Linear(50, 20).requires_grad_(False)
+            self.table = nn.Embedding(7, 3)
+            self.same_table = self.table
+
+    module, callback = Module(), method()
+    fits.trainer(tmp_path, callback).fit(module, fits.loader())
+    found = callback.report
+    assert found is not None
+    zeros = sum(int((module.get_parameter(layer.name) == 0).sum()) for layer in found.layers)
+    total = sum(parameter.numel() for parameter in module.parameters())
+    assert found.num_parameters == total
+    assert found.overall_sparsity == zeros / total < found.sparsity
+    assert f"overall sparsity {zeros / total:.2%}, of all {total:,} weights" in str(found)
+    assert f"overall sparsity {zeros / total:.2%}" in found.to_markdown()
+    assert f"overall sparsity {zeros / total:.2%}" in found.to_html()
+    assert PruningReport.from_dict(found.to_dict()) == found
+    assert method().plan(module).overall_sparsity == found.overall_sparsity
+
+
+def test_report__overall_sparsity_unknown() -> None:
+    """Reports of earlier versions do not have it; one that cannot be is an error."""
+    values = full_report().to_dict()
+    del values["num_parameters"]
+    older = PruningReport.from_dict(values)
+    assert older.overall_sparsity is None
+    assert "overall" not in str(older)
+    assert replace(older, num_parameters=3176).overall_sparsity == older.sparsity / 2
+    with pytest.raises(ValueError, match="its module has fewer weights in all than prunable ones"):
+        PruningReport.from_dict({**values, "num_parameters": 1587})
