@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -263,7 +264,7 @@ class IMPPruningCallback(PruningCallback):
         start.rewind_optimizers_(trainer.optimizers, learning_rates=True)
         start.rewind_schedulers_([config.scheduler for config in self._schedulers])
         trainer.lr_scheduler_configs[:] = self._schedulers  # SWA may have put its own there
-        companions.restart_averages(trainer, pl_module)
+        self._restart_averages(trainer, pl_module)
         companions.hold_off_early_stopping(trainer, self.reset_best and not self._finished)
         super()._settle(trainer, pl_module)
 
@@ -375,7 +376,7 @@ class IMPPruningCallback(PruningCallback):
         if (
             self._restored
             and self.pruned
-            and not outcomes.is_selection(self.masks, self.prunable_parameters, pl_module)
+            and not outcomes.is_selection(self.masks, partial(self._selected, trainer), pl_module)
         ):
             raise MisconfigurationException(
                 f"The checkpoint is from cycle {self.cycle} of an IMP run that prunes other parameters than"

@@ -17,7 +17,7 @@ FLOORS = (
     {"files", "flow", "pictures", "rewinding", "undisturbed"},
     {"compaction", "costs", "methods"},
     {"finding", "planning", "report"},
-    {"batches", "cli", "companions", "compatibility", "display", "scoring", "phases"},
+    {"averages", "batches", "cli", "companions", "compatibility", "copies", "display", "scoring", "phases", "trained"},
     {"enforcing", "outcomes"},
     {"pruning"},
     {"warmup"},
