@@ -33,8 +33,9 @@ def check_namespace(pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.Lig
     if not found:
         return
     needs = f"{type(pruning).__name__} needs the classes of `lightning.pytorch`, got"
-    library, kind = next(filter(None, map(_library, (trainer, pl_module, *callbacks))), ("", ""))
-    if library:
+    heirs = [heir for thing in (trainer, pl_module, *callbacks) if (heir := _of_library(thing)) is not None]
+    if heirs:
+        library, kind = _package(heirs[0]), heirs[0].__name__
         raise MisconfigurationException(
             f"{needs} `{library}`, whose {kind} is a class of `pytorch_lightning`, which is another package. That"
             f" is an import of `{library}`, not of yours. Use a variant of `{library}` that imports"
@@ -203,13 +204,13 @@ def _is_of_pytorch_lightning(thing: object) -> bool:
     return any(_package(kind) == "pytorch_lightning" for kind in type(thing).__mro__ if kind.__name__ != "Callback")
 
 
-def _library(thing: object) -> tuple[str, str]:
-    """Name the library, and its class, that made a class of ``pytorch_lightning`` its own; empty if none did."""
+def _of_library(thing: object) -> type | None:
+    """Find the class of a library by which something is one of ``pytorch_lightning``; ``None`` if there is none."""
     for kind in type(thing).__mro__:
-        own = {_package(base) for base in kind.__mro__[1:] if base.__name__ != "Callback"}
-        if "pytorch_lightning" in own and _package(kind) != "pytorch_lightning" and not _is_of_user(kind.__module__):
-            return _package(kind), kind.__name__
-    return "", ""
+        bases = {_package(base) for base in kind.__mro__[1:] if base.__name__ != "Callback"}
+        if "pytorch_lightning" in bases and _package(kind) != "pytorch_lightning" and not _is_of_user(kind.__module__):
+            return kind
+    return None
 
 
 def _is_of_user(name: str) -> bool:

@@ -38,35 +38,54 @@ class Copy(NamedTuple):
     """Name of a prunable parameter, as in the module, to the copy of it."""
 
 
-def find(
-    pl_module: pl.LightningModule,
-    callbacks: Iterable[pl.Callback],
-    names: Iterable[str],
-    trained: Collection[Tensor],
-) -> list[Copy]:
-    """Find copies of what is pruned: in the module, in attributes of it, and in those of callbacks.
+def inside(pl_module: pl.LightningModule, names: Iterable[str], trained: Collection[Tensor]) -> list[Copy]:
+    """Find copies of what is pruned among the submodules.
 
     A copy has all weights of a submodule, under the same names and in the same shapes, and nothing trains it. The
     submodules that have copies must hold half of what is pruned: less may well be one of many equal layers.
 
     Args:
         pl_module: The module.
-        callbacks: Callbacks that may hold copies.
         names: The parameters that are pruned.
         trained: The parameters that are trained.
 
     """
+    pruned = _pruned(pl_module, names)
+    found = list(_inside(pl_module, pruned, trained))
+    covered = {name: pruned[name] for copy in found for name in copy.pairs}
+    return found if 2 * _size(covered) >= _size(pruned) else []
+
+
+def outside(
+    pl_module: pl.LightningModule, callbacks: Iterable[pl.Callback], names: Iterable[str]
+) -> Iterator[tuple[Copy, tuple[float, ...], bool]]:
+    """Find copies in attributes of the module and of callbacks: modules, dictionaries of tensors, and lists of them.
+
+    Args:
+        pl_module: The module.
+        callbacks: Callbacks that may hold copies.
+        names: The parameters that are pruned.
+
+    Yields:
+        A copy, what its numbers add up to, by which it can be seen to change, and whether that is what those of the
+        module add up to: then it may be a record of the weights, and no average.
+
+    """
+    pruned = _pruned(pl_module, names)
+    branches = {path: each for path, each in _branches(pruned).items() if 2 * _size(each) >= _size(pruned)}
+    for copy in _outside(pl_module, (pl_module, *callbacks), branches):
+        sums = _sums(copy.pairs.values())
+        yield copy, sums, sums == _sums(pruned[name] for name in copy.pairs)
+
+
+def _pruned(pl_module: pl.LightningModule, names: Iterable[str]) -> dict[str, Tensor]:
     parameters = dict(pl_module.named_parameters())
-    pruned = {name: parameters[name] for name in names if name in parameters}
-    if any(map(shards.is_sharded, pruned.values())):
-        return []
-    enough = sum(each.numel() for each in pruned.values()) / 2
-    inside = list(_inside(pl_module, pruned, trained))
-    covered = {name: pruned[name].numel() for copy in inside for name in copy.pairs}
-    if sum(covered.values()) < enough:
-        inside = []
-    branches = {path: each for path, each in _branches(pruned).items() if _size(each) >= enough}
-    return [*inside, *_outside(pl_module, (pl_module, *callbacks), branches)]
+    pruned: dict[str, Tensor] = {name: parameters[name] for name in names if name in parameters}
+    return {} if any(map(shards.is_sharded, pruned.values())) else pruned
+
+
+def _sums(tensors: Iterable[Tensor]) -> tuple[float, ...]:
+    return tuple(each.detach().sum(dtype=torch.float64).item() for each in tensors)
 
 
 def warning(copy: Copy, callback: str) -> str:
@@ -101,7 +120,7 @@ def is_sparse(copy: Copy, masks: Masks) -> bool:
 
 def _inside(pl_module: pl.LightningModule, pruned: Mapping[str, Tensor], trained: Collection[Tensor]) -> Iterator[Copy]:
     """Find submodules that are copies of others."""
-    matrices = {name: each for name, each in pl_module.named_parameters() if each.ndim > 1}
+    matrices = {name: each for name, each in pl_module.named_parameters() if each.ndim > 1 and pruned}
     branches = _branches(matrices)
     originals: dict[Any, list[str]] = {}
     for path, branch in branches.items():
@@ -156,6 +175,7 @@ def _is_equal(branch: Mapping[str, Tensor], of: str, matrices: Mapping[str, Tens
 def _outside(pl_module: pl.LightningModule, holders: Iterable[object], branches: _Branches) -> Iterator[Copy]:
     """Find copies in attributes: modules, dictionaries of tensors, and lists of them as ``torch_ema`` has them."""
     own = {id(each) for each in pl_module.parameters()}
+    branches = {path: each for path, each in branches.items() if each}
     for holder in holders:
         for attribute, value in vars(holder).items():
             if attribute in _OF_LIGHTNING:

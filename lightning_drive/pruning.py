@@ -50,6 +50,9 @@ from lightning_drive.schedules import Schedule
 
 _VERSION = 1
 
+_LOOKS = 64
+"""Up to which batch of an epoch to look, at powers of two, for copies of the network that change."""
+
 
 class Pruning(NamedTuple):
     """What a callback knows of a pruning; set as a whole, so that a save at any moment has one that fits together."""
@@ -129,6 +132,7 @@ class PruningCallback(pl.Callback):
         self._forgotten = ""
         self._names: tuple[str, ...] = ()  # what is prunable when ``fit`` starts
         self._copies: set[str] = set()  # those that were warned of
+        self._sums: dict[str, tuple[float, ...]] = {}  # of what may be averages, in this epoch
 
     @property
     def masks(self) -> Masks:
@@ -357,10 +361,13 @@ class PruningCallback(pl.Callback):
             self._live.follow(trainer, pl_module)
             if batch_idx == 0:
                 self._live.check(pl_module)
+        if batch_idx <= _LOOKS and batch_idx & (batch_idx - 1) == 0:
+            self._look_for_averages(trainer, pl_module, batch_idx)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to go on where pruned layers were replaced by others; mask again what others wrote."""
+        self._look_for_averages(trainer, pl_module)
         if self._live is not None:
             self._live.check(pl_module)
             self._live.renew()
@@ -680,16 +687,28 @@ class PruningCallback(pl.Callback):
     # What is warned of.
 
     def _warn_of_copies(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of copies of the network that are not pruned along; each is named once."""
-        along = {id(each) for average in self._averages(pl_module) for each in average.values()}
+        """Warn of submodules that are copies of the network and are not pruned along."""
         others = trained.untrained(trainer, pl_module)
         alive = {each for name, each in pl_module.named_parameters() if each.requires_grad and name not in others}
+        for each in copies.inside(pl_module, self._names, alive):
+            self._warn_of_copy(pl_module, each)
+
+    def _look_for_averages(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int = 1) -> None:
+        """Warn of copies in attributes that change while training goes on, so that they are no mere records."""
+        if batch_idx == 0:
+            self._sums = {}
         callbacks = [each for each in companions.callbacks_of(trainer) if each is not self]
-        for copy_ in copies.find(pl_module, callbacks, self._names, alive):
-            known = copy_.name in self._copies or any(id(each) in along for each in copy_.pairs.values())
-            if not known and not copies.is_sparse(copy_, self.masks):
-                self._copies.add(copy_.name)
-                rank_zero_warn(copies.warning(copy_, type(self).__name__))
+        for each, sums, is_record in copies.outside(pl_module, callbacks, self._names):
+            if self._sums.setdefault(each.name, sums) != sums and not is_record:
+                self._warn_of_copy(pl_module, each)
+
+    def _warn_of_copy(self, pl_module: pl.LightningModule, found: copies.Copy) -> None:
+        """Warn of a copy, once, if it is not pruned along."""
+        along = {id(each) for average in self._averages(pl_module) for each in average.values()}
+        known = found.name in self._copies or any(id(each) in along for each in found.pairs.values())
+        if not known and not copies.is_sparse(found, self.masks):
+            self._copies.add(found.name)
+            rank_zero_warn(copies.warning(found, type(self).__name__))
 
     def _warn_of_zeros(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn of weights that are pruned already, but whose masks are not known."""
