@@ -1,5 +1,7 @@
 """What a Trainer brings along: what pruning cannot work with is refused by name, what it has to heed is found out."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,12 +16,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 
-def check_namespace(pruning: pl.Callback, trainer: pl.Trainer) -> None:
+def check_namespace(pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Refuse classes of ``pytorch_lightning``: their twins in ``lightning.pytorch`` are what is looked for everywhere.
 
     Args:
         pruning: The pruning callback.
         trainer: The Trainer, of whichever namespace.
+        pl_module: The module, of whichever namespace.
 
     Raises:
         MisconfigurationException: If the Trainer or one of its callbacks is such a class.
@@ -27,12 +30,23 @@ def check_namespace(pruning: pl.Callback, trainer: pl.Trainer) -> None:
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     found = [thing for thing in (trainer, *callbacks) if _is_of_pytorch_lightning(thing)]
-    if found:
+    if not found:
+        return
+    needs = f"{type(pruning).__name__} needs the classes of `lightning.pytorch`, got"
+    heirs = [heir for thing in (trainer, pl_module, *callbacks) if (heir := _of_library(thing)) is not None]
+    if heirs:
+        library, kind = _package(heirs[0]), heirs[0].__name__
         raise MisconfigurationException(
-            f"{type(pruning).__name__} needs the classes of `lightning.pytorch`, got the {type(found[0]).__name__} of"
-            " `pytorch_lightning`, which is another class of the same name. Write `import lightning.pytorch as pl` in"
-            " place of `import pytorch_lightning as pl`, for the Trainer, the LightningModule and all callbacks."
+            f"{needs} `{library}`, whose {kind} is a class of `pytorch_lightning`, which is another package. That"
+            f" is an import of `{library}`, not of yours. Use a variant of `{library}` that imports"
+            " `lightning.pytorch`, or prune its network without the callback: `lightning_drive.find_masks` before its"
+            " training, and `masks.apply_(module)` after every optimizer step."
         )
+    raise MisconfigurationException(
+        f"{needs} the {type(found[0]).__name__} of"
+        " `pytorch_lightning`, which is another class of the same name. Write `import lightning.pytorch as pl` in"
+        " place of `import pytorch_lightning as pl`, for the Trainer, the LightningModule and all callbacks."
+    )
 
 
 def check_strategy(pruning: pl.Callback, trainer: pl.Trainer, unshardable: str) -> None:
@@ -187,5 +201,28 @@ def _others(pruning: pl.Callback, trainer: pl.Trainer) -> list[pl.Callback]:
 
 def _is_of_pytorch_lightning(thing: object) -> bool:
     # Third-party callbacks may well have its bare `Callback` as their base: it does nothing, and nothing looks for it.
-    bases = {kind.__module__.split(".")[0] for kind in type(thing).__mro__ if kind.__name__ != "Callback"}
-    return "pytorch_lightning" in bases
+    return any(_package(kind) == "pytorch_lightning" for kind in type(thing).__mro__ if kind.__name__ != "Callback")
+
+
+def _of_library(thing: object) -> type | None:
+    """Find the class of a library by which something is one of ``pytorch_lightning``; ``None`` if there is none."""
+    for kind in type(thing).__mro__:
+        bases = {_package(base) for base in kind.__mro__[1:] if base.__name__ != "Callback"}
+        if "pytorch_lightning" in bases and _package(kind) != "pytorch_lightning" and not _is_of_user(kind.__module__):
+            return kind
+    return None
+
+
+def _is_of_user(name: str) -> bool:
+    """Whether a module is likely to be the user's own: it is what runs, or lies beside it or where it was started."""
+    path = getattr(sys.modules.get(name), "__file__", None)
+    if name == "__main__" or path is None:
+        return name == "__main__"
+    file, main = Path(path).resolve(), getattr(sys.modules["__main__"], "__file__", None)
+    places = [Path.cwd(), *([Path(main).resolve().parent] if main else [])]
+    installed = {"site-packages", "dist-packages"} & set(file.parts)
+    return not installed and any(file.is_relative_to(place) for place in places)
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]

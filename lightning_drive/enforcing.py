@@ -1,6 +1,6 @@
 """Masks on all that is alive in a training run: weights, gradients, states of optimizers and running averages."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_drive import companions, compatibility, masking, shards
+from lightning_drive import averages, companions, compatibility, masking, shards
 from lightning_drive.masking import MaskedParameters, Masks
 from lightning_drive.messages import listed
 
@@ -21,6 +21,7 @@ class Enforcement:
     Args:
         pl_module: Has every masked parameter under its name, in the mask's shape.
         masks: Parameter name to boolean mask, on any device; ``True`` keeps.
+        copies: Returns the tensors of copies that are pruned along, see :func:`lightning_drive.averages.tensors`.
         warned: Whether it was said already that others write into pruned weights.
 
     Raises:
@@ -28,9 +29,17 @@ class Enforcement:
 
     """
 
-    def __init__(self, pl_module: pl.LightningModule, masks: Masks, *, warned: bool = False) -> None:
+    def __init__(
+        self,
+        pl_module: pl.LightningModule,
+        masks: Masks,
+        *,
+        copies: Callable[[], Iterable[Mapping[str, Tensor]]] = tuple,
+        warned: bool = False,
+    ) -> None:
         shards.reshard_(pl_module)
         self._masks = masks
+        self._copies = copies
         self._parameters = MaskedParameters(pl_module, masks)
         self._handles: list[RemovableHandle] = []
         self._hookless = False
@@ -50,6 +59,7 @@ class Enforcement:
         self._parameters.zero_gradients_()
         for average in companions.averaged_models(trainer):
             self._masks.apply_(average)
+        averages.mask_(self._copies(), self._masks)
         if compatibility.reads_gradients_early(pruning, trainer, pl_module):
             keep_overflow = compatibility.scaler(trainer) is not None
             self._handles += self._parameters.zero_gradients_at_once(keep_overflow=keep_overflow)
@@ -110,6 +120,7 @@ class Enforcement:
         """
         if self.follow(trainer, pl_module) or self._hookless:
             self._parameters.zero_weights_()
+            averages.mask_(self._copies(), self._masks)
 
     def renew(self, state_dict: Mapping[str, Any] | None = None) -> None:
         """Mask again what others wrote into pruned weights, and warn of it once.
@@ -119,6 +130,7 @@ class Enforcement:
 
         """
         broken = self._parameters.renew_weights_()
+        averages.mask_(self._copies(), self._masks)
         for name, mask in self._masks.items():
             value = (state_dict or {}).get(name)
             if isinstance(value, Tensor) and value.shape == mask.shape:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_drive import costs, diagnosis, flow, gradients, masking, prunable, ranking, rounds, schedules, shards
 from lightning_drive import sparsity as measures
-from lightning_drive.arguments import check_choice
+from lightning_drive.arguments import check_choice, check_patterns
 from lightning_drive.costs import Costs
 from lightning_drive.diagnosis import Causes
 from lightning_drive.gradients import LossFunction
@@ -119,8 +119,8 @@ def find_masks(
     """
     check_method(method)
     sparsity, schedule, scope = check_settings(sparsity, schedule, scope)
-    include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     shards.reshard_(module)
+    include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     names = prunable.prunable_parameters(module, include, exclude)
     prunable.check_numbers(names)
     passes = None if batches is None else gradients.Passes(batches)
@@ -344,7 +344,7 @@ def parameters_by_name(module: nn.Module, names: Iterable[str]) -> dict[str, nn.
     return {name: parameters[name] for name in names}
 
 
-def dense_matrices(module: nn.Module, selected: Container[str], exclude: Sequence[str] | None) -> list[str]:
+def dense_matrices(module: nn.Module, selected: Container[str], exclude: Iterable[str] | None) -> list[str]:
     """Name the trainable parameters of two dimensions or more that nobody asked to leave out, and that stay dense.
 
     Args:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -269,7 +270,7 @@ class IMPPruningCallback(PruningCallback):
         start.rewind_optimizers_(trainer.optimizers, learning_rates=True)
         start.rewind_schedulers_([config.scheduler for config in self._schedulers])
         trainer.lr_scheduler_configs[:] = self._schedulers  # SWA may have put its own there
-        companions.restart_averages(trainer, pl_module)
+        self._restart_averages(trainer, pl_module)
         super()._settle(trainer, pl_module)
 
     def _start_of_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule, start: RewindPoint) -> RewindPoint:
@@ -380,7 +381,7 @@ class IMPPruningCallback(PruningCallback):
         if (
             self._restored
             and self.pruned
-            and not outcomes.is_selection(self.masks, self.prunable_parameters, pl_module)
+            and not outcomes.is_selection(self.masks, partial(self._selected, trainer), pl_module)
         ):
             raise MisconfigurationException(
                 f"The checkpoint is from cycle {self.cycle} of an IMP run that prunes other parameters than"

@@ -1,7 +1,7 @@
 """What a pruning brings: masks found in the middle of a ``fit`` that is left as it was, and the report of them."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
@@ -239,7 +239,7 @@ def warn_of_other_settings(
     masks: Masks,
     then: Mapping[str, Any],
     now: Mapping[str, Any],
-    select: Callable[[pl.LightningModule], Mapping[str, nn.Parameter]],
+    selects: Iterable[Callable[[pl.LightningModule], Mapping[str, nn.Parameter]]],
     pl_module: pl.LightningModule,
 ) -> None:
     """Warn if restored masks were chosen in another way than they would be now: they stay.
@@ -248,7 +248,7 @@ def warn_of_other_settings(
         masks: The masks.
         then: The settings that they were chosen with, as far as the checkpoint has them.
         now: The settings of the callback.
-        select: Gives the prunable parameters of the module, by name.
+        selects: Each gives prunable parameters of the module, by name, that the masks may be for.
         pl_module: The module.
 
     """
@@ -259,7 +259,7 @@ def warn_of_other_settings(
                 f" `{name}={now[name]!r}` has no effect. Start from a dense checkpoint."
             )
     patterns = [name for name in ("include", "exclude") if name not in then or then[name] != now[name]]
-    if patterns and not is_selection(masks, select, pl_module):
+    if patterns and not any(is_selection(masks, select, pl_module) for select in selects):
         asked = " and ".join(f"`{name}={now[name]!r}`" for name in patterns)
         rank_zero_warn(
             f"The checkpoint was pruned in {listed(masks)} and stays so: {asked} would select other parameters, and"

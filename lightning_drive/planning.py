@@ -1,6 +1,6 @@
 """What pruning will do to a module and what it will cost, said before anything is trained."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -177,6 +177,7 @@ def plan(
     exclude: Iterable[str] | None,
     max_epochs: int | None,
     steps_per_epoch: int | None,
+    untrained: Container[str] = (),
 ) -> PruningPlan:
     """Work out what a callback is going to do to a module.
 
@@ -190,6 +191,7 @@ def plan(
         exclude: Glob patterns over parameter names that stay dense.
         max_epochs: Epochs of the whole run; ``None`` if that is not known.
         steps_per_epoch: Training steps in each; ``None`` if that is not known.
+        untrained: Parameters that no optimizer holds.
 
     Raises:
         ValueError: If one of the last two is not a whole number of at least 1.
@@ -203,7 +205,7 @@ def plan(
         epochs = (None if steps_per_epoch is None else intent.step // steps_per_epoch,) * 2
     return PruningPlan(
         intent.method,
-        planned_parameters(module, selected, exclude),
+        planned_parameters(module, selected, exclude, untrained),
         counts(sizes, intent.rounds, sparsity, schedule, scope),
         intent.passes,
         intent.pass_over,
@@ -215,7 +217,10 @@ def plan(
 
 
 def planned_parameters(
-    module: nn.Module, selected: Mapping[str, nn.Parameter], exclude: Iterable[str] | None
+    module: nn.Module,
+    selected: Mapping[str, nn.Parameter],
+    exclude: Iterable[str] | None,
+    untrained: Container[str] = (),
 ) -> tuple[PlannedParameter, ...]:
     """Say of every parameter whether it will be pruned, and why not.
 
@@ -223,6 +228,7 @@ def planned_parameters(
         module: The module.
         selected: The prunable parameters, by name.
         exclude: Glob patterns over parameter names that stay dense.
+        untrained: Parameters that no optimizer holds.
 
     """
     exclude = check_patterns("exclude", exclude)
@@ -234,7 +240,9 @@ def planned_parameters(
             return "excluded"
         if not parameter.requires_grad:
             return "frozen"
-        return _SMALL if parameter.ndim < 2 else "not selected"
+        if parameter.ndim < 2:
+            return _SMALL
+        return "in no optimizer" if name in untrained else "not selected"
 
     return tuple(
         PlannedParameter(name, tuple(parameter.shape), parameter.numel(), reason(name, parameter))

@@ -4,8 +4,9 @@ import copy
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -18,9 +19,11 @@ from typing_extensions import override
 
 from lightning_drive import (
     arguments,
+    averages,
     checkpoints,
     companions,
     compatibility,
+    copies,
     display,
     ends,
     finding,
@@ -32,6 +35,7 @@ from lightning_drive import (
     prunable,
     scoring,
     shards,
+    trained,
 )
 from lightning_drive.enforcing import Enforcement
 from lightning_drive.finding import Found, Scope
@@ -46,6 +50,9 @@ from lightning_drive.rewinding import RewindPoint
 from lightning_drive.schedules import Schedule
 
 _VERSION = 1
+
+_LOOKS = 64
+"""Up to which batch of an epoch to look, at powers of two, for copies of the network that change."""
 
 
 class Pruning(NamedTuple):
@@ -69,7 +76,7 @@ class PruningCallback(pl.Callback):
     In several processes, every rank scores its own batches, gradients are averaged, and all ranks get the same masks.
 
     A subclass says when it is time (:meth:`_is_due`) and what to do then (:meth:`_prune`). To change which parameters
-    are prunable, override :meth:`prunable_parameters`.
+    are prunable, override :meth:`prunable_parameters`; to prune copies of the network along, :meth:`averages`.
 
     Args:
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
@@ -118,6 +125,9 @@ class PruningCallback(pl.Callback):
         self._live: Enforcement | None = None
         self._phase_start: float | None = None
         self._forgotten = ""
+        self._names: tuple[str, ...] = ()  # what is prunable when ``fit`` starts
+        self._copies: set[str] = set()  # those that were warned of
+        self._sums: dict[str, tuple[float, ...]] = {}  # of what may be averages, in this epoch
 
     @property
     def masks(self) -> Masks:
@@ -139,6 +149,8 @@ class PruningCallback(pl.Callback):
     def prunable_parameters(self, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
         """Select the parameters that the masks will cover; override it for a rule that patterns cannot express.
 
+        In a Trainer, those of them that no optimizer holds are left out afterwards: they are not trained.
+
         Args:
             pl_module: The module.
 
@@ -148,10 +160,54 @@ class PruningCallback(pl.Callback):
         """
         return prunable.prunable_parameters(pl_module, self.include, self.exclude)
 
+    def averages(self, pl_module: pl.LightningModule) -> Iterable[nn.Module | Mapping[str, Tensor]]:
+        """Return the copies of the network that are pruned along with it; override it where training keeps such copies.
+
+        An average of dense and sparse weights is dense, so averages have to be pruned with the network. Those that
+        Lightning's callbacks keep (``WeightAveraging``, ``EMAWeightAveraging``, ``StochasticWeightAveraging``) are
+        found without this. It is called whenever masks are put on, from the start of ``fit`` on; return nothing for a
+        copy that does not exist yet.
+
+        Args:
+            pl_module: The module.
+
+        Returns:
+            Every copy as a module whose parameters have the names that they have in ``pl_module``, or as a mapping
+            from these names to tensors. By default, none.
+
+        Example:
+            A mean teacher inside the module:
+
+            >>> from lightning_drive import DRIVEPruningCallback
+            >>> class WithTeacher(DRIVEPruningCallback):
+            ...     def averages(self, pl_module):
+            ...         teacher = pl_module.teacher.named_parameters()
+            ...         return [{f"student.{name}": tensor for name, tensor in teacher}]
+
+            A copy of the whole module that another callback makes, as ``copy.deepcopy(pl_module)``:
+
+            >>> class WithCopy(DRIVEPruningCallback):
+            ...     def averages(self, pl_module):
+            ...         copies = [getattr(each, "average", None) for each in pl_module.trainer.callbacks]
+            ...         return [each for each in copies if each is not None]
+
+            ``torch_ema``, made of ``pl_module.net.parameters()``, which keeps tensors without names:
+
+            >>> class WithTorchEma(DRIVEPruningCallback):
+            ...     def averages(self, pl_module):
+            ...         names = [f"net.{name}" for name, _ in pl_module.net.named_parameters()]
+            ...         return [dict(zip(names, pl_module.ema.shadow_params))]
+
+        """
+        return ()
+
     def plan(
         self, pl_module: nn.Module, *, max_epochs: int | None = None, steps_per_epoch: int | None = None
     ) -> PruningPlan:
         """Say what would be pruned, when, and what that would cost; nothing is done. ``print(callback.plan(model))``.
+
+        In a Trainer, what no optimizer holds is not pruned. A module that no Trainer has got optimizers for yet shows
+        only which parameters are frozen, so that the plan may have more parameters then.
 
         Args:
             pl_module: The module as it will be trained, or any torch module.
@@ -162,9 +218,12 @@ class PruningCallback(pl.Callback):
             ValueError: If nothing is prunable, a pattern matches nothing, or a number is not a whole one of at least 1.
 
         """
+        module: Any = pl_module
+        trainer: Any = getattr(module, "_trainer", None)
+        in_fit = isinstance(trainer, pl.Trainer) and trainer.optimizers
         return planning.plan(
-            pl_module,
-            self.prunable_parameters(pl_module),  # type: ignore[arg-type]
+            module,
+            self._selected(trainer, module) if in_fit else self.prunable_parameters(module),
             self._intent(),
             sparsity=self.sparsity,
             schedule=self.schedule,
@@ -172,6 +231,7 @@ class PruningCallback(pl.Callback):
             exclude=self.exclude,
             max_epochs=max_epochs,
             steps_per_epoch=steps_per_epoch,
+            untrained=trained.untrained(trainer, module) if in_fit else (),
         )
 
     # What a subclass says.
@@ -199,9 +259,12 @@ class PruningCallback(pl.Callback):
 
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse, before anything runs, what cannot work."""
-        parameters = self.prunable_parameters(pl_module)
-        prunable.check_numbers(parameters)
-        shards.holders(parameters)
+        selected = self._selected(trainer, pl_module)
+        prunable.check_numbers(selected)
+        shards.holders(selected)
+        self._names = tuple(selected)
+        if text := trained.left_out(trainer, pl_module, self.prunable_parameters):
+            display.show(trainer, text)
         if self._remember_epoch is not None:
             compatibility.check_finetuning(self, trainer)
 
@@ -228,7 +291,7 @@ class PruningCallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work together, and note the length; a state to resume from is restored after this."""
-        compatibility.check_namespace(self, trainer)
+        compatibility.check_namespace(self, trainer, pl_module)
         self._restored = self._searching = self._fit_started = False
         self._max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs  # other callbacks may change it
         if stage == "fit":
@@ -250,6 +313,8 @@ class PruningCallback(pl.Callback):
         if not (self._restored or goes_on):
             self._start_afresh()
         self._module, self._fit_started, self._thread = weakref.ref(pl_module), True, threading.get_ident()
+        self._names, self._copies = tuple(self.masks), set()
+        self._averages(pl_module)
         if not self._finished:
             self._check_module(trainer, pl_module)
 
@@ -259,6 +324,8 @@ class PruningCallback(pl.Callback):
         self._phase_start = time.monotonic() if trainer.global_step == 0 else None  # else only part of it is known
         self._resumes_epoch = True  # unless ``on_train_epoch_start`` comes first
         scoring.begin_batch_again(trainer)
+        if not self.pruned:
+            self._warn_of_zeros(trainer, pl_module)
         if not self._finished:
             self._check_training(trainer, pl_module)
         if self.pruned:
@@ -271,13 +338,14 @@ class PruningCallback(pl.Callback):
             if self._finished and self.report is not None:
                 outcomes.warn_of_differences(self.masks, self.report, self.sparsity, self.control)
                 if self._restored:
-                    now, selects = self._settings(), self.prunable_parameters
+                    now, selects = self._settings(), (partial(self._selected, trainer), self.prunable_parameters)
                     outcomes.warn_of_other_settings(self.masks, self._settings_then or {}, now, selects, pl_module)
         self._hold_off_early_stopping(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune when it is time."""
+        self._warn_of_copies(trainer, pl_module)
         self._remember_when_due(trainer, pl_module)
         self._prune_when_due(trainer, pl_module)
         self._log_metrics(trainer, pl_module)
@@ -288,6 +356,8 @@ class PruningCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Prune and log where a run resumes in the middle of an epoch, which has no ``on_train_epoch_start`` then."""
+        if self._resumes_epoch:
+            self._warn_of_copies(trainer, pl_module)
         self._remember_when_due(trainer, pl_module, batch_idx)
         if self._prune_when_due(trainer, pl_module) or self._resumes_epoch:
             self._log_metrics(trainer, pl_module)
@@ -296,10 +366,13 @@ class PruningCallback(pl.Callback):
             self._live.follow(trainer, pl_module)
             if batch_idx == 0:
                 self._live.check(pl_module)
+        if batch_idx <= _LOOKS and batch_idx & (batch_idx - 1) == 0:
+            self._look_for_averages(trainer, pl_module, batch_idx)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to go on where pruned layers were replaced by others; mask again what others wrote."""
+        self._look_for_averages(trainer, pl_module)
         if self._live is not None:
             self._live.check(pl_module)
             self._live.renew()
@@ -518,7 +591,7 @@ class PruningCallback(pl.Callback):
             trainer,
             pl_module,
             method,
-            self.prunable_parameters,
+            partial(self._selected, trainer),
             sparsity=self.sparsity,
             masks=self.masks,
             schedule=self.schedule,
@@ -527,15 +600,16 @@ class PruningCallback(pl.Callback):
             only_round=only_round,
             shuffle=shuffle,
             bn_batches=bn_batches,
-            others=self._others(pl_module),
+            others=self._others(trainer, pl_module),
         )
 
-    def _others(self, pl_module: pl.LightningModule) -> list[str]:
+    def _others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
         """Name the matrices that are trained and stay dense, unless the user has said what is to be pruned."""
         selects_itself = type(self).prunable_parameters is not PruningCallback.prunable_parameters
         if self.include is not None or selects_itself:
             return []
-        return finding.dense_matrices(pl_module, self.prunable_parameters(pl_module), self.exclude)
+        left_out = {**self._selected(trainer, pl_module), **trained.untrained(trainer, pl_module)}
+        return finding.dense_matrices(pl_module, left_out, self.exclude)
 
     def _record(
         self,
@@ -565,6 +639,7 @@ class PruningCallback(pl.Callback):
         start = time.monotonic()
         for module in (pl_module, *companions.averaged_models(trainer)):
             gradients.load_batch_norm_statistics(module, self._pruning.unfinished or {})
+        averages.load_batch_norm_statistics(self._averages(pl_module), self._pruning.unfinished or {})
         self._settle(trainer, pl_module)
         self._hold_off_early_stopping(trainer)
         if self._finished and self.reset_best:
@@ -597,7 +672,8 @@ class PruningCallback(pl.Callback):
         """Put the masks on everything that is alive, and have every optimizer step followed by them."""
         warned = self._live is not None and self._live.warned
         self._release()
-        self._live = Enforcement(pl_module, self.masks, warned=warned)
+        copies = partial(self._averages, pl_module)
+        self._live = Enforcement(pl_module, self.masks, copies=copies, warned=warned)
         self._live.begin(self, trainer, pl_module)
 
     def _reinitialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -605,6 +681,19 @@ class PruningCallback(pl.Callback):
         assert self._start is not None
         redrawn = self._start.snapshot.redrawn(self.masks, scoring.random_numbers(trainer))
         redrawn.rewind_(pl_module, self.masks)
+
+    def _selected(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
+        """Select the prunable parameters that an optimizer holds."""
+        return trained.select(trainer, pl_module, self.prunable_parameters)
+
+    def _averages(self, pl_module: pl.LightningModule) -> list[dict[str, Tensor]]:
+        """Return the tensors of what is pruned along, by the names that they have in the module."""
+        return averages.tensors(self.averages(pl_module), pl_module)
+
+    def _restart_averages(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let averages begin again with the module as it is now."""
+        companions.restart_averages(trainer, pl_module)
+        averages.restart_(self._averages(pl_module), pl_module)
 
     def _release(self) -> None:
         if self._live is not None:
@@ -615,6 +704,45 @@ class PruningCallback(pl.Callback):
         if not trainer.barebones:
             # A batch size of 1, so that Lightning does not look for one in batches that may be of any kind.
             pl_module.log_dict(self._metrics(), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+
+    # What is warned of.
+
+    def _warn_of_copies(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of submodules that are copies of the network and are not pruned along."""
+        others = trained.untrained(trainer, pl_module)
+        alive = {each for name, each in pl_module.named_parameters() if each.requires_grad and name not in others}
+        for each in copies.inside(pl_module, self._names, alive):
+            self._warn_of_copy(pl_module, each)
+
+    def _look_for_averages(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int = 1) -> None:
+        """Warn of copies in attributes that change while training goes on, so that they are no mere records."""
+        if batch_idx == 0:
+            self._sums = {}
+        callbacks = [each for each in companions.callbacks_of(trainer) if each is not self]
+        for each, sums, is_record in copies.outside(pl_module, callbacks, self._names):
+            if self._sums.setdefault(each.name, sums) != sums and not is_record:
+                self._warn_of_copy(pl_module, each)
+
+    def _warn_of_copy(self, pl_module: pl.LightningModule, found: copies.Copy) -> None:
+        """Warn of a copy, once, if it is not pruned along."""
+        along = {id(each) for average in self._averages(pl_module) for each in average.values()}
+        known = found.name in self._copies or any(id(each) in along for each in found.pairs.values())
+        if not known and not copies.is_sparse(found, self.masks):
+            self._copies.add(found.name)
+            rank_zero_warn(copies.warning(found, type(self).__name__))
+
+    def _warn_of_zeros(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of weights that are pruned already, but whose masks are not known."""
+        parameters = dict(pl_module.named_parameters())
+        numbers = trained.zeros(parameters[name] for name in self._names if name in parameters)
+        cut_now = self._is_due(trainer) and self.scope == "global" and self.control == "none"
+        if numbers.are_many and not (cut_now and numbers.share <= self.sparsity):
+            rank_zero_warn(
+                f"{numbers.number:,} of {numbers.size:,} prunable weights ({numbers.share:.1%}) are 0 already, as in a"
+                f" network that was pruned, but {type(self).__name__} has no masks for them: these zeros will be"
+                " trained like all other weights until it prunes. To go on with a pruned network, pass a checkpoint as"
+                " `ckpt_path` that was saved with the state of the callback that pruned it."
+            )
 
     # What is refused before training starts.
 

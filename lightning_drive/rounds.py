@@ -97,7 +97,7 @@ def score_histogram(rankings: Iterable[Ranking]) -> ScoreHistogram | None:
     low, high = min(part.low for part in parts), max(part.high for part in parts)
     edges = torch.linspace(low, high, NUM_BINS + 1, dtype=torch.float64)
     kept = torch.stack([part.below(edges, part.kept) for part in parts]).sum(0).round().long()
-    pruned = torch.stack([part.below(edges, part.every) for part in parts]).sum(0).round().long() - kept
+    pruned = torch.stack([part.below(edges, part.every - part.kept) for part in parts]).sum(0).round().long()
     return ScoreHistogram(
         low, high, tuple(kept.diff().tolist()), tuple(pruned.diff().tolist()), int(kept[0]), int(pruned[0])
     )

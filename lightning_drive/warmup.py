@@ -162,7 +162,7 @@ class WarmupPruningCallback(PruningCallback):
         if self.control == "reinit" and self._start is not None:
             self._reinitialise(trainer, pl_module)
             self._start.rewind_optimizers_(trainer.optimizers, learning_rates=False)
-            companions.restart_averages(trainer, pl_module)
+            self._restart_averages(trainer, pl_module)
         super()._settle(trainer, pl_module)
 
     def _frozen_layers(self, trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Masks) -> Iterator[str]:
@@ -170,8 +170,9 @@ class WarmupPruningCallback(PruningCallback):
         for other in companions.callbacks_of(trainer):
             if isinstance(other, BaseFinetuning):
                 known = {*masks, *self.prunable_parameters(pl_module)}
+                before = {name for name, each in pl_module.named_parameters() if not each.requires_grad}
                 with prunable.unfrozen(pl_module):
-                    frozen = [name for name in self.prunable_parameters(pl_module) if name not in known]
+                    frozen = [name for name in self.prunable_parameters(pl_module) if name in before - known]
                 if frozen:
                     name, value = self._warmup
                     yield (

@@ -460,6 +460,7 @@ class SavesAnAverageTransposed(SavesAnAverage):
         return value.flatten().flip(0).reshape(value.shape).mT if value.ndim > 1 else value
 
 
+@pytest.mark.filterwarnings("ignore:.*has the same names and shapes as:UserWarning")  # which is true
 @pytest.mark.parametrize("kind", [SavesAnAverage, SavesAnAverageInHalfPrecision, SavesAnAverageTransposed])
 def test_saved_by_others(tmp_path: Path, kind: Any) -> None:
     """Weights of another that go into a checkpoint are masked; what does not fit is left alone."""

@@ -18,7 +18,7 @@ FLOORS = (
     {"compaction", "costs", "flow"},
     {"methods"},
     {"finding", "planning", "report"},
-    {"batches", "cli", "companions", "compatibility", "display", "scoring", "phases"},
+    {"averages", "batches", "cli", "companions", "compatibility", "copies", "display", "scoring", "phases", "trained"},
     {"ends", "enforcing", "outcomes"},
     {"pruning"},
     {"warmup"},

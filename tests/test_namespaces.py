@@ -4,6 +4,9 @@ The callbacks look for Lightning's classes (strategies, ModelCheckpoint, EarlySt
 `pytorch_lightning` are others: training with them would run, but a dense epoch could win "best", say.
 """
 
+import importlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,75 @@ def test_trainer__error(tmp_path: Path, name: str, call: str) -> None:
     ):
         getattr(trainer, call)(module, fits.loader())
     assert module.steps == 0
+
+
+class Library:
+    """Imitates a library that makes classes of `pytorch_lightning` its own, as somebody has installed it."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, in_folder: str) -> None:
+        place = folder / in_folder
+        place.mkdir(parents=True)
+        (place / "forecasts.py").write_text(
+            "import pytorch_lightning as pl\n"
+            "class Trainer(pl.Trainer): pass\n"
+            "class Forecaster(pl.LightningModule): pass\n"
+            "class Saves(pl.callbacks.ModelCheckpoint): pass\n"
+        )
+        monkeypatch.syspath_prepend(place)
+        monkeypatch.delitem(sys.modules, "forecasts", raising=False)
+        self.module = importlib.import_module("forecasts")
+
+
+@pytest.fixture(params=["lib/site-packages", "elsewhere"])
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Any]:
+    yield Library(tmp_path, monkeypatch, request.param).module
+    sys.modules.pop("forecasts", None)
+
+
+def refused(name: str, trainer: Any, module: Any, *others: Any) -> str:
+    """Return what the callback says when such a Trainer sets it up."""
+    pruning = CALLBACKS[name]()
+    stand_in = SimpleTrainer(trainer, pruning, *others)
+    with pytest.raises(MisconfigurationException) as caught:
+        pruning.setup(stand_in, module, "fit")  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def SimpleTrainer(kind: Any, *callbacks: Any) -> Any:  # noqa: N802
+    """Make a Trainer that any Lightning would let have any callbacks."""
+    trainer = kind(logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.callbacks = list(callbacks)
+    return trainer
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("which", ["Trainer", "Forecaster", "Saves"])
+def test_library__error(name: str, which: str, library: Any) -> None:
+    """Users of a library are told that the import is not theirs, whichever class of it they meet."""
+    if which == "Trainer":
+        text = refused(name, library.Trainer, OldModule())
+    elif which == "Forecaster":
+        text = refused(name, old.Trainer, library.Forecaster())
+    else:
+        text = refused(name, pl.Trainer, fits.ConvModule(), library.Saves(monitor="val_loss"))
+    assert f"{name}PruningCallback needs the classes of `lightning.pytorch`, got `forecasts`, whose {which}" in text
+    assert "an import of `forecasts`, not of yours" in text
+    assert "find_masks" in text
+    assert "Write `import" not in text
+
+
+def test_library__error_of_a_subclass_of_ones_own(library: Any) -> None:
+    """What is the user's own of a library's class has the library's import."""
+    own = type("Own", (library.Forecaster,), {"__module__": "__main__"})
+    assert "`forecasts`, whose Forecaster" in refused("DRIVE", old.Trainer, own())
+
+
+def test_own_package__error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of the user's own, beside what runs, can be changed."""
+    monkeypatch.chdir(tmp_path)
+    own = Library(tmp_path, monkeypatch, "src").module
+    assert "Write `import lightning.pytorch as pl` in place of" in refused("DRIVE", old.Trainer, own.Forecaster())
+    sys.modules.pop("forecasts")
 
 
 @checked_by_us

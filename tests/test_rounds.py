@@ -125,6 +125,18 @@ def test_score_histogram__all_equal(value: float, expected: int | None) -> None:
     assert (found and sum(found.kept) + found.kept_below) == expected
 
 
+@pytest.mark.parametrize("num_kept", [1, 60, 250])
+def test_score_histogram__few_scores(num_kept: int) -> None:
+    """No bin has fewer than none, or a report could not be read again."""
+    for seed in range(20):
+        given = torch.rand(300, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).pow(9)
+        found = rounds.score_histogram([keep_highest({"a": given}, num_kept)])
+        assert found is not None
+        assert min(*found.kept, *found.pruned, found.kept_below, found.pruned_below) >= 0
+        assert sum(found.kept) + found.kept_below == num_kept
+        assert sum(found.pruned) + found.pruned_below == 300 - num_kept
+
+
 def test_score_histogram__already_pruned() -> None:
     """Only what was alive has a score."""
     given, alive = scores(torch.float32), {"a": torch.arange(4000) % 2 == 0, "b": torch.arange(3000) < 10}
