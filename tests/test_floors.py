@@ -13,7 +13,7 @@ from lightning_drive import callbacks
 FLOORS = (
     {"copying", "forms", "handover", "messages", "modes", "ranks", "sources"},
     {"checkpoints", "schedules", "scores", "ranking", "sparsity", "shards"},
-    {"channels", "gradients", "masking", "prunable", "replicas", "rounds", "tables"},
+    {"channels", "gradients", "masking", "paths", "prunable", "replicas", "rounds", "tables"},
     {"files", "flow", "pictures", "rewinding", "undisturbed"},
     {"compaction", "costs", "methods"},
     {"finding", "planning", "report"},

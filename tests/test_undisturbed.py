@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_drive import flow, gradients
+from lightning_drive.paths import Paths
 from lightning_drive.undisturbed import _NoDropout, preserved_rng, undisturbed
 
 MODES = pytest.mark.parametrize("mode", ["train", "eval"])
@@ -304,7 +305,7 @@ def test_undisturbed__any_value() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [_NoDropout, flow._Paths, lambda: flow._Watch({"dropout"})], ids=["dropout", "paths", "watch"]
+    "kind", [_NoDropout, Paths, lambda: flow._Watch({"dropout"})], ids=["dropout", "paths", "watch"]
 )
 def test_function_mode__interrupted(kind: Callable[[], Any]) -> None:
     """An interrupt while torch has a mode off its stack is not hidden, and the mode that comes back does nothing."""
