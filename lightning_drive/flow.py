@@ -3,8 +3,7 @@
 Both run a replica of the module that has other tensors in place of its parameters; the module itself is only read.
 """
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,15 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_drive.modes import FunctionMode
-from lightning_drive.paths import Paths, begin
+from lightning_drive import growth
+from lightning_drive.growth import WithoutFlow
+from lightning_drive.paths import Paths
 from lightning_drive.replicas import Replica
-
-_WITHOUT_FLOW = {
-    *("relu6", "hardtanh", "hardtanh_", "hardsigmoid", "tanh", "tanh_", "sigmoid", "sigmoid_", "softsign"),
-    *("lstm", "gru", "rnn_tanh", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm"),
-    *("normalize", "softmax", "log_softmax", "softmin", "scaled_dot_product_attention", "multi_head_attention_forward"),
-}
+from lightning_drive.signals import begin
 
 
 class SynapticFlow:
@@ -94,25 +89,22 @@ class SynapticFlow:
         return found, total.item()
 
 
-def layers_without_flow(module: nn.Module, example_input: Tensor) -> list[str]:
-    """Name the layers for which synaptic flow is not defined, in the order in which they run.
+def layers_without_flow(module: nn.Module, example_input: Tensor) -> list[WithoutFlow]:
+    """Find the layers for which synaptic flow is not defined, in the order in which they run.
 
     Saturating activations (ReLU6, Tanh, Sigmoid, and with them LSTM and GRU) stop the flow, and normalising layers
-    (LayerNorm, softmax, attention) mix its signs; neither conserves it. Calls to functions (``F.softmax``) are found
-    too.
+    (LayerNorm, softmax, attention) mix its signs; neither conserves it. Calls to functions (``F.softmax``) are found,
+    too, and so is what is written out, by what it does (:class:`lightning_drive.growth.Watch`).
 
     Args:
         module: The network; its ``forward`` takes one tensor.
         example_input: As in :func:`synaptic_flow`.
 
-    Returns:
-        One text per call, such as ``"'encoder.norm' (layer_norm)"``.
-
     """
-    watch = _Watch(_WITHOUT_FLOW)
+    watch = growth.Watch(growth.WITHOUT_FLOW, module)
     dtype = next(module.parameters()).dtype
-    with torch.no_grad(), _module_names(module, watch.path), watch:
-        module(_ones(example_input, dtype))
+    with torch.no_grad(), growth.module_names(module, watch.path), watch:
+        watch.end(module(growth.begin(_ones(example_input, dtype))))
     return watch.seen
 
 
@@ -200,37 +192,3 @@ def _sum_of_outputs(outputs: Any) -> Tensor:
     if not tensors:
         raise ValueError(f"`forward` must return at least one floating-point tensor, got {type(outputs).__name__}.")
     return torch.stack([tensor.sum() for tensor in tensors]).sum()
-
-
-class _Watch(FunctionMode):
-    """Notes which of the named functions are called, and by which submodule."""
-
-    def __init__(self, functions: set[str]) -> None:
-        super().__init__()
-        self.functions = functions
-        self.path: list[str] = []
-        self.seen: list[str] = []
-
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in self.functions:
-            self.seen.append(f"{self.path[-1]!r} ({name})" if self.path and self.path[-1] else f"`forward` ({name})")
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def _module_names(module: nn.Module, path: list[str]) -> Generator[None]:
-    """Keep the name of the submodule that is running at the end of ``path``."""
-
-    def forget(*_: Any) -> None:
-        path.pop()
-
-    handles = []
-    try:
-        for name, submodule in module.named_modules():
-            handles.append(submodule.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
-            handles.append(submodule.register_forward_hook(forget, always_call=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -11,9 +11,9 @@ import lightning_drive
 from lightning_drive import callbacks
 
 FLOORS = (
-    {"copying", "forms", "handover", "messages", "modes", "ranks", "sources"},
-    {"checkpoints", "schedules", "scores", "ranking", "sparsity", "shards"},
-    {"channels", "gradients", "masking", "paths", "prunable", "replicas", "rounds", "tables"},
+    {"copying", "forms", "handover", "messages", "modes", "ranks", "signals", "sources"},
+    {"checkpoints", "recurrence", "schedules", "scores", "ranking", "sparsity", "shards"},
+    {"channels", "gradients", "growth", "masking", "paths", "prunable", "replicas", "rounds", "tables"},
     {"files", "flow", "pictures", "rewinding", "undisturbed"},
     {"compaction", "costs", "methods"},
     {"finding", "planning", "report"},
