@@ -300,7 +300,8 @@ def _arithmetic(name: str, func: Callable[..., Any], first: Any, second: Any) ->
         return first.copy_(_arithmetic(name.rstrip("_"), func, first.clone(), second))
     is_product = "mul" in name
     if is_signal(first) and is_signal(second):
-        return heard(first) * heard(second) if is_product else _sum(first, second)
+        result = heard(first) * heard(second) if is_product else _sum(first, second)
+        return result.as_subclass(_Gate) if isinstance(first, _Gate) and "div" in name else result
     signal, constant = (first, second) if is_signal(first) else (second, first)
     if is_product:
         return heard(signal) * (torch.ones_like(constant) if _is_undecided(constant) else constant != 0)

@@ -820,3 +820,194 @@ def test_active_masks__computed_weight(sign: float) -> None:
     masks = {"0.weight": torch.rand(4, 3) < 0.7, "2.weight": torch.tensor([[True, False, True, True], [False] * 4])}
     masks["0.weight"][:, 0] = True
     assert torch.equal(flow.active_masks(net, masks, torch.ones(1, 3))["0.weight"], masks["0.weight"])
+
+
+class Positive(nn.Module):
+    """A function between two linear layers without biases."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.first, self.last = nn.Linear(4, 6, bias=False), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(self.first(x)))
+
+
+def attention(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Attention by hand, with a change to its scores, given the places that come later."""
+
+    def function(x: Tensor) -> Tensor:
+        scores = x @ x.mT
+        return torch.softmax(change(scores, torch.ones_like(scores).triu(1) > 0), -1) @ x
+
+    return function
+
+
+def rotary(x: Tensor) -> Tensor:
+    angles = torch.arange(1, x.shape[-2] + 1).to(x)[:, None] * torch.tensor([1.0, 2.0, 3.0] * 2).to(x)
+    return x * angles.cos() + torch.cat([-x[..., 3:], x[..., :3]], -1) * angles.sin()
+
+
+def written(x: Tensor) -> Tensor:
+    result = torch.zeros_like(x)
+    result[:, ::2], result[:, 1] = x[:, ::2], x[:, 0]
+    return result
+
+
+PLACES = torch.tensor([1, 0, 1, 2, 0])
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rotary": rotary,
+    "masked_fill": attention(lambda scores, later: scores.masked_fill(later, float("-inf"))),
+    "masked_fill_": attention(lambda scores, later: scores.masked_fill_(later, -1e9)),
+    "added_mask": attention(lambda scores, later: scores + later.to(scores) * torch.finfo(torch.float32).min),
+    "where_mask": attention(lambda scores, later: scores.where(~later, float("-inf"))),
+    "roll": lambda x: x.roll(1, -1),
+    "cumsum": lambda x: x.cumsum(-1),
+    "cumprod": lambda x: x.cumprod(-1),
+    "norm": lambda x: x.norm(dim=-1, keepdim=True).expand(-1, -1, 6),
+    "var": lambda x: x.var(-1, keepdim=True).expand(-1, -1, 6),
+    "std": lambda x: x.std(1, keepdim=True).expand(-1, 5, -1),
+    "logsumexp": lambda x: x.logsumexp(-1, keepdim=True).expand(-1, -1, 6),
+    "sin": torch.sin,
+    "index_select": lambda x: x.index_select(-1, torch.tensor([5, 4, 3, 0, 0, 1])),
+    "index_add": lambda x: torch.zeros_like(x).index_add(1, PLACES, x),
+    "scatter_reduce": lambda x: torch.zeros_like(x).scatter_reduce(1, PLACES.view(1, 5, 1).expand_as(x), x, "mean"),
+    "setitem": written,
+    "fft": lambda x: torch.fft.rfft(x, dim=-1).abs()[..., [0, 1, 2, 3, 1, 2]],
+    "fft_and_back": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1) * (1 + 2j), n=5, dim=1),
+    "fnet": lambda x: torch.fft.fft2(x).real,
+    "complex_pairs": lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (3, 2))) * (1 + 2j)).flatten(2),
+    "resized": lambda x: F.interpolate(x, size=6, mode="linear"),
+    "folded": lambda x: F.fold(F.unfold(x.unsqueeze(1), (2, 6)), (5, 6), (2, 6)).squeeze(1),
+    "circular": lambda x: F.pad(x, (1, 1), mode="circular")[..., :6],
+    "distances": lambda x: torch.cdist(x, x.flip(1) * 0.5)[..., [0, 1, 2, 3, 4, 0]],
+    "einsum": lambda x: torch.einsum("btc,bsc->bts", x, x) @ x,
+    "glu": lambda x: F.glu(torch.cat([x, x], -1)),
+    "product": lambda x: x.prod(-1, keepdim=True) * x,
+    "chunks": lambda x: torch.cat(x.chunk(2, -1)[::-1], -1),
+    "lerp": lambda x: torch.lerp(x, x.flip(1), 0.3),
+    "vector_norm": lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x,
+    "cosine": lambda x: F.cosine_similarity(x, x.flip(1), dim=-1).unsqueeze(-1) * x,
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_active_masks__functions(function: Callable[[Tensor], Tensor]) -> None:
+    """A signal passes a function wherever its result changes with its argument."""
+    for seed, density in enumerate((0.25, 0.4, 0.6, 2.0)):
+        torch.manual_seed(seed)
+        module = Positive(function)
+        masks = random_masks(module, density, seed)
+        example_input = torch.zeros(1, 5, 4)
+        many = [weights_that_matter(module, masks, example_input) for _ in range(2)]
+        found = flow.active_masks(module, masks, example_input)
+        assert all(found[name].equal(many[0][name] | many[1][name]) for name in masks)
+
+
+def untrained(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(lambda x: torch.where(x > 1, x, 0.1 * x), lambda x: x * (x > 0), lambda x: x * (x < 0).float()),
+        *(lambda x: x.masked_fill(~(x > 0), 0), lambda x: torch.max(x, x.flip(1)), lambda x: x.detach(), untrained),
+        *(lambda x: x.topk(5, 1).values, lambda x: x.sort(1).values, lambda x: x.amin(1, keepdim=True)),
+        *(lambda x: x.median(1, keepdim=True).values, lambda x: x.kthvalue(1, 1, True)[0]),
+        lambda x: x + (x.round() - x).detach(),
+        lambda x: F.max_pool1d(x.mT, 2, 1, 1, 2).mT,
+        lambda x: F.max_pool1d(x.mT, 2, return_indices=True)[0].mT,
+        lambda x: torch.zeros_like(x).scatter_reduce(1, PLACES.view(1, 5, 1).expand_as(x), x, "amax"),
+    ],
+)
+def test_active_masks__chosen_by_value(function: Callable[[Tensor], Tensor]) -> None:
+    """What is chosen depends on values, which paths do not have: all of it may be."""
+    module = Positive(function)
+    masks = dense_masks(module)
+    assert all(mask.all() for mask in flow.active_masks(module, masks, torch.zeros(1, 5, 4)).values())
+    masks["first.weight"][2] = False
+    masks["last.weight"][:, 4] = False
+    found = flow.active_masks(module, masks, torch.zeros(1, 5, 4))
+    assert not found["first.weight"][4].any()
+
+
+class Experts(nn.Module):
+    """A mixture of experts, of which each token uses two."""
+
+    def __init__(self, dense: bool) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 3)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.dense = dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        weights, chosen = torch.topk(torch.softmax(self.router(tokens), -1), 2, -1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        if self.dense:
+            gates = (F.one_hot(chosen, 3) * weights.unsqueeze(-1)).sum(1)
+            return sum(gates[:, [i]] * expert(tokens) for i, expert in enumerate(self.experts))
+        outputs = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            rows, places = torch.where(chosen == i)
+            outputs.index_add_(0, rows, expert(tokens[rows]) * weights[rows, places, None])
+        return outputs
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_active_masks__experts(dense: bool) -> None:
+    """Experts are used in turn; without a router, they still are."""
+    module = Experts(dense)
+    masks = dense_masks(module)
+    assert all(mask.all() for mask in flow.active_masks(module, masks, torch.zeros(1, 6, 4)).values())
+    masks["router.weight"][:] = False
+    found = flow.active_masks(module, masks, torch.zeros(1, 6, 4))
+    assert all(found[f"experts.{i}.weight"].all() for i in range(3))
+
+
+class Grouped(nn.Module):
+    """Attention whose keys and values have fewer heads than its queries."""
+
+    def __init__(self, kv_heads: int, by: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 2 * kv_heads), nn.Linear(8, 2 * kv_heads)
+        self.out, self.by = nn.Linear(8, 8), by
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        groups = q.shape[1] // k.shape[1]
+        if self.by == "torch":
+            mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        else:
+            if self.by == "expand":
+                k, v = (each.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for each in (k, v))
+            else:
+                k, v = (each.repeat_interleave(groups, 1) for each in (k, v))
+            mixed = torch.softmax(q @ k.mT / 2**0.5, -1) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("by", ["torch", "expand", "repeat"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_active_masks__grouped_queries(kv_heads: int, by: str) -> None:
+    module = Grouped(kv_heads, by)
+    masks = dense_masks(module)
+    assert all(mask.all() for mask in flow.active_masks(module, masks, torch.zeros(1, 3, 8)).values())
+    masks["v.weight"][:2] = False  # the first head of values
+    found = flow.active_masks(module, masks, torch.zeros(1, 3, 8))
+    served = 8 // kv_heads
+    assert not found["out.weight"][:, :served].any()
+    assert not found["q.weight"][:served].any()
+    assert not found["k.weight"][:2].any()
+    assert all(found[name][start:].all() for name, start in (("q.weight", served), ("k.weight", 2), ("v.weight", 2)))
+
+
+def test_active_masks__weights_of_attention_are_used() -> None:
+    layer = nn.MultiheadAttention(4, 2, batch_first=True)
+    module = nn.ModuleDict({"attention": layer, "last": nn.Linear(4, 2)})
+    module.forward = lambda x: module["last"](layer(x, x, x)[1] @ x)
+    found = flow.active_masks(module.eval(), dense_masks(module), torch.zeros(1, 3, 4))
+    assert found["attention.in_proj_weight"].sum(1).tolist() == [4] * 8 + [0] * 4
