@@ -77,9 +77,9 @@ class Watch(FunctionMode):
             return func(*args, **kwargs)
         if name in _WITH_WEIGHTS and any(each.is_floating_point() and not hasattr(each, "_degree") for each in given):
             self.end(grown)
-        degree, sign = _degree(func, args, kwargs, grown)
-        if name in _WITH_WEIGHTS:
-            sign = 1.0  # as with absolute weights
+            degree, sign = max(float(each._degree) for each in grown), 1.0  # as with absolute weights
+        else:
+            degree, sign = _degree(func, args, kwargs, grown)
         result = func(*args, **kwargs)
         stopper = next((each._stopper for each in grown if each._stopper), None)  # type: ignore[attr-defined]
         if degree <= _STOPPED < max(each._degree for each in grown):
