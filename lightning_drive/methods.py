@@ -198,11 +198,15 @@ class Network:
 
     def _check_flow(self) -> None:
         layers = flow.layers_without_flow(self.module, self.passage())
+        named = listed([each.layer for each in layers], most=3)
         text = (
-            f"SynFlow is not defined for {listed(layers, most=3)}: saturating activations stop the flow and"
-            " normalisation mixes its signs."
+            f"SynFlow is not defined for {named}: saturating activations stop the flow and normalisation mixes its"
+            " signs."
         )
-        if len(layers) * 3 > len(self.weights):
+        taken = {id(weight) for each in layers for weight in each.weights}
+        sizes = {id(parameter): parameter.numel() for parameter in self._parameters.values()}
+        share = sum(size for key, size in sizes.items() if key in taken) / sum(sizes.values())
+        if share > 1 / 3 or len(layers) * 3 > len(self.weights):
             raise ValueError(f"{text} That is too much of this network; use another method, such as DRIVE.")
         if layers:
             self.warnings.append(f"{text} Their neighbours' scores mean little.")

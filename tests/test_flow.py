@@ -1,6 +1,8 @@
 """Synaptic flow is conserved, and a weight is active exactly when some path from input to output uses it."""
 
+import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import models
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_drive import flow, prunable, scores
 
@@ -59,6 +62,12 @@ def random_masks(module: nn.Module, density: float, seed: int) -> dict[str, Tens
 
 def dense_masks(module: nn.Module) -> dict[str, Tensor]:
     return random_masks(module, 2.0, 0)
+
+
+def matrices(module: nn.Module) -> dict[str, Tensor]:
+    """Keep all of every weight that is not a vector."""
+    named = module.named_parameters()
+    return {name: torch.ones_like(value, dtype=torch.bool) for name, value in named if value.ndim > 1}
 
 
 def apply(masks: dict[str, Tensor], module: nn.Module) -> None:
@@ -169,6 +178,10 @@ def test_synaptic_flow__unused_and_cut_off() -> None:
 # --- layers without flow
 
 
+def named_without_flow(module: nn.Module, example_input: Tensor) -> list[str]:
+    return [each.layer for each in flow.layers_without_flow(module, example_input)]
+
+
 @pytest.mark.parametrize(
     ("layer", "name"),
     [
@@ -197,7 +210,7 @@ def test_synaptic_flow__unused_and_cut_off() -> None:
 )
 def test_layers_without_flow(layer: nn.Module, name: str) -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), layer)
-    assert flow.layers_without_flow(module, torch.zeros(1, 4, 4)) == [f"'2' ({name})"]
+    assert named_without_flow(module, torch.zeros(1, 4, 4)) == [f"'2' ({name})"]
 
 
 def test_layers_without_flow__called_by_the_module_itself() -> None:
@@ -205,11 +218,11 @@ def test_layers_without_flow__called_by_the_module_itself() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.sigmoid(super().forward(x))
 
-    assert flow.layers_without_flow(Net(4, 3), torch.zeros(1, 4)) == ["`forward` (sigmoid)"]
+    assert named_without_flow(Net(4, 3), torch.zeros(1, 4)) == ["`forward` (sigmoid)"]
 
 
 def test_layers_without_flow__attention_is_one_layer() -> None:
-    found = flow.layers_without_flow(models.Attention().eval(), torch.zeros(1, 16))
+    found = named_without_flow(models.Attention().eval(), torch.zeros(1, 16))
     assert found == ["'attention' (multi_head_attention_forward)"]
 
 
@@ -231,7 +244,67 @@ def test_layers_without_flow__attention_is_one_layer() -> None:
     ids=str,
 )
 def test_layers_without_flow__none(layer: nn.Module) -> None:
-    assert flow.layers_without_flow(nn.Sequential(nn.Linear(4, 4), layer).eval(), torch.zeros(1, 4, 4)) == []
+    assert named_without_flow(nn.Sequential(nn.Linear(4, 4), layer).eval(), torch.zeros(1, 4, 4)) == []
+
+
+def rms(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+WRITTEN_OUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "rms_norm": rms,
+    "unit_length": lambda x: x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6),
+    "layer_norm": lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt(),
+    "standardised": lambda x: (x - x.mean()) / x.std(),
+    "softmax": lambda x: x.exp() / x.exp().sum(-1, keepdim=True),
+    "stable_softmax": lambda x: (x - x.amax(-1, keepdim=True)).exp() / x.exp().sum(-1, keepdim=True),
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    "clamp": lambda x: x.clamp(0, 6),
+    "in_place": lambda x: x.clone().div_(x.abs().sum(-1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("function", WRITTEN_OUT.values(), ids=WRITTEN_OUT)
+@pytest.mark.parametrize("place", ["before_a_layer", "at_the_end", "before_a_convolution"])
+def test_layers_without_flow__written_out(function: Callable[[Tensor], Tensor], place: str) -> None:
+    after = {"before_a_layer": [nn.Linear(4, 3)], "at_the_end": [], "before_a_convolution": [nn.Conv1d(4, 3, 1)]}[place]
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(Calls(function), nn.Dropout()), *after).eval()
+    assert named_without_flow(module, torch.zeros(1, 4, 4)) == ["'2.0' (Calls)"]
+
+
+def test_layers_without_flow__written_out_in_a_branch() -> None:
+    """The block grows by its shortcut, but its layer does not get what grows; each call of it is named."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.layer(rms(x))
+
+    block = Block()
+    assert named_without_flow(nn.Sequential(block, nn.ReLU(), block), torch.zeros(1, 4)) == ["'0' (Block)"] * 2
+    assert named_without_flow(block, torch.zeros(1, 4)) == ["`forward` (Block)"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+        lambda x: x / (1 + torch.exp(-x)),
+        lambda x: F.silu(x) * x,
+        lambda x: torch.cat([x, x.relu() + 1], -1)[..., 1:5],
+        lambda x: x * x.sum(-1, keepdim=True) / x.norm(dim=-1, keepdim=True),
+        lambda x: F.interpolate(x, size=4) + x.mean(),
+        lambda x: x.square().sqrt(),
+        lambda x: x.clamp(min=0),
+    ],
+    ids=["gelu", "silu", "swiglu", "moved", "gain", "resized", "root_of_square", "relu"],
+)
+def test_layers_without_flow__written_out_with_flow(function: Callable[[Tensor], Tensor]) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), Calls(function), nn.Linear(4, 3))
+    assert named_without_flow(module, torch.zeros(1, 4, 4)) == []
 
 
 # --- active weights
@@ -572,12 +645,118 @@ class Recurrent(nn.Module):
         return self.last(self.recurrent(self.first(x))[0])
 
 
+RECURRENT: dict[str, Callable[..., nn.RNNBase]] = {
+    "rnn": nn.RNN,
+    "relu": partial(nn.RNN, nonlinearity="relu", num_layers=2),
+    "gru": partial(nn.GRU, batch_first=True),
+    "gru_both_ways": partial(nn.GRU, bidirectional=True, num_layers=2),
+    "lstm": nn.LSTM,
+    "lstm_both_ways": partial(nn.LSTM, bidirectional=True, num_layers=2, batch_first=True),
+    "lstm_projected": partial(nn.LSTM, proj_size=2),
+}
+
+
+class Remembers(nn.Module):
+    """A recurrent layer, without biases, and a linear one."""
+
+    def __init__(self, make: Callable[..., nn.RNNBase]) -> None:
+        super().__init__()
+        self.recurrent = make(3, 4, bias=False)
+        ways = 1 + self.recurrent.bidirectional
+        self.last = nn.Linear(ways * (self.recurrent.proj_size or 4), 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.recurrent(x)[0])
+
+
+class RemembersByCells(Remembers):
+    """The same, written as a loop of cells."""
+
+    def __init__(self, cell: type[nn.RNNCellBase]) -> None:
+        super().__init__(nn.RNN)
+        self.recurrent = cell(3, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, outputs = None, []
+        for step in x:
+            state = self.recurrent(step, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return self.last(torch.stack(outputs))
+
+
+class RemembersPacked(Remembers):
+    """The same for sequences of different lengths."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, [len(x)] * x.shape[1])
+        outputs, last = self.recurrent(packed)
+        last = last[0] if isinstance(last, tuple) else last
+        return self.last(pad_packed_sequence(outputs)[0]) + 0 * last.sum()
+
+
+def weights_that_matter(module: nn.Module, masks: dict[str, Tensor], example_input: Tensor) -> dict[str, Tensor]:
+    """Find kept weights on which the output of a network of positive numbers, without biases, depends."""
+    module = copy.deepcopy(module).double()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(torch.rand_like(parameter) * 0.5 + 0.3).mul_(masks[name])
+    outputs = module(example_input.double() + torch.rand(example_input.shape, dtype=torch.float64))
+    gradients = torch.autograd.grad(outputs.sum(), list(module.parameters()), materialize_grads=True)
+    return {name: (gradient != 0) & masks[name] for name, gradient in zip(masks, gradients, strict=True)}
+
+
+@pytest.mark.parametrize("density", [0.15, 0.3, 0.6])
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(partial(Remembers, make) for make in RECURRENT.values()),
+        *(partial(RemembersByCells, cell) for cell in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)),
+        *(partial(RemembersPacked, make) for make in (nn.RNN, nn.GRU, nn.LSTM)),
+    ],
+    ids=[*RECURRENT, "rnn_cell", "gru_cell", "lstm_cell", "rnn_packed", "gru_packed", "lstm_packed"],
+)
+def test_active_masks__recurrent(make: Callable[[], nn.Module], density: float) -> None:
+    """The example has one step: weights between steps matter in sequences that are longer."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        module = make()
+        masks = {name: torch.rand(value.shape) < density for name, value in module.named_parameters()}
+        first = (1, 1, 3)
+        expected = weights_that_matter(module, masks, torch.zeros(12, *first[1:]))
+        if getattr(module.recurrent, "batch_first", False):
+            expected = weights_that_matter(module, masks, torch.zeros(1, 12, 3))
+        found = flow.active_masks(module, masks, torch.zeros(first))
+        assert all(found[name].equal(expected[name]) for name in masks)
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
-def test_active_masks__recurrent_error(kind: type[nn.RNNBase]) -> None:
-    """Their gates saturate: no answer is better than a wrong one."""
-    module = Recurrent(kind)
-    with pytest.raises(ValueError, match=r"paths through a recurrent layer .* cannot be followed"):
-        active_counts(module, dense_masks(module), torch.zeros(1, 5, 4))
+@pytest.mark.parametrize("is_biased", [False, True])
+def test_active_masks__recurrent_gates(kind: type[nn.RNNBase], is_biased: bool) -> None:
+    """A gate alone lets nothing in, but if a bias holds what it opens."""
+    module = nn.ModuleDict({"recurrent": kind(2, 2, bias=is_biased)})
+    module.forward = lambda x: module["recurrent"](x)[0]
+    masks = {
+        name: torch.ones_like(value, dtype=torch.bool) for name, value in module.named_parameters() if "weight" in name
+    }
+    if kind is nn.RNN:
+        masks["recurrent.weight_ih_l0"][:] = False
+        assert set(active_counts(module, masks, torch.zeros(1, 1, 2)).values()) == {0}
+        return
+    new = slice(4, 6)  # of the gates of both layers, the one that is no gate: g of an LSTM, n of a GRU
+    for mask in masks.values():
+        mask[new] = False
+    found = active_counts(module, masks, torch.zeros(1, 1, 2))
+    assert any(found.values()) == is_biased
+
+
+def test_active_masks__recurrent_between_others() -> None:
+    module = Recurrent(nn.LSTM)
+    masks = {
+        name: torch.ones_like(value, dtype=torch.bool) for name, value in module.named_parameters() if value.ndim > 1
+    }
+    assert all(mask.all() for mask in flow.active_masks(module, masks, torch.zeros(1, 5, 4)).values())
+    masks["first.weight"][:] = False
+    assert not any(mask.any() for mask in flow.active_masks(module, masks, torch.zeros(1, 5, 4)).values())
 
 
 @pytest.mark.parametrize(
@@ -622,3 +801,194 @@ def test_active_masks__computed_weight(sign: float) -> None:
     masks = {"0.weight": torch.rand(4, 3) < 0.7, "2.weight": torch.tensor([[True, False, True, True], [False] * 4])}
     masks["0.weight"][:, 0] = True
     assert torch.equal(flow.active_masks(net, masks, torch.ones(1, 3))["0.weight"], masks["0.weight"])
+
+
+class Positive(nn.Module):
+    """A function between two linear layers without biases."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.first, self.last = nn.Linear(4, 6, bias=False), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(self.first(x)))
+
+
+def attention(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Attention by hand, with a change to its scores, given the places that come later."""
+
+    def function(x: Tensor) -> Tensor:
+        scores = x @ x.mT
+        return torch.softmax(change(scores, torch.ones_like(scores).triu(1) > 0), -1) @ x
+
+    return function
+
+
+def rotary(x: Tensor) -> Tensor:
+    angles = torch.arange(1, x.shape[-2] + 1).to(x)[:, None] * torch.tensor([1.0, 2.0, 3.0] * 2).to(x)
+    return x * angles.cos() + torch.cat([-x[..., 3:], x[..., :3]], -1) * angles.sin()
+
+
+def written(x: Tensor) -> Tensor:
+    result = torch.zeros_like(x)
+    result[:, ::2], result[:, 1] = x[:, ::2], x[:, 0]
+    return result
+
+
+PLACES = torch.tensor([1, 0, 1, 2, 0])
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rotary": rotary,
+    "masked_fill": attention(lambda scores, later: scores.masked_fill(later, float("-inf"))),
+    "masked_fill_": attention(lambda scores, later: scores.masked_fill_(later, -1e9)),
+    "added_mask": attention(lambda scores, later: scores + later.to(scores) * torch.finfo(torch.float32).min),
+    "where_mask": attention(lambda scores, later: scores.where(~later, float("-inf"))),
+    "roll": lambda x: x.roll(1, -1),
+    "cumsum": lambda x: x.cumsum(-1),
+    "cumprod": lambda x: x.cumprod(-1),
+    "norm": lambda x: x.norm(dim=-1, keepdim=True).expand(-1, -1, 6),
+    "var": lambda x: x.var(-1, keepdim=True).expand(-1, -1, 6),
+    "std": lambda x: x.std(1, keepdim=True).expand(-1, 5, -1),
+    "logsumexp": lambda x: x.logsumexp(-1, keepdim=True).expand(-1, -1, 6),
+    "sin": torch.sin,
+    "index_select": lambda x: x.index_select(-1, torch.tensor([5, 4, 3, 0, 0, 1])),
+    "index_add": lambda x: torch.zeros_like(x).index_add(1, PLACES, x),
+    "scatter_reduce": lambda x: torch.zeros_like(x).scatter_reduce(1, PLACES.view(1, 5, 1).expand_as(x), x, "mean"),
+    "setitem": written,
+    "fft": lambda x: torch.fft.rfft(x, dim=-1).abs()[..., [0, 1, 2, 3, 1, 2]],
+    "fft_and_back": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1) * (1 + 2j), n=5, dim=1),
+    "fnet": lambda x: torch.fft.fft2(x).real,
+    "complex_pairs": lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (3, 2))) * (1 + 2j)).flatten(2),
+    "resized": lambda x: F.interpolate(x, size=6, mode="linear"),
+    "folded": lambda x: F.fold(F.unfold(x.unsqueeze(1), (2, 6)), (5, 6), (2, 6)).squeeze(1),
+    "circular": lambda x: F.pad(x, (1, 1), mode="circular")[..., :6],
+    "distances": lambda x: torch.cdist(x, x.flip(1) * 0.5)[..., [0, 1, 2, 3, 4, 0]],
+    "einsum": lambda x: torch.einsum("btc,bsc->bts", x, x) @ x,
+    "glu": lambda x: F.glu(torch.cat([x, x], -1)),
+    "product": lambda x: x.prod(-1, keepdim=True) * x,
+    "chunks": lambda x: torch.cat(x.chunk(2, -1)[::-1], -1),
+    "lerp": lambda x: torch.lerp(x, x.flip(1), 0.3),
+    "vector_norm": lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x,
+    "cosine": lambda x: F.cosine_similarity(x, x.flip(1), dim=-1).unsqueeze(-1) * x,
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_active_masks__functions(function: Callable[[Tensor], Tensor]) -> None:
+    """A signal passes a function wherever its result changes with its argument."""
+    for seed, density in enumerate((0.25, 0.4, 0.6, 2.0)):
+        torch.manual_seed(seed)
+        module = Positive(function)
+        masks = random_masks(module, density, seed)
+        example_input = torch.zeros(1, 5, 4)
+        many = [weights_that_matter(module, masks, example_input) for _ in range(2)]
+        found = flow.active_masks(module, masks, example_input)
+        assert all(found[name].equal(many[0][name] | many[1][name]) for name in masks)
+
+
+def untrained(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(lambda x: torch.where(x > 1, x, 0.1 * x), lambda x: x * (x > 0), lambda x: x * (x < 0).float()),
+        *(lambda x: x.masked_fill(~(x > 0), 0), lambda x: torch.max(x, x.flip(1)), lambda x: x.detach(), untrained),
+        *(lambda x: x.topk(5, 1).values, lambda x: x.sort(1).values, lambda x: x.amin(1, keepdim=True)),
+        *(lambda x: x.median(1, keepdim=True).values, lambda x: x.kthvalue(1, 1, True)[0]),
+        lambda x: x + (x.round() - x).detach(),
+        lambda x: F.max_pool1d(x.mT, 2, 1, 1, 2).mT,
+        lambda x: F.max_pool1d(x.mT, 2, return_indices=True)[0].mT,
+        lambda x: torch.zeros_like(x).scatter_reduce(1, PLACES.view(1, 5, 1).expand_as(x), x, "amax"),
+    ],
+)
+def test_active_masks__chosen_by_value(function: Callable[[Tensor], Tensor]) -> None:
+    """What is chosen depends on values, which paths do not have: all of it may be."""
+    module = Positive(function)
+    masks = dense_masks(module)
+    assert all(mask.all() for mask in flow.active_masks(module, masks, torch.zeros(1, 5, 4)).values())
+    masks["first.weight"][2] = False
+    masks["last.weight"][:, 4] = False
+    found = flow.active_masks(module, masks, torch.zeros(1, 5, 4))
+    assert not found["first.weight"][4].any()
+
+
+class Experts(nn.Module):
+    """A mixture of experts, of which each token uses two."""
+
+    def __init__(self, dense: bool) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 3)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.dense = dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        weights, chosen = torch.topk(torch.softmax(self.router(tokens), -1), 2, -1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        if self.dense:
+            gates = (F.one_hot(chosen, 3) * weights.unsqueeze(-1)).sum(1)
+            return sum(gates[:, [i]] * expert(tokens) for i, expert in enumerate(self.experts))
+        outputs = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            rows, places = torch.where(chosen == i)
+            outputs.index_add_(0, rows, expert(tokens[rows]) * weights[rows, places, None])
+        return outputs
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_active_masks__experts(dense: bool) -> None:
+    """Experts are used in turn; without a router, they still are."""
+    module = Experts(dense)
+    masks = dense_masks(module)
+    assert all(mask.all() for mask in flow.active_masks(module, masks, torch.zeros(1, 6, 4)).values())
+    masks["router.weight"][:] = False
+    found = flow.active_masks(module, masks, torch.zeros(1, 6, 4))
+    assert all(found[f"experts.{i}.weight"].all() for i in range(3))
+
+
+class Grouped(nn.Module):
+    """Attention whose keys and values have fewer heads than its queries."""
+
+    def __init__(self, kv_heads: int, by: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 2 * kv_heads), nn.Linear(8, 2 * kv_heads)
+        self.out, self.by = nn.Linear(8, 8), by
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        groups = q.shape[1] // k.shape[1]
+        if self.by == "torch":
+            mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        else:
+            if self.by == "expand":
+                k, v = (each.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for each in (k, v))
+            else:
+                k, v = (each.repeat_interleave(groups, 1) for each in (k, v))
+            mixed = torch.softmax(q @ k.mT / 2**0.5, -1) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("by", ["torch", "expand", "repeat"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_active_masks__grouped_queries(kv_heads: int, by: str) -> None:
+    module = Grouped(kv_heads, by)
+    masks = dense_masks(module)
+    assert all(mask.all() for mask in flow.active_masks(module, masks, torch.zeros(1, 3, 8)).values())
+    masks["v.weight"][:2] = False  # the first head of values
+    found = flow.active_masks(module, masks, torch.zeros(1, 3, 8))
+    served = 8 // kv_heads
+    assert not found["out.weight"][:, :served].any()
+    assert not found["q.weight"][:served].any()
+    assert not found["k.weight"][:2].any()
+    assert all(found[name][start:].all() for name, start in (("q.weight", served), ("k.weight", 2), ("v.weight", 2)))
+
+
+def test_active_masks__weights_of_attention_are_used() -> None:
+    layer = nn.MultiheadAttention(4, 2, batch_first=True)
+    module = nn.ModuleDict({"attention": layer, "last": nn.Linear(4, 2)})
+    module.forward = lambda x: module["last"](layer(x, x, x)[1] @ x)
+    found = flow.active_masks(module.eval(), dense_masks(module), torch.zeros(1, 3, 4))
+    assert found["attention.in_proj_weight"].sum(1).tolist() == [4] * 8 + [0] * 4

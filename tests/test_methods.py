@@ -1,6 +1,7 @@
 """`find_masks` gives the masks of the papers' algorithms, to the exact count, and leaves no trace."""
 
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import FrozenInstanceError, dataclass, field, replace
@@ -851,6 +852,50 @@ def test_find_masks__many_layers_without_flow_error(layers: Callable[[], list[nn
     with pytest.raises(ValueError, match=f"SynFlow is not defined for {named}.*too much of this network"):
         find_masks(module, SynFlow(), sparsity=0.3, example_input=torch.zeros(1, 5, 4))
     assert models.changes(module, before) == []
+
+
+class Rms(nn.Module):
+    """A normalisation that is written out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class Last(nn.Module):
+    """The outputs of a recurrent layer."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "named"),
+    [
+        (Last(nn.LSTM(4, 6, num_layers=2, bidirectional=True)), "'layer' (lstm)"),
+        (nn.Sequential(nn.Linear(4, 4), Last(nn.GRU(4, 6)), nn.Linear(6, 3)), "'1.layer' (gru)"),
+        (nn.Sequential(nn.Linear(4, 4), Last(nn.RNN(4, 6)), nn.Linear(6, 3)), "'1.layer' (rnn_tanh)"),
+        (nn.Sequential(nn.Linear(4, 4), Rms(), nn.Linear(4, 4), Rms(), nn.Linear(4, 3)), "'1' (Rms), '3' (Rms)"),
+    ],
+    ids=["lstm", "gru", "rnn", "written_out"],
+)
+def test_find_masks__much_without_flow_error(module: nn.Module, named: str) -> None:
+    """What counts is how many weights are in such layers, and how many layers there are for each parameter."""
+    with pytest.raises(ValueError, match=f"SynFlow is not defined for {re.escape(named)}.*too much of this network"):
+        find_masks(module, SynFlow(), sparsity=0.3, example_input=torch.zeros(1, 5, 4), include=["*weight*"])
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"), [(Rms(), "'2' (Rms)"), (Last(nn.GRU(16, 2)), "'2.layer' (gru)")], ids=["written_out", "gru"]
+)
+def test_find_masks__little_without_flow_warns(layer: nn.Module, named: str) -> None:
+    width = 2 if isinstance(layer, Last) else 16
+    net = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 16), layer, nn.Linear(width, 16), nn.Linear(16, 3))
+    texts = caught(net, SynFlow(rounds=2), sparsity=0.3, example_input=torch.zeros(1, 5, 4), include=["*weight*"])
+    assert texts[0].startswith(f"SynFlow is not defined for {named}: saturating activations")
 
 
 # --- errors

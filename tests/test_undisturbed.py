@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_drive import flow, gradients
+from lightning_drive import gradients
+from lightning_drive.growth import Watch
+from lightning_drive.paths import Paths
 from lightning_drive.undisturbed import _NoDropout, preserved_rng, undisturbed
 
 MODES = pytest.mark.parametrize("mode", ["train", "eval"])
@@ -304,7 +306,7 @@ def test_undisturbed__any_value() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [_NoDropout, flow._Paths, lambda: flow._Watch({"dropout"})], ids=["dropout", "paths", "watch"]
+    "kind", [_NoDropout, Paths, lambda: Watch({"dropout"}, nn.Identity())], ids=["dropout", "paths", "watch"]
 )
 def test_function_mode__interrupted(kind: Callable[[], Any]) -> None:
     """An interrupt while torch has a mode off its stack is not hidden, and the mode that comes back does nothing."""
