@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import flow, gradients, masking, prunable, ranking, rounds, schedules, shards
+from lightning_drive import flow, gradients, masking, modes, prunable, ranking, rounds, schedules, shards
 from lightning_drive import sparsity as measures
 from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
@@ -170,12 +170,14 @@ def search(
     _mask_(network.weights, current)
     for index in indices:
         density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
-        current, rankings, alive = _prune(method.score(network), current, sizes, density, scope, holders)
-        _mask_(network.weights, current)
-        history.add(rankings, alive.values(), list(_cuts_in_zeros(rankings, index, reads_batches)))
+        scores = method.score(network)
+        with modes.set_aside():
+            current, rankings, alive = _prune(scores, current, sizes, density, scope, holders)
+            _mask_(network.weights, current)
+            history.add(rankings, alive.values(), list(_cuts_in_zeros(rankings, index, reads_batches)))
         if on_round is not None:
             on_round(index, current)
-    joined = Masks({name: shards.joined(mask, of=parameters[name]) for name, mask in current.items()})
+    joined = Masks({name: shards.joined(mask, of=parameters[name]).clone() for name, mask in current.items()})
     found, disagreements = _agreed(joined if shuffle is None else joined.shuffled(shuffle), ranks)
     reads_gradients = not isinstance(method, (Magnitude, Random))
     return _described(network, found, history, indices[0], disagreements, reads_gradients)
@@ -312,10 +314,8 @@ def _starting_masks(
     return Masks({name: shards.part(masks[name], of=value).to(value.device) for name, value in parameters.items()})
 
 
-@torch.no_grad()
 def _mask_(weights: Mapping[str, Tensor], masks: Masks) -> None:
-    for name, mask in masks.items():
-        masking.zero_(weights[name], mask)
+    masking.zero_each_([weights[name] for name in masks], [*masks.values()])
 
 
 def _prune(

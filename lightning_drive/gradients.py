@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from lightning_drive import shards
+from lightning_drive import modes, shards
 from lightning_drive.messages import listed
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -47,10 +47,18 @@ def loss_gradients(
         loss = loss_fn(module, _batch_in_float32(batch))
         _check_loss(loss)
         losses.append(loss.detach().reshape(()))
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(
+            loss
+        )  # unlike `loss.backward()` under a mode, which is then off: what is checkpointed runs
     if not losses:
         raise ValueError("There is nothing to score on: `batches` is empty.")
     _check_finite(torch.stack(losses).tolist())  # at the end, where there is something to wait for anyway
+    with modes.set_aside():
+        return _taken(module, parameters)
+
+
+def _taken(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Take the gradients out of the parameters."""
     if all(parameter.grad is None for parameter in parameters.values()):
         raise ValueError(
             f"The loss does not depend on any prunable parameter ({listed(parameters)}): all gradients are None."

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import flow, gradients, scores, shards
+from lightning_drive import flow, gradients, modes, scores, shards
 from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
@@ -51,6 +51,8 @@ class Network:
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """Parameter name to live weights: the parameter, or this rank's part of it."""
+        if not self.is_sharded:
+            return self._parameters
         return {name: shards.local(parameter) for name, parameter in self._parameters.items()}
 
     def part(self, name: str, whole: Tensor) -> Tensor:
@@ -92,7 +94,8 @@ class Network:
             found = gradients.loss_gradients(self.module, self._parameters, self._loss_fn, batches)
         if not self.is_sharded:  # else FSDP2 has averaged them
             self._ranks.mean_(found.values())
-        return {name: scores.in_full(gradient) for name, gradient in found.items()}
+        with modes.set_aside():
+            return {name: scores.in_full(gradient) for name, gradient in found.items()}
 
     def synaptic_flow(self) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
         """Compute the synaptic flow, see :class:`lightning_drive.flow.SynapticFlow`.
@@ -200,7 +203,8 @@ class DRIVE:
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.scores.drive` on the next batches."""
         found = network.loss_gradients(self.batches_per_round)
-        return {name: scores.drive(weight, found[name], out=found[name]) for name, weight in network.weights.items()}
+        scores.snip_each_([*network.weights.values()], [*found.values()])
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +230,8 @@ class SNIP:
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.scores.snip` on the next batches."""
         found = network.loss_gradients(self.batches_per_round)
-        return {name: scores.snip(weight, found[name], out=found[name]) for name, weight in network.weights.items()}
+        scores.snip_each_([*network.weights.values()], [*found.values()])
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

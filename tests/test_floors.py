@@ -11,7 +11,7 @@ import lightning_drive
 from lightning_drive import callbacks
 
 FLOORS = (
-    {"copying", "forms", "handover", "messages", "modes", "ranks", "sources"},
+    {"copying", "forms", "handover", "joining", "messages", "modes", "ranks", "sources"},
     {"checkpoints", "schedules", "scores", "ranking", "sparsity", "shards"},
     {"channels", "gradients", "masking", "prunable", "replicas", "rounds", "tables"},
     {"files", "flow", "pictures", "rewinding", "undisturbed"},
