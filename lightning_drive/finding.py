@@ -167,7 +167,8 @@ def search(
     network = Network(module, parameters, batches, loss_fn, example_input, ranks)
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     history = _History()
-    _mask_(network.weights, current)
+    with modes.set_aside():
+        _mask_(network.weights, current)
     for index in indices:
         density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
         scores = method.score(network)
@@ -229,7 +230,8 @@ def _described(
     troubles = [*history.remarks, *_collapses(masks, active)]
     if troubles and reads_gradients and not network.is_sharded:
         troubles.extend(_silent_norms(network.module))
-    counts = [*history.counts, ranking.count_each(masks.values())]
+    with modes.set_aside():
+        counts = [*history.counts, ranking.count_each(masks.values())]
     return Found(
         masks,
         active,

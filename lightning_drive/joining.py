@@ -54,7 +54,7 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
         A flat tensor: a copy, unless there is only one tensor and it is contiguous.
 
     """
-    return tensors[0].reshape(-1) if len(tensors) == 1 else torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call,no-any-return]
+    return tensors[0].reshape(-1) if len(tensors) == 1 else torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
 
 
 def parted(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -65,7 +65,7 @@ def parted(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
         like: The group.
 
     """
-    return [flat.view(like[0].shape)] if len(like) == 1 else torch._utils._unflatten_dense_tensors(flat, like)  # type: ignore[no-untyped-call,no-any-return]
+    return [flat.view(like[0].shape)] if len(like) == 1 else torch._utils._unflatten_dense_tensors(flat, like)  # type: ignore[no-untyped-call]
 
 
 def counts(masks: Sequence[Tensor]) -> Iterator[Tensor]:

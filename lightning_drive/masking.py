@@ -557,13 +557,14 @@ def zero_each_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         masks: A mask for each, on its device.
 
     """
-    for group in joining.groups(tensors):
-        if group.stop - group.start == 1:
-            zero_(tensors[group.start], masks[group.start])
+    for each in joining.groups(tensors):
+        group = [*tensors[each]]
+        if len(group) == 1:
+            zero_(group[0], masks[each.start])
         else:
-            flat = joining.joined(tensors[group])
-            zero_(flat, joining.joined(masks[group]))
-            torch._foreach_copy_(tensors[group], joining.parted(flat, tensors[group]))
+            flat = joining.joined(group)
+            zero_(flat, joining.joined(masks[each]))
+            torch._foreach_copy_(group, [*joining.parted(flat, group)])
 
 
 def _pruned(mask: Tensor, parameter: Tensor) -> Tensor:

@@ -259,7 +259,8 @@ class SynFlow:
             )
             where = "no signal reaches the output" if total == 0 else "but it does not depend on any weight"
             raise ValueError(f"The synaptic flow R is {total:g}: {where}. {cause}")
-        return {name: scores.synflow(weight, found[name], out=found[name]) for name, weight in weights.items()}
+        with modes.set_aside():
+            return {name: scores.synflow(weight, found[name], out=found[name]) for name, weight in weights.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

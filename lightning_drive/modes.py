@@ -49,7 +49,7 @@ class FunctionMode(TorchFunctionMode):
 @contextmanager
 def set_aside() -> Generator[None]:
     """Take the innermost mode off the stack, if it is one of these, while nothing runs that it is meant for."""
-    mode = _get_current_function_mode()
+    mode = _get_current_function_mode()  # type: ignore[no-untyped-call]
     if not isinstance(mode, FunctionMode):
         yield
         return

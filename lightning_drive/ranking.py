@@ -145,10 +145,7 @@ class _Part(NamedTuple):
     alive: Sequence[Tensor]
     """Their masks; none where nothing is pruned yet."""
     num_alive: int
-
-    @property
-    def size(self) -> int:
-        return sum(score.numel() for score in self.scores.values())
+    size: int
 
     def flat(self) -> Tensor:
         """Return all scores, in order."""
@@ -191,12 +188,12 @@ def _parts(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> list[_P
         for group in pruned
     ]
     counts = _numbers(joining.joined(each).count_nonzero().view(1) for each in masks)
-    pruned_parts = {group[0]: each for group, *each in zip(pruned, masks, counts, strict=True)}
+    survivors = {group[0]: each for group, each in zip(pruned, zip(masks, counts, strict=True), strict=True)}
     found = []
     for group in groups:
         size = sum(scores[name].numel() for name in group)
-        kept, count = pruned_parts.get(group[0], ((), size))
-        found.append(_Part({name: scores[name] for name in group}, kept if count < size else (), count))
+        mask, count = survivors.get(group[0], ([], size))
+        found.append(_Part({name: scores[name] for name in group}, mask if count < size else [], count, size))
     return found
 
 

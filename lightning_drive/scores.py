@@ -5,8 +5,6 @@ Symbols as in the DRIVE paper: weights :math:`\theta`, keep mask :math:`m`, effe
 or in float64 where the weights are float64, whatever precision the network trains in.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -53,7 +51,7 @@ def snip(weight: Tensor, gradient: Tensor, *, out: Tensor | None = None) -> Tens
 
 
 @torch.no_grad()
-def snip_each_(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+def snip_each_(weights: list[Tensor], gradients: list[Tensor]) -> None:
     """Write :func:`snip` of every weight over its gradient, with few operations however many they are.
 
     Args:
