@@ -9,7 +9,19 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import costs, diagnosis, flow, gradients, masking, prunable, ranking, rounds, schedules, shards
+from lightning_drive import (
+    costs,
+    diagnosis,
+    flow,
+    gradients,
+    masking,
+    modes,
+    prunable,
+    ranking,
+    rounds,
+    schedules,
+    shards,
+)
 from lightning_drive import sparsity as measures
 from lightning_drive.arguments import check_choice, check_patterns
 from lightning_drive.costs import Costs
@@ -223,16 +235,19 @@ def search(
     network = Network(module, parameters, batches, loss_fn, example_input, ranks)
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     history = _History()
-    zeros = _zeros(network, current)
-    _mask_(network.weights, current)
+    with modes.set_aside():
+        zeros = _zeros(network, current)
+        _mask_(network.weights, current)
     for index in indices:
         density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
-        current, rankings, alive = _prune(method.score(network), current, sizes, density, scope, holders)
-        _mask_(network.weights, current)
-        history.add(rankings, alive.values(), list(_cuts_in_zeros(rankings, index, reads_batches)))
+        scores = method.score(network)
+        with modes.set_aside():
+            current, rankings, alive = _prune(scores, current, sizes, density, scope, holders)
+            _mask_(network.weights, current)
+            history.add(rankings, alive.values(), list(_cuts_in_zeros(rankings, index, reads_batches)))
         if on_round is not None:
             on_round(index, current)
-    joined = Masks({name: shards.joined(mask, of=parameters[name]) for name, mask in current.items()})
+    joined = Masks({name: shards.joined(mask, of=parameters[name]).clone() for name, mask in current.items()})
     found, disagreements = _agreed(joined if shuffle is None else joined.shuffled(shuffle), ranks)
     network.join_ranks()
     if network.num_skipped:
@@ -320,7 +335,8 @@ def _described(
     if troubles and network.reached and not network.is_sharded:
         troubles.extend(_silence(_silent_norms(network.module)))
     troubles.extend([*causes.remarks, *diagnosis.dead_pairs(masks, zeros)])
-    counts = [*history.counts, ranking.count_each(masks.values())]
+    with modes.set_aside():
+        counts = [*history.counts, ranking.count_each(masks.values())]
     return Found(
         masks,
         active,
@@ -424,10 +440,8 @@ def _starting_masks(
     return Masks({name: shards.part(masks[name], of=value).to(value.device) for name, value in parameters.items()})
 
 
-@torch.no_grad()
 def _mask_(weights: Mapping[str, Tensor], masks: Masks) -> None:
-    for name, mask in masks.items():
-        masking.zero_(weights[name], mask)
+    masking.zero_each_([weights[name] for name in masks], [*masks.values()])
 
 
 def _prune(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_drive import shards, trees
+from lightning_drive import modes, shards, trees
 from lightning_drive.messages import listed
 
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor | None]
@@ -67,9 +67,7 @@ def loss_gradients(
             before = _state(parameters)
             losses.append(loss.detach().reshape(()))
             loss.backward()  # type: ignore[no-untyped-call]
-            if all(
-                now[0] is then[0] and now[1] == then[1] for now, then in zip(_state(parameters), before, strict=True)
-            ):
+            if _state(parameters) == before:
                 names = listed(parameters)
                 reason = f"The loss does not depend on any prunable parameter ({names}): all gradients are None."
         if reason:
@@ -78,6 +76,12 @@ def loss_gradients(
     if not losses:
         raise ValueError("There is nothing to score on: `batches` is empty.")
     _check_finite(torch.stack(losses).tolist())  # at the end, where there is something to wait for anyway
+    with modes.set_aside():
+        return _taken(module, parameters)
+
+
+def _taken(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Take the gradients out of the parameters."""
     gradients = {
         name: shards.local(parameter.grad) for name, parameter in parameters.items() if parameter.grad is not None
     }
@@ -86,10 +90,11 @@ def loss_gradients(
     return {name: gradient.to_dense() if gradient.is_sparse else gradient for name, gradient in gradients.items()}
 
 
-def _state(parameters: Mapping[str, nn.Parameter]) -> list[tuple[Tensor | None, int]]:
+def _state(parameters: Mapping[str, nn.Parameter]) -> list[tuple[int, int] | None]:
     """Return what tells whether a backward pass added to a gradient."""
-    gradients = [parameter.grad for parameter in parameters.values()]
-    return [(gradient, 0 if gradient is None else gradient._version) for gradient in gradients]
+    with modes.set_aside():
+        gradients = [parameter.grad for parameter in parameters.values()]
+    return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
 
 
 class Passes:

@@ -5,7 +5,7 @@ those of the dense module. Zeros are filled in, never multiplied in: a product w
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ from torch.optim import ASGD, LBFGS, Adagrad, Optimizer, Rprop
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from lightning_drive import forms, plain, shards
+from lightning_drive import forms, joining, plain, shards
 from lightning_drive import sparsity as measures
 from lightning_drive.messages import listed
 
@@ -567,6 +567,25 @@ def zero_(tensor: Tensor, mask: Tensor, name: str = "a tensor") -> None:
     bits = tensor.view(INTEGERS[tensor.itemsize])
     for values, kept in zip(torch.split(bits, rows), torch.split(mask, rows), strict=True):
         values.bitwise_and_(kept.view(torch.int8).neg())  # -1 has all bits set
+
+
+@torch.no_grad()
+def zero_each_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Do :func:`zero_` to many tensors, with few operations for those that are small.
+
+    Args:
+        tensors: Dense tensors, none of them split over ranks.
+        masks: A mask for each, on its device.
+
+    """
+    for each in joining.groups(tensors):
+        group = [*tensors[each]]
+        if len(group) == 1:
+            zero_(group[0], masks[each.start])
+        else:
+            flat = joining.joined(group)
+            zero_(flat, joining.joined(masks[each]))
+            torch._foreach_copy_(group, [*joining.parted(flat, group)])
 
 
 def _pruned(mask: Tensor, parameter: Tensor) -> Tensor:

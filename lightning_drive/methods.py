@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_drive import flow, gradients, passage, scores, shards, trees
+from lightning_drive import flow, gradients, modes, passage, scores, shards, trees
 from lightning_drive.arguments import check_choice, check_count
 from lightning_drive.gradients import LossFunction, Passes
 from lightning_drive.masking import Masks
@@ -75,6 +75,8 @@ class Network:
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """Parameter name to live weights: the parameter, or this rank's part of it."""
+        if not self.is_sharded:
+            return self._parameters
         return {name: shards.local(parameter) for name, parameter in self._parameters.items()}
 
     def part(self, name: str, whole: Tensor) -> Tensor:
@@ -123,7 +125,8 @@ class Network:
         }
         if not self.is_sharded:  # else FSDP2 has averaged them
             self._ranks.mean_(found.values())
-        return {name: scores.in_full(gradient) for name, gradient in found.items()}
+        with modes.set_aside():
+            return {name: scores.in_full(gradient) for name, gradient in found.items()}
 
     def _own_gradients(self, num_batches: int) -> dict[str, Tensor]:
         """Sum the gradients over the next batches of this rank that have any."""
@@ -338,7 +341,8 @@ class DRIVE:
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.scores.drive` on the next batches."""
         found = network.loss_gradients(self.batches_per_round)
-        return {name: scores.drive(weight, found[name], out=found[name]) for name, weight in network.weights.items()}
+        scores.snip_each_([*network.weights.values()], [*found.values()])
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,7 +368,8 @@ class SNIP:
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.scores.snip` on the next batches."""
         found = network.loss_gradients(self.batches_per_round)
-        return {name: scores.snip(weight, found[name], out=found[name]) for name, weight in network.weights.items()}
+        scores.snip_each_([*network.weights.values()], [*found.values()])
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,7 +397,8 @@ class SynFlow:
             )
             where = "no signal reaches the output" if total == 0 else "but it does not depend on any weight"
             raise ValueError(f"The synaptic flow R is {total:g}: {where}. {cause}")
-        return {name: scores.synflow(weight, found[name], out=found[name]) for name, weight in weights.items()}
+        with modes.set_aside():
+            return {name: scores.synflow(weight, found[name], out=found[name]) for name, weight in weights.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

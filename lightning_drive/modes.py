@@ -1,9 +1,11 @@
 """What to do at every function of torch that is called, under interrupts too."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from typing_extensions import Self
 
 
@@ -42,3 +44,18 @@ class FunctionMode(TorchFunctionMode):
 
         """
         return func(*args, **kwargs)
+
+
+@contextmanager
+def set_aside() -> Generator[None]:
+    """Take the innermost mode off the stack, if it is one of these, while nothing runs that it is meant for."""
+    mode = _get_current_function_mode()  # type: ignore[no-untyped-call]
+    if not isinstance(mode, FunctionMode):
+        yield
+        return
+    torch._C._pop_torch_function_stack()
+    try:
+        yield
+    finally:
+        if mode._is_on:  # else an interrupt made it leave before
+            torch._C._push_on_torch_function_stack(mode)

@@ -6,11 +6,13 @@ of different tensors are never joined into one, and nothing of their size is kep
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from itertools import islice, repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_drive import joining
 from lightning_drive.ranks import ALONE, Ranks
 
 CHUNK = 1 << 19
@@ -47,6 +49,7 @@ class Ranking(NamedTuple):
     """In which the scores were compared."""
 
 
+@torch.no_grad()
 def keep_highest(
     scores: Mapping[str, Tensor], num_kept: int, alive: Mapping[str, Tensor] | None = None, ranks: Ranks = ALONE
 ) -> Ranking:
@@ -81,16 +84,13 @@ def keep_highest(
 
     """
     alive = alive or {}
-    sizes = {name: score.numel() for name, score in scores.items()}
-    pruned = [name for name in scores if name in alive]
-    counts = sizes | dict(zip(pruned, count_each(alive[name] for name in pruned), strict=True))
-    total = int(ranks.sum(torch.tensor(sum(counts.values()))))
+    dtype = torch.float64 if any(score.dtype == torch.float64 for score in scores.values()) else torch.float32
+    parts = _parts({name: _comparable(score, dtype) for name, score in scores.items()}, alive)
+    total = int(ranks.sum(torch.tensor(sum(part.num_alive for part in parts))))
     if not 1 <= num_kept <= total:
         raise ValueError(f"`num_kept` must be in 1..{total}, the number of scores to choose from, got {num_kept}.")
-    dtype = torch.float64 if any(score.dtype == torch.float64 for score in scores.values()) else torch.float32
-    scores = {name: score.detach().to(dtype).contiguous() for name, score in scores.items()}
-    threshold, ties_kept, num_tied, histogram = _cut(scores, num_kept, alive, counts, ranks)
-    masks = _masks(scores, alive, threshold, ties_kept if ties_kept < num_tied else None, ranks)
+    threshold, ties_kept, num_tied, histogram = _cut(parts, dtype, num_kept, ranks)
+    masks = _masks(parts, threshold, ties_kept if ties_kept < num_tied else None, ranks)
     return Ranking(masks, threshold, num_kept - ties_kept, num_tied, num_kept, histogram, dtype)
 
 
@@ -139,59 +139,88 @@ def bin_edges(dtype: torch.dtype) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """What there is to rank in a tensor, in chunks."""
+    """Tensors that are ranked as one: small neighbours, or a large tensor by itself."""
 
-    chunks: Sequence[Tensor]
-    masks: Sequence[Tensor | None]
-    num_pruned: int
-    """How many entries are there that their mask prunes already."""
+    scores: Mapping[str, Tensor]
+    alive: Sequence[Tensor]
+    """Their masks; none where nothing is pruned yet."""
+    num_alive: int
+    size: int
 
-    @classmethod
-    def of(cls, scores: Tensor, alive: Tensor | None, count: int) -> "_Part":
-        """Leave out what is pruned already where that is most; to mark it costs less where it is not."""
-        chunks = torch.split(scores.view(-1), _chunk_size(scores.device))
-        if alive is None or count == scores.numel():
-            return cls(chunks, [None] * len(chunks), 0)
-        masks = torch.split(alive.reshape(-1), _chunk_size(scores.device))
-        if count * _FEW > scores.numel():
-            return cls(chunks, masks, scores.numel() - count)
-        return cls([chunk[mask] for chunk, mask in zip(chunks, masks, strict=True)], [None] * len(chunks), 0)
+    def flat(self) -> Tensor:
+        """Return all scores, in order."""
+        return joining.joined([*self.scores.values()])
 
-    def keys(self, dtype: torch.dtype) -> Iterator[Tensor]:
+    def masked(self, mask: Tensor) -> Tensor:
+        """Leave out of a flat mask what is pruned already."""
+        return mask.logical_and_(joining.joined(self.alive)) if self.alive else mask
+
+    def survivors(self) -> list[Tensor]:
+        """Copy out what is not pruned, in chunks, if that is little; to mark what is pruned costs less if it is not."""
+        if not self.alive or self.num_alive * _FEW > self.size:
+            return []
+        return [chunk[mask] for chunk, mask in self._chunks()]
+
+    def keys(self, survivors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
         """Go through the bit patterns, some at a time; those of pruned entries have all bits set."""
-        for chunk, mask in zip(self.chunks, self.masks, strict=True):
+        for chunk, mask in zip(survivors, repeat(None)) if survivors else self._chunks():
             key = (chunk + 0.0).view(dtype)  # adding 0.0 makes -0.0, whose sign bit is set, a zero
             yield key if mask is None else key.bitwise_or_(mask.view(torch.int8) - 1)
 
+    def _chunks(self) -> Iterator[tuple[Tensor, Any]]:
+        flat = self.flat()
+        size = _chunk_size(flat.device)
+        masks = torch.split(joining.joined(self.alive), size) if self.alive else repeat(None)
+        return zip(torch.split(flat, size), masks)  # noqa: B905 - one of them may be endless
 
-def _cut(
-    scores: Mapping[str, Tensor],
-    num_kept: int,
-    alive: Mapping[str, Tensor],
-    counts: Mapping[str, int],
-    ranks: Ranks,
-) -> tuple[float, int, int, Tensor]:
+
+def _comparable(score: Tensor, dtype: torch.dtype) -> Tensor:
+    return score if score.dtype == dtype and score.is_contiguous() else score.to(dtype).contiguous()
+
+
+def _parts(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> list[_Part]:
+    """Divide what is to be ranked into parts, and count the survivors of each, waiting for the devices only once."""
+    names = [*scores]
+    groups = [names[each] for each in joining.groups([*scores.values()])]
+    pruned = [group for group in groups if not alive.keys().isdisjoint(group)]
+    masks = [
+        [alive[name] if name in alive else torch.ones_like(scores[name], dtype=torch.bool) for name in group]
+        for group in pruned
+    ]
+    counts = _numbers(joining.joined(each).count_nonzero().view(1) for each in masks)
+    survivors = {group[0]: each for group, each in zip(pruned, zip(masks, counts, strict=True), strict=True)}
+    found = []
+    for group in groups:
+        size = sum(scores[name].numel() for name in group)
+        mask, count = survivors.get(group[0], ([], size))
+        found.append(_Part({name: scores[name] for name in group}, mask if count < size else [], count, size))
+    return found
+
+
+def _cut(parts: Sequence[_Part], dtype: torch.dtype, num_kept: int, ranks: Ranks) -> tuple[float, int, int, Tensor]:
     """Find the threshold, how many scores equal to it are kept, how many there are, and how all are distributed."""
-    dtype = next(iter(scores.values())).dtype
     key_dtype = torch.int64 if dtype == torch.float64 else torch.int32
-    parts = [_Part.of(score, alive.get(name), counts[name]) for name, score in scores.items()]
+    survivors = [part.survivors() for part in parts]
     first = dtype.itemsize * 8 - _DIGIT
     prefix = digit = 0
     remaining, own = num_kept, torch.zeros(_BINS, dtype=torch.int64)
     candidates: list[Tensor] = []
     for shift in range(first, -1, -_DIGIT):
-        keys: Iterable[Tensor] = candidates or _joined(key for part in parts for key in part.keys(key_dtype))
+        keys: Iterable[Tensor] = candidates or _joined(
+            key for part, copied in zip(parts, survivors, strict=True) for key in part.keys(copied, key_dtype)
+        )
         if shift < first:
             keys = (key[key >> shift + _DIGIT == prefix] for key in keys)
-            if own[digit] * _FEW < sum(counts.values()):
+            if own[digit] * _FEW < sum(part.num_alive for part in parts):
                 keys = candidates = list(_joined(keys))
         own = _histogram((key >> shift).to(torch.int32).bitwise_and_(_BINS - 1) for key in keys)
         if shift == first:
-            own[_PRUNED] -= sum(part.num_pruned for part in parts)
+            marked = (part for part, copied in zip(parts, survivors, strict=True) if part.alive and not copied)
+            own[_PRUNED] -= sum(part.size - part.num_alive for part in marked)
         histogram = ranks.sum(own)
         if shift == first:
             if histogram[_FIRST_NON_FINITE[dtype] :].any():
-                raise ValueError(_unrankable(scores, alive))
+                raise ValueError(_unrankable(parts))
             distribution = histogram[: _FIRST_NON_FINITE[dtype]]
         digit, remaining = _digit(histogram, remaining)
         prefix = prefix << _DIGIT | digit
@@ -204,13 +233,14 @@ def _chunk_size(device: torch.device) -> int:
 
 
 def _joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Join small tensors of a device up to the size of a chunk, since every histogram has a price of its own."""
+    """Join flat tensors of a device up to the size of a chunk, since every histogram has a price of its own."""
     waiting: list[Tensor] = []
+    size = 0
     for tensor in tensors:
-        size = sum(map(len, waiting)) + len(tensor)
+        size += tensor.numel()
         if waiting and (tensor.device != waiting[0].device or size > _chunk_size(tensor.device)):
             yield torch.cat(waiting) if len(waiting) > 1 else waiting[0]
-            waiting = []
+            waiting, size = [], tensor.numel()
         waiting.append(tensor)
     yield from [torch.cat(waiting)] if waiting else []
 
@@ -239,30 +269,50 @@ def count_each(masks: Iterable[Tensor], ranks: Ranks = ALONE) -> list[int]:
         ranks: Processes that each hold a part of every mask.
 
     """
-    counts = [mask.count_nonzero() for mask in masks]
-    if not counts:
+    return _numbers(joining.counts([*masks]), ranks)
+
+
+def _numbers(counts: Iterable[Tensor], ranks: Ranks = ALONE) -> list[int]:
+    """Bring counts to the CPU, all at once, added up over ranks."""
+    waiting = [*counts]
+    if not waiting:
         return []
-    found: list[int] = ranks.sum(torch.stack([count.to(counts[0].device) for count in counts])).tolist()
+    found: list[int] = ranks.sum(torch.cat([each.to(waiting[0].device) for each in waiting])).tolist()
     return found
 
 
-def _masks(
-    scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], threshold: float, ties_kept: int | None, ranks: Ranks
-) -> dict[str, Tensor]:
+def _masks(parts: Sequence[_Part], threshold: float, ties_kept: int | None, ranks: Ranks) -> dict[str, Tensor]:
     """Keep what is above the threshold, and the first ``ties_kept`` on it (``None``: all)."""
     if ties_kept is None:
-        return {name: _alive(score >= threshold, alive.get(name)) for name, score in scores.items()}
-    masks = {name: _alive(score > threshold, alive.get(name)) for name, score in scores.items()}
-    num_tied = torch.tensor(count_each(_alive(score == threshold, alive.get(name)) for name, score in scores.items()))
-    for (name, score), share in zip(scores.items(), _shares(num_tied, ties_kept, ranks), strict=True):
-        if share:  # the ties are looked for again: to keep them would take as much memory as the masks
-            tied = _alive(score == threshold, alive.get(name))
-            masks[name].view(-1)[tied.view(-1).nonzero().view(-1)[:share]] = True
-    return masks
+        flat = [part.masked(part.flat() >= threshold) for part in parts]
+    else:
+        flat = [part.masked(part.flat() > threshold) for part in parts]
+        _add_ties_(flat, parts, threshold, ties_kept, ranks)
+    return {
+        name: mask
+        for part, each in zip(parts, flat, strict=True)
+        for name, mask in zip(part.scores, joining.parted(each, [*part.scores.values()]), strict=True)
+    }
 
 
-def _alive(mask: Tensor, alive: Tensor | None) -> Tensor:
-    return mask if alive is None else mask.logical_and_(alive)
+def _add_ties_(masks: Sequence[Tensor], parts: Sequence[_Part], threshold: float, ties_kept: int, ranks: Ranks) -> None:
+    """Add the first ``ties_kept`` entries on the threshold to the flat masks of the parts."""
+
+    def tied(part: _Part) -> Sequence[Tensor]:  # again and again: to keep them would take as much memory as the masks
+        return joining.parted(part.masked(part.flat() == threshold), [*part.scores.values()])
+
+    num_tied = _numbers(count for part in parts for count in joining.counts(tied(part)))
+    shares = iter(zip(num_tied, _shares(torch.tensor(num_tied), ties_kept, ranks), strict=True))
+    for mask, part in zip(masks, parts, strict=True):
+        own = [*islice(shares, len(part.scores))]
+        if not any(share for _, share in own):
+            continue
+        kept = joining.parted(mask, [*part.scores.values()])
+        for (count, share), kept_here, ties in zip(own, kept, tied(part), strict=True):
+            if share == count:
+                kept_here.logical_or_(ties)
+            elif share:
+                kept_here.view(-1)[ties.view(-1).nonzero().view(-1)[:share]] = True
 
 
 def _shares(num_tied: Tensor, ties_kept: int, ranks: Ranks) -> list[int]:
@@ -274,13 +324,14 @@ def _shares(num_tied: Tensor, ties_kept: int, ranks: Ranks) -> list[int]:
     return shares
 
 
-def _unrankable(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> str:
+def _unrankable(parts: Sequence[_Part]) -> str:
     """Say which scores cannot be ranked, and why."""
-    for name, score in scores.items():
-        live = score[alive[name]] if name in alive else score
-        bad = int((~live.isfinite()).count_nonzero())
-        if bad:
-            return f"The scores of {name!r} contain nan or inf ({bad} of {live.numel()}), so they cannot be ranked."
-        if (live < 0).any():
-            return f"The scores of {name!r} must not be negative, but the lowest is {live.min().item():g}."
+    for part in parts:
+        for (name, score), mask in zip(part.scores.items(), part.alive or repeat(None)):  # noqa: B905
+            live = score if mask is None else score[mask]
+            bad = int((~live.isfinite()).count_nonzero())
+            if bad:
+                return f"The scores of {name!r} contain nan or inf ({bad} of {live.numel()}), so they cannot be ranked."
+            if (live < 0).any():
+                return f"The scores of {name!r} must not be negative, but the lowest is {live.min().item():g}."
     return "The scores that another rank holds contain nan, inf or negative numbers, so they cannot be ranked."

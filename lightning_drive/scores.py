@@ -8,6 +8,8 @@ or in float64 where the weights are float64, whatever precision the network trai
 import torch
 from torch import Tensor
 
+_FULL = {torch.float32, torch.float64}
+
 
 def magnitude(weight: Tensor) -> Tensor:
     r"""Magnitude, :math:`|\theta|`: the criterion of iterative magnitude pruning (Frankle & Carbin, 2019).
@@ -46,6 +48,19 @@ def snip(weight: Tensor, gradient: Tensor, *, out: Tensor | None = None) -> Tens
 
     """
     return torch.mul(in_full(weight), in_full(gradient), out=out).abs_()
+
+
+@torch.no_grad()
+def snip_each_(weights: list[Tensor], gradients: list[Tensor]) -> None:
+    """Write :func:`snip` of every weight over its gradient, with few operations however many they are.
+
+    Args:
+        weights: Effective weights.
+        gradients: Their gradients, in float32 or float64.
+
+    """
+    torch._foreach_mul_(gradients, weights)
+    torch._foreach_abs_(gradients)
 
 
 def synflow(weight: Tensor, gradient: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -126,4 +141,5 @@ def in_full(tensor: Tensor) -> Tensor:
         tensor: Weights or gradients.
 
     """
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    tensor = tensor.detach()
+    return tensor if tensor.dtype in _FULL else tensor.to(torch.promote_types(tensor.dtype, torch.float32))

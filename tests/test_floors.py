@@ -11,19 +11,9 @@ import lightning_drive
 from lightning_drive import callbacks
 
 FLOORS = (
-    {"copying", "forms", "handover", "messages", "modes", "plain", "ranks", "signals", "sources"},
-    {
-        "arguments",
-        "checkpoints",
-        "computed",
-        "diagnosis",
-        "recurrence",
-        "scores",
-        "ranking",
-        "sparsity",
-        "shards",
-        "trees",
-    },
+    {"copying", "forms", "handover", "joining", "messages", "modes", "plain", "ranks", "signals", "sources"},
+    {"arguments", "checkpoints", "computed", "diagnosis", "recurrence", "scores"}
+    | {"ranking", "sparsity", "shards", "trees"},
     {"channels", "gradients", "growth", "masking", "paths", "prunable", "replicas", "rounds", "schedules", "tables"},
     {"files", "passage", "pictures", "rewinding", "undisturbed"},
     {"compaction", "costs", "flow"},
