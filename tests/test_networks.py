@@ -276,7 +276,7 @@ def test_target__becomes_sparse_when_it_is_updated(tmp_path: Path, make: Any) ->
 
 @EACH
 def test_distillation__the_teacher_stays_as_it_is(tmp_path: Path, make: Any) -> None:
-    module, callback = networks.Distilled(), make()
+    module, callback = networks.Distilled(), make(scope="layerwise")
     before = fits.state_of(module.teacher)
     fitted = fit(tmp_path, module, callback)
     assert fits.equal_states(fits.state_of(module.teacher), before)
