@@ -74,7 +74,9 @@ def assert_pruned(module: pl.LightningModule, callback: PruningCallback, *names:
     """Assert that these parameters, in any order, and no others have the zeros that were asked for."""
     parameters = dict(module.named_parameters())
     assert sorted(callback.masks) == sorted(names)
-    assert zeros(parameters[name] for name in names) == pytest.approx(SPARSITY, abs=1e-3)
+    num_weights = sum(parameters[name].numel() for name in names)
+    num_kept = sum(int(parameters[name].count_nonzero()) for name in names)
+    assert num_kept == pytest.approx(num_weights * (1 - SPARSITY), abs=len(names))
     assert callback.masks.hold_for(module)
     assert zeros(each for name, each in parameters.items() if name not in names and each.ndim > 1) < 0.1
 
@@ -379,16 +381,16 @@ def test_own_ema__a_copy_that_averages_returns_is_pruned_along(tmp_path: Path, k
 ADAPTERS = [f"net.{layer}.lora_{part}.default.weight" for layer in (0, 2) for part in "AB"]
 
 
-@pytest.mark.parametrize("make", [CALLBACKS["DRIVE"], CALLBACKS["SNIP"]], ids=["DRIVE", "SNIP"])
-def test_lora__adapters_that_die_are_named_with_what_to_exclude(tmp_path: Path, make: Any) -> None:
-    module, callback = networks.LowRank(), make()
+@pytest.mark.parametrize("kind", [DRIVEPruningCallback, SNIPPruningCallback])
+def test_lora__adapters_that_die_are_named_with_what_to_exclude(tmp_path: Path, kind: Any) -> None:
+    module, callback = networks.LowRank(), kind(sparsity=SPARSITY, warmup_epochs=0)  # one factor is 0 throughout then
     frozen = fits.state_of(module.net[0].base_layer)
     fitted = fit(tmp_path, module, callback)
     assert fits.equal_states(fits.state_of(module.net[0].base_layer), frozen)
     assert set(callback.masks) <= {*ADAPTERS, "net.4.weight"}
     patterns = pasted(fitted.said, "exclude", "lora_A")
 
-    module, callback = networks.LowRank(), make(exclude=patterns)
+    module, callback = networks.LowRank(), kind(sparsity=SPARSITY, warmup_epochs=0, exclude=patterns)
     fitted = fit(tmp_path, module, callback)
     assert_pruned(module, callback, "net.4.weight")
     assert not [text for text in fitted.said if "lora_A" in text and "exclude=" in text]
