@@ -10,7 +10,7 @@ from lightning_drive.masking import Masks
 from lightning_drive.messages import listed
 
 
-def tensors(averages: Iterable[object], module: nn.Module) -> list[dict[str, Tensor]]:
+def tensors(averages: object, module: nn.Module) -> list[dict[str, Tensor]]:
     """Return the tensors of copies, by the names that they have in the module.
 
     Args:
@@ -18,10 +18,12 @@ def tensors(averages: Iterable[object], module: nn.Module) -> list[dict[str, Ten
         module: The module that they are copies of.
 
     Raises:
-        TypeError: If one is neither a module nor such a mapping.
+        TypeError: If they are no list of copies, or one is neither a module nor such a mapping.
         ValueError: If a name is not in the module, or a tensor has another shape than there (named).
 
     """
+    if not isinstance(averages, Iterable) or isinstance(averages, (nn.Module, Mapping, str)):
+        raise TypeError(f"`averages` must return a list, with every copy in it, got {type(averages).__name__}.")
     own = _named(module)
     return [_checked(average, own, type(module).__name__) for average in averages]
 

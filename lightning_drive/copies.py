@@ -186,6 +186,17 @@ def _outside(pl_module: pl.LightningModule, holders: Iterable[object], branches:
                     name = f"`{path}` of {type(holder).__name__}"
                     yield Copy(name, repr(of) if of else type(pl_module).__name__, "", pairs)
                     break
+    for path, layer in pl_module.named_modules():
+        of, pairs = _match(_untrained(layer), branches, pl_module)
+        if pairs:
+            name = f"What {repr(path) if path else type(pl_module).__name__} keeps in buffers or frozen parameters"
+            yield Copy(name, repr(of) if of else type(pl_module).__name__, "", pairs)
+
+
+def _untrained(layer: nn.Module) -> list[Tensor]:
+    """Return buffers and frozen parameters of a layer's own, as averages have them whose names have no dots."""
+    own = [*layer._parameters.values(), *layer._buffers.values()]
+    return [each for each in own if each is not None and not each.requires_grad and each.ndim]
 
 
 def _things(value: Any, path: str, seen: set[int], depth: int = 3) -> Iterator[tuple[str, Any]]:

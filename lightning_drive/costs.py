@@ -60,7 +60,7 @@ def measure(
     if given is None or any(map(shards.is_sharded, parameters.values())):
         return Costs(itemsizes, unknown, None)
     way = Passage.of(given)
-    counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
+    counter = FlopCounterMode(display=False, custom_mapping={**_RECURRENT, **_OF_VECTORS})
     try:
         look = _Look(counter, dict(module.named_parameters()), dict(module.named_buffers()), masks or {})
         with (
@@ -110,7 +110,16 @@ _RECURRENT = {
     for name in ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
     if hasattr(torch.ops.aten, name)
 }
+
+
+def _vector_flops(*shapes: Any, **_: Any) -> int:
+    return 2 * max(prod(shape) for shape in shapes if isinstance(shape, tuple))
+
+
+_OF_VECTORS = dict.fromkeys((torch.ops.aten.mv, torch.ops.aten.addmv), _vector_flops)
+"""Products of a matrix with one vector."""
 _CHOOSING = {torch.ops.aten.index, torch.ops.aten.index_select, torch.ops.aten.gather}
+_ADDING = {torch.ops.aten.add, torch.ops.aten.add_, torch.ops.aten.sub, torch.ops.aten.sub_}
 _MOVING = ("cat", "stack", "copy", "scatter", "index_put", "where", "norm", "pad", "roll", "embedding")
 """Parts of the names of operations that take a parameter and activations without multiplying them as matrices."""
 
@@ -222,7 +231,21 @@ class _Look(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     origin.names[name] = origin.names.get(name, False) or fits
             if output.is_floating_point():
                 origin.dense_again = self._dense_again(output, origin)
+                if func.overloadpacket in _ADDING and self._adds_what_grows(given, origins):
+                    origin.dense_again |= {
+                        name for name, along in origin.names.items() if along and name in self._num_pruned
+                    }
             self._origins[_memory(output)] = origin
+
+    def _adds_what_grows(self, given: list[Tensor], origins: list[_Origin | None]) -> bool:
+        """Whether something is added that is 0 throughout, but is trained, as the product of low-rank factors is."""
+        return any(
+            known is not None
+            and not tensor.any()
+            and any(self._parameters[name].requires_grad for name in known.names)
+            and self._num_pruned.keys().isdisjoint(known.names)
+            for tensor, known in zip(given, origins, strict=True)
+        )
 
     def _dense_again(self, output: Tensor, origin: _Origin) -> set[str]:
         """Name the masked parameters whose zeros are no longer there in what was computed from them."""

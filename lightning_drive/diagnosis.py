@@ -1,7 +1,7 @@
 """Name what makes scores vanish: parameters without a gradient, factors that begin near 0, low-rank pairs."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -73,7 +73,7 @@ def dead_pairs(masks: Mapping[str, Tensor], zeros: Collection[str]) -> Iterator[
     """
     dead: list[str] = []
     for name, mask in masks.items():
-        partner = re.sub(r"(lora_(?:embedding_)?)a\b", _second, name, flags=re.IGNORECASE)
+        partner = re.sub(r"(lora[_.](?:embedding_)?)(a|down)\b", _second, name, flags=re.IGNORECASE)
         if partner != name and partner in masks:
             pair = {name: mask, partner: masks[partner]}
             if any(each in zeros or not kept.any() for each, kept in pair.items()):
@@ -82,12 +82,12 @@ def dead_pairs(masks: Mapping[str, Tensor], zeros: Collection[str]) -> Iterator[
         yield (
             f"Low-rank adapters: one factor of {listed(map(repr, dead), most=4)} is 0 throughout, as it is at the"
             " beginning or after pruning. Where pruning leaves nothing of the other, too, neither ever gets a gradient"
-            " again. Leave them out with `exclude=['*lora_*']`, or prune the weights that they are merged into."
+            " again. Leave them out with `exclude=['*lora*']`, or prune the weights that they are merged into."
         )
 
 
 def _second(match: re.Match[str]) -> str:
-    return match[1] + ("B" if match[0].endswith("A") else "b")
+    return match[1] + {"A": "B", "a": "b"}.get(match[2], "up")
 
 
 class Causes(NamedTuple):
@@ -130,14 +130,21 @@ def causes(
     largest = {name: parameters[name].detach().abs().max().item() for group in groups.values() for name in group}
     empty = [name for name in lost if name not in zeros and not weights[name].any()]
 
-    def scored(names: Iterable[str]) -> dict[str, float]:
-        with _filled({name: parameters[name] for name in names}, ones=largest.keys() - weights.keys()):
-            return {name: each.double().abs().sum().item() for name, each in score().items() if name in lost}
+    def scored(names: Iterable[str], size: float = 1) -> dict[str, float]:
+        filled = {name: parameters[name] for name in [*empty, *names]}
+        with _filled(filled, largest.keys() - weights.keys(), dict.fromkeys(names, size)):
+            return {name: each.double().abs().sum().item() for name, each in score().items()}
 
     def raised(names: Iterable[str]) -> set[str]:
-        return {name for name, after in scored([*empty, *names]).items() if after > _GROWTH * before[name]}
+        after = scored(names)
+        return {name for name in lost if after[name] > _GROWTH * before[name]}
 
-    before = scored(empty)
+    def behind(names: Sequence[str]) -> set[str]:
+        """Name all whose scores go with these factors, as those of the weights in a branch do."""
+        once, twice = scored(names, _TINY), scored(names, 2 * _TINY)
+        return {name for name in twice if twice[name] > 1.5 * once[name]}
+
+    before = scored(())
     explained = raised(largest)
     if not explained:
         return Causes()
@@ -145,17 +152,18 @@ def causes(
     if len(groups) > 1:
         harmful = [names for names in groups.values() if raised(names)] or harmful
     names = [name for group in harmful for name in group]
-    return Causes(tuple(_remarks(names, explained, largest, weights, known)), frozenset(explained))
+    to_keep = [name for name in weights if name in {*names, *explained, *behind(names)}]
+    return Causes(tuple(_remarks(names, to_keep, largest, weights, known)), frozenset(explained))
 
 
 def _remarks(
     names: Iterable[str],
-    explained: Collection[str],
+    to_keep: Collection[str],
     largest: Mapping[str, float],
     weights: Iterable[str],
     known: Collection[str],
 ) -> Iterator[str]:
-    keep = f"keep all that they take the scores of with `exclude={patterns(sorted(explained), weights)}`"
+    keep = f"with all that they take the scores of, by `exclude={patterns(to_keep, weights)}`"
     factors = [name for name in names if name not in weights and name not in known]
     if factors:
         yield (
@@ -163,13 +171,14 @@ def _remarks(
             f" LayerScale, ReZero and SkipInit do at the beginning. The weights of such a branch score that much lower"
             " than others and are the first to go, in one round or in many. Initialise the factors with 1 (timm:"
             " `init_values` or `ls_init_value`; transformers: `layer_scale_init_value`), prune after a warm-up in which"
-            f" they grow, or {keep}."
+            f" they grow, or keep the branch dense {keep}."
         )
     zeros = [name for name in names if name in weights]
     if zeros:
         yield (
             f"The weights of {listed(map(repr, zeros), most=3)} are 0 throughout before pruning: they score 0, and so"
-            f" do all weights in front of them. Initialise them with other values, prune after a warm-up, or {keep}."
+            f" do all weights in front of them. Initialise them with other values, prune after a warm-up, or keep them"
+            f" dense, {keep}."
         )
 
 
@@ -189,8 +198,8 @@ def _is_tiny(name: str, parameter: Tensor) -> bool:
 
 
 @contextmanager
-def _filled(parameters: Mapping[str, Tensor], ones: Collection[str]) -> Iterator[None]:
-    """Write ones, or random numbers of a usual size, and put back what was there."""
+def _filled(parameters: Mapping[str, Tensor], ones: Collection[str], sizes: Mapping[str, float]) -> Iterator[None]:
+    """Write ones, or random numbers of a usual size, or times another size; put back what was there."""
     before = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
     generator = torch.Generator().manual_seed(0)
     try:
@@ -201,6 +210,7 @@ def _filled(parameters: Mapping[str, Tensor], ones: Collection[str]) -> Iterator
                 else:
                     fan_in = parameter.numel() / len(parameter)
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+                parameter.mul_(sizes.get(name, 1))
         yield
     finally:
         with torch.no_grad():

@@ -79,6 +79,8 @@ def warn_of_unknown_length(trainer: pl.Trainer, intent: Intent, remedy: str) -> 
         end = f"training ends after max_steps={trainer.max_steps}"
     elif trainer.max_epochs == -1:
         end = "training has no last epoch"
+    elif any(isinstance(callback, Timer) for callback in companions.callbacks_of(trainer)):
+        end = "training ends when the time of a Timer (or `max_time`) is over"
     elif trainer.val_check_batch != math.inf and any(
         isinstance(callback, EarlyStopping) and not callback._check_on_train_epoch_end
         for callback in companions.callbacks_of(trainer)
@@ -90,6 +92,16 @@ def warn_of_unknown_length(trainer: pl.Trainer, intent: Intent, remedy: str) -> 
         f"The training data have no known length, and {end}: the network is pruned {intent.when}, which never comes"
         f" if an epoch does not end before, as in an endless stream. {remedy}"
     )
+
+
+def last_epoch(trainer: pl.Trainer) -> int:
+    """Return the epoch, counted from 0, in which training ended; the Trainer has counted on.
+
+    Args:
+        trainer: The Trainer, in ``on_train_end``.
+
+    """
+    return max(trainer.current_epoch - 1, 0)
 
 
 def reason(trainer: pl.Trainer) -> str:

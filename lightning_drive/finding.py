@@ -369,13 +369,20 @@ def dense_matrices(module: nn.Module, selected: Container[str], exclude: Iterabl
         exclude: Glob patterns over the names of what is to stay dense.
 
     """
+
+    def is_excluded(name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in exclude or ())
+
+    computed = prunable.computed_weights(module).items()
+    sources = {source for name, each in computed if is_excluded(name) for source in each.sources}
     return [
         name
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
         and parameter.ndim > 1
         and name not in selected
-        and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
+        and not is_excluded(name)
+        and parameter not in sources
     ]
 
 

@@ -164,8 +164,11 @@ def _path_value(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Te
         return masks[name].float().requires_grad_()
     if not parameter.is_floating_point():
         return parameter
-    shape = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
-    return shape.fill_(0.0 if _is_bias(name) else 1.0)
+    value = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+    if _is_bias(name) or parameter.ndim < 2:
+        return value.fill_(0.0 if _is_bias(name) else 1.0)
+    generator = torch.Generator(value.device).manual_seed(0)
+    return value.uniform_(0.5, 1.5, generator=generator)  # equal ones would be 0 less their mean
 
 
 def _is_bias(name: str) -> bool:

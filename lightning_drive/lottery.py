@@ -12,9 +12,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_drive import arguments, companions, compatibility, display, ends, forms, outcomes, phases, scoring
+from lightning_drive.diagnosis import patterns
 from lightning_drive.finding import Found, Scope
 from lightning_drive.messages import listed
 from lightning_drive.methods import Magnitude
@@ -125,6 +128,7 @@ class IMPPruningCallback(PruningCallback):
         self.epochs_per_cycle = epochs_per_cycle
         self.rewind_epoch = rewind_epoch
         self.bn_batches = bn_batches
+        self._without_gradient: set[str] | None = None  # names of what has had none in the first cycle
         self._planned: int | None = None
         self._undo_plan: Callable[[], None] | None = None
         self._schedulers: list[LRSchedulerConfig] = []
@@ -162,6 +166,32 @@ class IMPPruningCallback(PruningCallback):
         if self._restored and not compatibility.is_quick_check(trainer):
             self._resume_schedule(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
+        if self._without_gradient is None:
+            self._without_gradient = set() if self.pruned else set(self._selected(trainer, pl_module))
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Mask the gradients; in the first cycle, note what has one."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._without_gradient and not self.pruned:
+            names = self._without_gradient
+            self._without_gradient = {name for name in names if pl_module.get_parameter(name).grad is None}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Save also what has had no gradient so far."""
+        names = self._without_gradient
+        return {**super().state_dict(), "without_gradient": None if names is None else sorted(names)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave, now or in an earlier version."""
+        super().load_state_dict(state_dict)
+        what = "the names of what had no gradient in the callback state"
+        names = forms.check(list[str] | None, state_dict.get("without_gradient"), what)
+        self._without_gradient = None if names is None else set(names)
 
     @override
     def on_train_batch_start(
@@ -177,8 +207,8 @@ class IMPPruningCallback(PruningCallback):
         """Say so if the run ended before its cycles did."""
         if not self._finished:
             rank_zero_warn(
-                f"Training ended in epoch {trainer.current_epoch}{ends.reason(trainer)}, in cycle {self.cycle} (counted"
-                f" from 0) of {self.cycles}: the network has a sparsity of {self.masks.sparsity:.4f}, not"
+                f"Training ended in epoch {ends.last_epoch(trainer)}{ends.reason(trainer)}, in cycle {self.cycle}"
+                f" (counted from 0) of {self.cycles}: the network has a sparsity of {self.masks.sparsity:.4f}, not"
                 f" {self.sparsity}. The next cut would have been at the start of epoch"
                 f" {(self.cycle + 1) * self.epochs_per_cycle}. Let training run for more than"
                 f" {self.cycles * self.epochs_per_cycle} epochs, or lower `cycles` or `epochs_per_cycle`."
@@ -198,6 +228,11 @@ class IMPPruningCallback(PruningCallback):
                 f" IMPPruningCallback has {_listed(after)}: its cycles would not follow on. Resume with the settings of"
                 " the checkpoint."
             )
+
+    @override
+    def _start_afresh(self) -> None:
+        super()._start_afresh()
+        self._without_gradient = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the live parameters, schedulers and hooks of this process out of copies and pickles."""
@@ -231,6 +266,8 @@ class IMPPruningCallback(PruningCallback):
         start = time.monotonic()
         cycle = self._due_cycle(trainer)
         is_last = cycle == self.cycles
+        names = list(super()._selected(trainer, pl_module))
+        left_out = [] if self.pruned else [name for name in names if name not in self._selected(trainer, pl_module)]
         outcome = self._search(
             trainer,
             pl_module,
@@ -241,11 +278,29 @@ class IMPPruningCallback(PruningCallback):
         )
         if not compatibility.is_quick_check(trainer):
             self._check_paths(outcome.found, cycle)
+        if left_out:
+            outcome.found.warnings.append(
+                f"{listed(map(repr, left_out))} had no gradient in all of the first cycle: the loss does not depend on"
+                " them, since they are not used, or only under `no_grad` or through `detach`. They are left out and"
+                f" stay dense, as with `exclude={patterns(left_out, names)}`."
+            )
         # Everything is computed: from here on only commit.
         self._record(trainer, outcome, self._method(), start, control=self.control if is_last else "none", cycle=cycle)
         self._commit(trainer, pl_module)
         with display.above_bar(trainer):
             self._announce(trainer, outcome.found, None if is_last else self._line())
+
+    @override
+    def _selected(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
+        """Select the prunable parameters that an optimizer holds and, from the first cut on, that had gradients."""
+        selected = super()._selected(trainer, pl_module)
+        left_out = self._without_gradient if self.pruned or self._is_due(trainer) else None
+        reached = {name: each for name, each in selected.items() if name not in (left_out or ())}
+        return reached or selected  # without any, no step has been seen
+
+    @override
+    def _others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+        return [name for name in super()._others(trainer, pl_module) if name not in (self._without_gradient or ())]
 
     def _check_paths(self, found: Found, cycle: int) -> None:
         """Raise if nothing is left to train."""

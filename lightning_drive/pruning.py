@@ -4,7 +4,7 @@ import copy
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -324,8 +324,9 @@ class PruningCallback(pl.Callback):
         self._phase_start = time.monotonic() if trainer.global_step == 0 else None  # else only part of it is known
         self._resumes_epoch = True  # unless ``on_train_epoch_start`` comes first
         scoring.begin_batch_again(trainer)
-        if not self.pruned:
-            self._warn_of_zeros(trainer, pl_module)
+        if not (self.pruned or self._is_due(trainer)):
+            for text in self._zeros_without_masks(pl_module, self._names):
+                rank_zero_warn(text)
         if not self._finished:
             self._check_training(trainer, pl_module)
         if self.pruned:
@@ -725,23 +726,32 @@ class PruningCallback(pl.Callback):
 
     def _warn_of_copy(self, pl_module: pl.LightningModule, found: copies.Copy) -> None:
         """Warn of a copy, once, if it is not pruned along."""
-        along = {id(each) for average in self._averages(pl_module) for each in average.values()}
-        known = found.name in self._copies or any(id(each) in along for each in found.pairs.values())
+        along = {each.data_ptr() for average in self._averages(pl_module) for each in average.values()}
+        known = found.name in self._copies or any(each.data_ptr() in along for each in found.pairs.values())
         if not known and not copies.is_sparse(found, self.masks):
             self._copies.add(found.name)
             rank_zero_warn(copies.warning(found, type(self).__name__))
 
-    def _warn_of_zeros(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of weights that are pruned already, but whose masks are not known."""
+    def _zeros_without_masks(
+        self, pl_module: pl.LightningModule, names: Iterable[str], masks: Masks | None = None
+    ) -> Iterator[str]:
+        """Say that weights are pruned already, but are not masked: neither before a cut nor by the masks of one."""
         parameters = dict(pl_module.named_parameters())
-        numbers = trained.zeros(parameters[name] for name in self._names if name in parameters)
-        cut_now = self._is_due(trainer) and self.scope == "global" and self.control == "none"
-        if numbers.are_many and not (cut_now and numbers.share <= self.sparsity):
-            rank_zero_warn(
+        weights = {name: parameters[name] for name in names if name in parameters}
+        numbers = trained.zeros(weights.values())
+        trains = "these zeros will be trained like all other weights until it prunes"
+        if masks is not None:
+            kept = sum(
+                int((shards.local(each.detach()) == 0).logical_and_(shards.part(masks[name], of=each)).sum())
+                for name, each in weights.items()
+            )
+            trains = f"{kept:,} of these zeros are kept, and will be trained like all other weights"
+        if numbers.are_many and (masks is None or kept):
+            yield (
                 f"{numbers.number:,} of {numbers.size:,} prunable weights ({numbers.share:.1%}) are 0 already, as in a"
-                f" network that was pruned, but {type(self).__name__} has no masks for them: these zeros will be"
-                " trained like all other weights until it prunes. To go on with a pruned network, pass a checkpoint as"
-                " `ckpt_path` that was saved with the state of the callback that pruned it."
+                f" network that was pruned, but {type(self).__name__} has no masks for them: {trains}. To go on with a"
+                " pruned network, pass a checkpoint as `ckpt_path` that was saved with the state of the callback that"
+                " pruned it."
             )
 
     # What is refused before training starts.

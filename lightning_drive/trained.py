@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_drive import masking, shards
 from lightning_drive.messages import listed
 
+_MANY = 0.45
+"""The share of zeros in a pruned network: two of four in most of its layers, or more."""
+
 _Select = Callable[[pl.LightningModule], Mapping[str, nn.Parameter]]
 
 
@@ -98,7 +101,7 @@ class Zeros(NamedTuple):
     number: int
     size: int
     are_many: bool
-    """Whether it is half or more of those parameters that are not 0 altogether, as new layers may be."""
+    """Whether it is about half or more of those parameters that are not 0 altogether, as new layers may be."""
 
     @property
     def share(self) -> float:
@@ -116,7 +119,7 @@ def zeros(parameters: Iterable[Tensor]) -> Zeros:
     weights = [shards.local(each.detach()) for each in parameters if each.layout == torch.strided]
     counts = [(each.numel() - int(each.count_nonzero()), each.numel()) for each in weights]
     partly = [(count, size) for count, size in counts if count < size]
-    are_many = bool(partly) and 2 * sum(count for count, _ in partly) >= sum(size for _, size in partly)
+    are_many = bool(partly) and sum(count for count, _ in partly) >= _MANY * sum(size for _, size in partly)
     return Zeros(sum(count for count, _ in counts), sum(size for _, size in counts), are_many)
 
 

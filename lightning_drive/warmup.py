@@ -109,7 +109,7 @@ class WarmupPruningCallback(PruningCallback):
             if self.warmup_steps is None and math.isinf(trainer.num_training_batches):
                 remedy = self._remedy_for_unknown_length
             rank_zero_warn(
-                f"Training ended in epoch {trainer.current_epoch}, after {trainer.global_step} steps"
+                f"Training ended in epoch {ends.last_epoch(trainer)}, after {trainer.global_step} steps"
                 f"{ends.reason(trainer)}, before the warm-up was over: the network is dense. It would have been pruned"
                 f" {self._intent().when}. {remedy}"
             )
@@ -151,6 +151,7 @@ class WarmupPruningCallback(PruningCallback):
         )
         found = outcome.found
         found.warnings.extend(self._frozen_layers(trainer, pl_module, found.masks))
+        found.warnings.extend(self._zeros_without_masks(pl_module, found.masks, found.masks))
         # Everything is computed: from here on only commit.
         self._record(trainer, outcome, str(method), start, control=self.control)
         self._commit(trainer, pl_module)

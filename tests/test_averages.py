@@ -345,6 +345,83 @@ def test_no_copies__of_lightning(tmp_path: Path, name: str) -> None:
     assert not fit(tmp_path, Student(), METHODS["DRIVE"](), *others)
 
 
+class LitEma(nn.Module):
+    """Averages in buffers, as networks of diffusion keep them: names of buffers have no dots."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.names = {name: name.replace(".", "") for name, _ in module.named_parameters()}
+        self.register_buffer("num_updates", torch.tensor(0))
+        for name, each in module.named_parameters():
+            self.register_buffer(self.names[name], each.detach().clone())
+
+
+class InBuffers(Student):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model_ema = LitEma(self.student)
+
+    def means(self) -> list[Any]:
+        return [getattr(self.model_ema, name) for name in self.model_ema.names.values()]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        move(self.means(), self.student.parameters())
+
+
+class InOwnBuffers(InBuffers):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.model_ema
+        for index, each in enumerate(self.student.parameters()):
+            self.register_buffer(f"mean{index}", each.detach().clone())
+
+    def means(self) -> list[Any]:
+        return list(self._buffers.values())
+
+
+class InFrozenParameters(InBuffers):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.model_ema
+        copies = [nn.Parameter(each.detach().clone(), requires_grad=False) for each in self.student.parameters()]
+        self.copies = nn.ParameterList(copies)
+
+    def means(self) -> list[Any]:
+        return list(self.copies)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [(InBuffers, "'model_ema'"), (InOwnBuffers, "InOwnBuffers"), (InFrozenParameters, "'copies'")],
+)
+@each_method
+def test_copies_in_buffers(tmp_path: Path, kind: Any, place: str, method: str) -> None:
+    module = kind()
+    [said] = fit(tmp_path, module, METHODS[method]())
+    assert said.startswith(f"What {place} keeps in buffers or frozen parameters has the same names and shapes as ")
+    assert all(each.all() for each in module.means() if each.ndim > 1)
+
+    class Along(DRIVEPruningCallback):
+        def averages(self, pl_module: Any) -> Any:
+            names = [f"student.{name}" for name, _ in pl_module.student.named_parameters()]
+            return [dict(zip(names, pl_module.means(), strict=True))]
+
+    module = kind()
+    assert not fit(tmp_path, module, METHODS["DRIVE"](Along))
+    pairs = zip(module.means(), module.student.parameters(), strict=True)
+    assert all(torch.equal(mean == 0, each == 0) for mean, each in pairs if each.ndim > 1)
+
+
+def test_copies_returned_as_views(tmp_path: Path) -> None:
+    """A `state_dict` has other tensors over the same memory."""
+
+    class Along(DRIVEPruningCallback):
+        def averages(self, pl_module: Any) -> Any:
+            return [{f"student.{name}": each for name, each in pl_module.teacher.state_dict().items()}]
+
+    assert not fit(tmp_path, MeanTeacher(), METHODS["DRIVE"](Along))
+
+
 def test_copies_in_lists_are_told_by_their_values(tmp_path: Path) -> None:
     """Of networks in one list, only one that begins as the trained one does is a copy."""
 
@@ -484,7 +561,13 @@ def test_resume(tmp_path: Path, method: str) -> None:
             ValueError,
             r"'student.1.weight' with shape \(2, 3\), but it has shape \(24, 64\) in MeanTeacher",
         ),
-        (lambda module, _: {"student.1.weight": torch.zeros(2, 3)}, TypeError, r"must return a list .* got str in it"),
+        (
+            lambda module, _: {"student.1.weight": torch.zeros(2, 3)},
+            TypeError,
+            r"must return a list, with every copy .* got dict",
+        ),
+        (lambda module, _: None, TypeError, r"must return a list, with every copy in it, got NoneType"),
+        (lambda module, _: module.teacher, TypeError, r"must return a list, with every copy in it, got Sequential"),
         (lambda module, _: [[torch.zeros(2)]], TypeError, r"must return a list of modules, or of mappings .* got list"),
     ],
 )

@@ -1,12 +1,13 @@
 """Multiply-adds are those one counts by hand, per weight and sample, and zeros that are lost in products are seen."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_drive import costs, prunable
@@ -180,3 +181,60 @@ def test_measure__not_possible(example_input: Tensor | None, error: str | None) 
     else:
         assert found.error is not None
         assert re.match(error, found.error)
+
+
+# What is multiplied with: zeros that stay, and what is added to them.
+
+
+class Computing(nn.Linear):
+    """Multiplies with what it computes from its weight."""
+
+    def __init__(self, compute: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__(6, 5)
+        self.compute = compute
+        self.shift, self.scale = nn.Parameter(torch.zeros(5, 1)), nn.Parameter(torch.zeros(5, 1))
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(5, 2))
+        self.step = nn.Parameter(torch.tensor(0.1))
+        self.register_buffer("nothing", torch.zeros(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.compute(self, self.weight), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("compute", "is_dense"),
+    [
+        (lambda layer, weight: weight + layer.lora_B @ layer.lora_A, True),
+        (lambda layer, weight: weight - layer.shift, True),
+        (lambda layer, weight: weight.clone().add_(0.5 * layer.shift), True),
+        (lambda layer, weight: weight * (1 + layer.scale), False),
+        (lambda layer, weight: weight + layer.nothing, False),
+        (lambda layer, weight: weight + ((weight / layer.step).round() * layer.step - weight).detach(), False),
+    ],
+    ids=["low_rank", "shift", "in_place", "scale", "buffer", "learned_step"],
+)
+def test_what_is_still_zero_is_added(compute: Any, is_dense: bool) -> None:
+    """A term that training will make other than 0 counts as what it will be; one that nobody trains as what it is."""
+    module = nn.Sequential(Computing(compute), nn.ReLU(), nn.Linear(5, 3))
+    masks = {"0.weight": torch.rand(5, 6, generator=torch.Generator().manual_seed(0)) > 0.5}
+    with torch.no_grad():
+        module.get_parameter("0.weight").mul_(masks["0.weight"])
+    measured = measure(module, torch.ones(2, 6), ["0.weight"], masks=masks)
+    assert measured.error is None
+    assert measured.dense_again == (("0.weight",) if is_dense else ())
+
+
+def test_products_with_one_vector() -> None:
+    class OneByOne(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(5, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([torch.addmv(torch.ones(3), self.second.T, torch.mv(self.first, each)) for each in x])
+
+    module = OneByOne()
+    measured = measure(module, torch.ones(4, 6), ["first", "second"])
+    assert measured.multiply_adds == {"first": 30, "second": 15}
+    assert measured.in_products == ("first", "second")
+    assert not measured.warnings

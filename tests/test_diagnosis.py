@@ -1,5 +1,6 @@
 """What has no gradient is left out and named; factors near 0 and low-rank pairs are named where they do harm."""
 
+import ast
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -267,6 +268,32 @@ def test_factors(block: Callable[[int, float], nn.Module], named: str, init: flo
     assert "multiply a branch" not in " ".join(warned(stack(block, 1.0), method, **settings)[1])
 
 
+class ZeroLast(nn.Module):
+    """A branch whose last layer is 0."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+        with torch.no_grad():
+            self.net[2].weight.mul_(init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("block", [LayerScale, ReZero, NormScale, ZeroLast])
+@pytest.mark.parametrize("method", [SNIP(), SNIP(rounds=20), DRIVE(rounds=20)], ids=["one", "rounds", "drive"])
+def test_factors__exclude_keeps_the_branches(block: Callable[[int, float], nn.Module], method: Any) -> None:
+    """All of their weights are named, and none of the others, so that none goes in the place of another."""
+    settings: Any = {"sparsity": 0.9, "batches": models.make_batches(4, count=5), "loss_fn": models.loss_fn}
+    text = next(text for text in warned(stack(block, 0.0), method, **settings)[1] if "exclude=" in text)
+    exclude = ast.literal_eval(text.partition("exclude=")[2].rpartition("`")[0])
+    assert exclude == ["1.*", "3.*"]
+    masks, texts = warned(stack(block, 0.0), method, **settings, exclude=exclude)
+    assert list(masks) == ["0.weight", "2.weight", "4.weight"]
+    assert not any("exclude=" in text for text in texts)
+
+
 def test_factors__synflow() -> None:
     texts = warned(stack(ReZero, 1e-6), SynFlow(rounds=20), sparsity=0.9, example_input=torch.ones(1, 4))[1]
     assert any(text.startswith("'1.alpha', '3.alpha' multiply") for text in texts)
@@ -360,18 +387,28 @@ class Lowercase(nn.Module):
         return self.head(x) + self.lora_b(self.lora_a(x))
 
 
+class Kohya(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.lora = nn.Linear(8, 3), nn.ModuleDict({"down": nn.Linear(8, 2), "up": nn.Linear(2, 3)})
+        nn.init.zeros_(self.lora["up"].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + self.lora["up"](self.lora["down"](x))
+
+
 @pytest.mark.parametrize("method", [SNIP(), Magnitude()], ids=["snip", "magnitude"])
 @pytest.mark.parametrize(
     ("module", "include"),
-    [(Peft, None), (Loralib, ["head.weight", "q.*"]), (Lowercase, None)],
-    ids=["peft", "loralib", "lowercase"],
+    [(Peft, None), (Loralib, ["head.weight", "q.*"]), (Lowercase, None), (Kohya, None)],
+    ids=["peft", "loralib", "lowercase", "kohya"],
 )
 def test_low_rank(module: Callable[[], nn.Module], include: list[str] | None, method: Any) -> None:
     settings: Any = {"sparsity": 0.5, "batches": models.make_batches(8), "loss_fn": models.loss_fn, "include": include}
     texts = warned(module(), method, **settings)[1]
     (text,) = [text for text in texts if text.startswith("Low-rank adapters: one factor of ")]
-    assert "`exclude=['*lora_*']`" in text
-    texts = warned(module(), method, **{**settings, "exclude": ["*lora_*"]})[1]
+    assert "`exclude=['*lora*']`" in text
+    texts = warned(module(), method, **{**settings, "exclude": ["*lora*"]})[1]
     assert not any("Low-rank" in text for text in texts)
 
 

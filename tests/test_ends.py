@@ -225,6 +225,7 @@ def stream(length: int | None = None) -> DataLoader[Any]:
         ({"max_steps": 12, "max_epochs": -1}, list),
         ({"max_steps": 12}, list),
         ({"max_epochs": -1, "max_time": {"seconds": 4}}, list),
+        ({"max_epochs": 99, "max_time": {"seconds": 4}}, list),
         ({"max_steps": 12, "max_epochs": -1, "val_check_interval": 4}, lambda: [EarlyStopping("val_loss")]),
     ],
 )

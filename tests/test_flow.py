@@ -328,6 +328,36 @@ def test_active_masks__dense(network: str) -> None:
     assert all(mask.all() for mask in flow.active_masks(module, masks, torch.zeros(1, *shape)).values())
 
 
+class Computing(nn.Module):
+    """Its dense kernel is computed from a parameter without a mask."""
+
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.kernel, self.head = nn.Parameter(torch.randn(8, 2, 3, 3)), nn.Linear(8, 3)
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.conv2d(x, self.compute(self.kernel)).amax((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda kernel: kernel - kernel.mean((1, 2, 3), keepdim=True),
+        lambda kernel: (kernel - kernel.mean()) / kernel.std(),
+        lambda kernel: kernel.clone().sub_(kernel.amin()),
+        lambda kernel: F.layer_norm(kernel, kernel.shape[1:]),
+    ],
+    ids=["centred", "standardised", "least", "layer_norm"],
+)
+def test_active_masks__dense_kernels_that_are_computed(compute: Callable[[Tensor], Tensor]) -> None:
+    """Equal numbers in place of their weights would be 0 less their mean."""
+    module, mask = Computing(compute), torch.ones(3, 8, dtype=torch.bool)
+    mask[:, 5] = False
+    found = flow.active_masks(module, {"head.weight": mask}, torch.zeros(1, 2, 6, 6))
+    assert torch.equal(found["head.weight"], mask)
+
+
 def test_active_masks__cut_channel() -> None:
     """The second conv no longer hears channel 1, and nobody listens to channel 3."""
     module, shape = build("conv_net")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, Magnitude, Random, find_masks, prunable
+from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, Magnitude, Random, find_masks, finding, prunable
 
 
 class Zoo(nn.Module):
@@ -588,3 +588,21 @@ def test_check_numbers__plan_of_meta() -> None:
     """A plan needs shapes only."""
     plan = DRIVEPruningCallback(sparsity=0.5).plan(nn.Linear(4, 4, device="meta"))
     assert (plan.kept[-1], plan.num_weights, plan.overall_sparsity) == (8, 20, 0.4)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["weight_norm", "spectral_norm", "pruned"],
+)
+def test_what_a_weight_is_computed_from_is_excluded_with_it(compute: Any) -> None:
+    """Then it is not named as dense either."""
+    net = nn.Sequential(compute(nn.Linear(8, 8)), nn.Linear(8, 8), compute(nn.Conv1d(8, 8, 3)), nn.Linear(8, 2))
+    exclude = ["0.weight", "2.weight"]
+    selected = prunable.prunable_parameters(net, exclude=exclude)
+    assert list(selected) == ["1.weight", "3.weight"]
+    assert finding.dense_matrices(net, selected, exclude) == []

@@ -533,11 +533,81 @@ def test_zeros_that_arrive__few(tmp_path: Path, make: Any) -> None:
     assert not zeros_said(tmp_path, make(), METHODS["IMP"]())
 
 
-@pytest.mark.parametrize(("sparsity", "is_said"), [(0.95, False), (0.5, True)])
-def test_zeros_that_arrive__cut_at_once(tmp_path: Path, sparsity: float, is_said: bool) -> None:
-    """Zeros go first, and none of them is trained where as many are cut."""
-    module = sparse(Classifier())
-    assert bool(zeros_said(tmp_path, module, SNIPPruningCallback(sparsity=sparsity))) == is_said
+@pytest.mark.parametrize("method", ["SNIP", "SynFlow"])
+@pytest.mark.parametrize("make", [Classifier, fits.ConvModule])
+@pytest.mark.parametrize("sparsity", [0.95, 0.9, 0.5])
+def test_zeros_that_arrive__cut_at_once(tmp_path: Path, sparsity: float, make: Any, method: str) -> None:
+    """Zeros go first; those that are kept are counted."""
+    module = sparse(make())
+    empty = {name: each == 0 for name, each in module.named_parameters()}
+    kinds = {"SNIP": SNIPPruningCallback, "SynFlow": SynFlowPruningCallback}
+    pruning = kinds[method](sparsity=sparsity, scope="layerwise")
+    said = zeros_said(tmp_path, module, pruning)
+    kept = sum(int((mask & empty[name]).sum()) for name, mask in pruning.masks.items())
+    assert bool(said) == (kept > 0)
+    assert all(f"no masks for them: {kept:,} of these zeros are kept" in text for text in said)
+
+
+def test_zeros_that_arrive__two_of_four(tmp_path: Path) -> None:
+    module = Classifier()
+    with torch.no_grad():
+        module.net[1].weight.view(-1, 4)[:, :2] = 0  # type: ignore[index]
+    assert zeros_said(tmp_path, module, METHODS["DRIVE"]())
+
+
+class AllInOne(Distilled):
+    """The optimizer has the teacher, too, which gets no gradient."""
+
+    def configure_optimizers(self) -> Any:
+        return Adam(self.parameters(), 1e-2)
+
+
+class AllInOneByHand(AllInOne):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad(set_to_none=False)
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class UnusedLayer(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.LSTM(8, 16)
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), 0.05)
+
+
+@pytest.mark.parametrize("kind", [AllInOne, AllInOneByHand, UnusedLayer])
+@pytest.mark.parametrize("saved_in", [0, 1, 2, 3])
+def test_without_gradients_in_the_first_cycle(tmp_path: Path, kind: Any, saved_in: int) -> None:
+    """What an optimizer holds, but the loss does not depend on, is left out of IMP; also where the run is resumed."""
+
+    def fit_imp(module: Any, ckpt_path: Any = None) -> tuple[IMPPruningCallback, list[str]]:
+        pruning = IMPPruningCallback(sparsity=0.5, cycles=2, epochs_per_cycle=2)
+        saving = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer = fits.trainer(tmp_path, pruning, saving, max_epochs=5, enable_checkpointing=True)
+            trainer.fit(module, fits.loader(), ckpt_path=ckpt_path)
+        return pruning, [str(each.message) for each in caught if "had no gradient" in str(each.message)]
+
+    whole, again = kind(), kind()
+    pruning, [text] = fit_imp(whole)
+    assert "in all of the first cycle" in text
+    assert "exclude=['teacher.*']" in text
+    assert list(pruning.masks) == ["net.1.weight", "net.3.weight"]
+    assert share_of_zeros(whole.net) == pytest.approx(0.5, abs=0.01)
+    assert share_of_zeros(whole.teacher) == 0
+    resumed, texts = fit_imp(again, tmp_path / f"epoch={saved_in}.ckpt")
+    assert len(texts) == (saved_in < 2)
+    assert resumed.masks == pruning.masks
+    assert fits.equal_states(fits.state_of(again), fits.state_of(whole))
 
 
 def test_groups() -> None:
