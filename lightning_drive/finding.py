@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -369,21 +368,11 @@ def dense_matrices(module: nn.Module, selected: Container[str], exclude: Iterabl
         exclude: Glob patterns over the names of what is to stay dense.
 
     """
-
-    def is_excluded(name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in exclude or ())
-
-    computed = prunable.computed_weights(module).items()
-    sources = {source for name, each in computed if is_excluded(name) for source in each.sources}
-    return [
-        name
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-        and parameter.ndim > 1
-        and name not in selected
-        and not is_excluded(name)
-        and parameter not in sources
-    ]
+    try:
+        matrices = prunable.prunable_parameters(module, ["*"], exclude)
+    except ValueError:  # what else there is cannot be pruned
+        return []
+    return [name for name in matrices if name not in selected]
 
 
 def check_method(method: Method) -> None:
@@ -534,7 +523,9 @@ def _active(module: nn.Module, masks: Masks, way: Passage) -> tuple[Masks | None
         with in_mode(module, "eval"):
             return Masks(flow.active_masks(module, masks, way)), None
     except Exception as error:  # the module's own `forward`, called in a way it may not be made for
-        return None, f"{way.source}: {type(error).__name__}: {error}"
+        could_help = way.is_guess and "cannot be followed" not in str(error)
+        remedy = " Set `example_input_array` on the module to what `forward` takes." if could_help else ""
+        return None, f"{way.source}: {type(error).__name__}: {error}.{remedy}".replace("..", ".")
 
 
 def _dense_parts(module: nn.Module, masks: Masks, others: Sequence[str], measured: Costs) -> Iterator[str]:

@@ -253,10 +253,10 @@ class Network:
                 return found
         batch = gradients.batch_in_float32(self._first_batch())
         if self._loss_fn is not None:
-            with suppress(Exception):  # of a training step that cannot be called in this mode, say
-                if not self._recorded:
+            if not self._recorded:
+                with suppress(Exception):  # of a training step that cannot be called in this mode, say
                     self._loss(self.module, batch)
-                found = passage.chosen(self.module, self._recorded) or found
+            found = passage.chosen(self.module, self._recorded) or found
         found = found or passage.chosen(self.module, Passage.guessed(self.module, batch))
         if found is None:
             raise self._unknown_input()
@@ -276,9 +276,10 @@ class Network:
         if self._recorded:
             return self._loss_fn(module, batch)
         with passage.recording(module) as calls:
-            loss = self._loss_fn(module, batch)
-        self._recorded = Passage.recorded(calls, self._loss_fn, batch)
-        return loss
+            try:
+                return self._loss_fn(module, batch)
+            finally:
+                self._recorded = Passage.recorded(calls, self._loss_fn, batch)
 
     def _first_batch(self) -> Any:
         if self._batches is not None and self._first is None:

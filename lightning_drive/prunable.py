@@ -117,7 +117,7 @@ def prunable_parameters(
     """
     include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     parameters = dict(module.named_parameters())
-    default, derived = _default_names(module), computed_weights(module)
+    default, derived = _default_names(module), _computed_weights(module)
     known = [*parameters, *derived]
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
@@ -332,13 +332,8 @@ def _weight_names(layer: nn.Module) -> list[str]:
     return [*(name for name in found if computed.base_name(name) not in bases), *fixed]
 
 
-def computed_weights(module: nn.Module) -> dict[str, Computed]:
-    """Name the weights that are not stored, in the order of the layers.
-
-    Args:
-        module: The module.
-
-    """
+def _computed_weights(module: nn.Module) -> dict[str, Computed]:
+    """Name the weights that are not stored, in the order of the layers."""
     found = {}
     for path, layer in module.named_modules():
         known = computed.of_layer(layer)
