@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_drive import joining
+
 _SAMPLE = 1 << 15
+"""The most numbers of a sample; where no more are left than these, all of them are copied out."""
+
+_LEAST_STRIDE = 64
 _DEVIATIONS = 3
 """How many standard deviations of a rank in the sample the range goes to either side."""
 
@@ -64,14 +69,14 @@ def cut(pieces: Sequence[tuple[Tensor, Tensor | None]], num_alive: int, num_kept
             higher.logical_and_(alive)
             within.logical_and_(alive)
         within.logical_xor_(higher)
-        num_above += int(higher.count_nonzero())
+        num_above += int(joining.count(higher))
         if low < high:
             copied.append(_marked(values, within))
             num_within += len(copied[-1])
             if num_within > max(_SAMPLE, num_alive // _FEW):
                 return None
         else:
-            num_within += int(within.count_nonzero())
+            num_within += int(joining.count(within))
     place = num_kept - num_above
     if not 1 <= place <= num_within:
         return None
@@ -87,7 +92,7 @@ def _range(pieces: Sequence[tuple[Tensor, Tensor | None]], num_alive: int, num_k
     """Say from where to where the number may be that is looked for; everywhere if there are few."""
     if num_alive <= _SAMPLE:
         return 0.0, inf
-    stride = sum(values.numel() for values, _ in pieces) // _SAMPLE
+    stride = max(_LEAST_STRIDE, sum(values.numel() for values, _ in pieces) // _SAMPLE)
     while gcd(stride, 2 * 3 * 5 * 7) > 1:  # or it could be that of kernels and rows
         stride += 1
     sample = torch.cat(
@@ -114,6 +119,8 @@ def _chunks(pieces: Sequence[tuple[Tensor, Tensor | None]]) -> Any:
 def _marked(values: Tensor, marks: Tensor) -> Tensor:
     """Copy out the few values that are marked, in order: as ``values[marks]``, which looks at one after the other."""
     even = len(values) - len(values) % _WORD
-    words = marks[:even].view(torch.int64).nonzero().view(-1)
-    near, marked = (each[:even].view(-1, _WORD)[words] for each in (values, marks))
+    words = marks[:even].view(torch.int64)
+    places = words.nonzero().view(-1)
+    near = values[:even].view(-1, _WORD).index_select(0, places).view(-1)
+    marked = words.index_select(0, places).view(torch.bool)
     return torch.cat([near[marked], values[even:][marks[even:]]])

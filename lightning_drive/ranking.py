@@ -218,7 +218,7 @@ def _parts(
     ]
     joined = [joining.joined(each) for each in masks]
     if num_alive is None:
-        counts = _numbers(mask.count_nonzero().view(1) for mask in joined)
+        counts = _numbers(joining.count(mask).view(1) for mask in joined)
     else:
         counts = [sum(num_alive[name] for name in group) for group in pruned]
     survivors = {group[0]: each for group, each in zip(pruned, zip(joined, counts, strict=True), strict=True)}
