@@ -331,6 +331,11 @@ def _masks(parts: Sequence[_Part], threshold: float, ties_kept: int | None, rank
 
 def _add_ties_(masks: Sequence[Tensor], parts: Sequence[_Part], threshold: float, ties_kept: int, ranks: Ranks) -> None:
     """Add the first ``ties_kept`` entries on the threshold to the flat masks of the parts."""
+    if ranks.size == 1 and all(mask.device.type == "cpu" for mask in masks):  # where counts are not waited for
+        for mask, part in zip(masks, parts, strict=True):
+            if ties_kept:
+                ties_kept -= _add_first_(mask, part.masked(part.flat == threshold), ties_kept)
+        return
 
     def tied(part: _Part) -> Sequence[Tensor]:  # again and again: to keep them would take as much memory as the masks
         return part.each(part.masked(part.flat == threshold))
@@ -349,15 +354,18 @@ def _add_ties_(masks: Sequence[Tensor], parts: Sequence[_Part], threshold: float
                     _add_first_(kept.view(-1), ties.view(-1), share)
 
 
-def _add_first_(mask: Tensor, ties: Tensor, number: int) -> None:
-    """Add the first so many of the ties."""
-    for kept, some in zip(torch.split(mask, CHUNK), torch.split(ties, CHUNK), strict=True):
-        count = int(some.count_nonzero())
-        if count > number:
-            kept[some.nonzero().view(-1)[:number]] = True
-            return
+def _add_first_(mask: Tensor, ties: Tensor, number: int) -> int:
+    """Add the first so many of the ties, or all if there are no more; say how many."""
+    added = 0
+    size = _chunk_size(mask.device)
+    for kept, some in zip(torch.split(mask, size), torch.split(ties, size), strict=True):
+        count = int(joining.count(some))
+        if added + count > number:
+            kept[some.nonzero().view(-1)[: number - added]] = True
+            return number
         kept.logical_or_(some)
-        number -= count
+        added += count
+    return added
 
 
 def _shares(num_tied: Tensor, ties_kept: int, ranks: Ranks) -> list[int]:
