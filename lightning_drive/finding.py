@@ -241,7 +241,10 @@ def search(
         density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
         scores = method.score(network)
         with modes.set_aside():
-            current, rankings, alive = _prune(scores, current, sizes, density, scope, holders)
+            current, rankings, alive = _prune(
+                scores, current, sizes, density, scope, holders, histogram=index == indices[-1]
+            )
+            del scores  # or they would be there beside the next gradients
             _mask_(network.weights, current)
             history.add(rankings, alive.values(), list(_cuts_in_zeros(rankings, index, reads_batches)))
         if on_round is not None:
@@ -441,16 +444,25 @@ def _mask_(weights: Mapping[str, Tensor], masks: Masks) -> None:
 
 
 def _prune(
-    scores: dict[str, Tensor], masks: Masks, sizes: Mapping[str, int], density: float, scope: str, holders: Ranks
+    scores: dict[str, Tensor],
+    masks: Masks,
+    sizes: Mapping[str, int],
+    density: float,
+    scope: str,
+    holders: Ranks,
+    *,
+    histogram: bool,
 ) -> tuple[Masks, dict[str, ranking.Ranking], dict[str, int]]:
     """Do one cut: keep the highest of the survivors, counted from all prunable weights; say how many there were."""
     alive = dict(zip(masks, ranking.count_each(masks.values(), holders), strict=True))
+    own = alive if holders.size == 1 else None
     if scope == "global":
         num_kept = min(schedules.num_kept(sum(sizes.values()), density), sum(alive.values()))
-        rankings = {"": ranking.keep_highest(scores, num_kept, masks, holders)}
+        rankings = {"": ranking.keep_highest(scores, num_kept, masks, holders, num_alive=own, histogram=histogram)}
     else:
         counts = {name: min(schedules.num_kept(sizes[name], density), left) for name, left in alive.items() if left}
-        rankings = ranking.keep_highest_each({name: scores[name] for name in counts}, counts, masks, holders)
+        ranked = {name: scores[name] for name in counts}
+        rankings = ranking.keep_highest_each(ranked, counts, masks, holders, num_alive=own, histogram=histogram)
     found = Masks({**masks, **{name: mask for each in rankings.values() for name, mask in each.masks.items()}})
     prunes = sum(each.num_kept for each in rankings.values()) < sum(alive.values())
     if prunes and all(each.num_above == 0 and each.threshold == 0 for each in rankings.values()):

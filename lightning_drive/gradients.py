@@ -66,7 +66,7 @@ def loss_gradients(
             assert loss is not None
             before = _state(parameters)
             losses.append(loss.detach().reshape(()))
-            loss.backward()  # type: ignore[no-untyped-call]
+            modes.backward(loss)
             if _state(parameters) == before:
                 names = listed(parameters)
                 reason = f"The loss does not depend on any prunable parameter ({names}): all gradients are None."

@@ -15,6 +15,9 @@ _SMALL = 1 << 14
 _TOGETHER = 1 << 19
 """The most entries that are joined, so that copies stay small however many tensors there are."""
 
+_ADDED = 128
+"""Marks, each 0 or 1, that are added up in a byte."""
+
 
 def groups(tensors: Sequence[Tensor]) -> list[slice]:
     """Return which neighbours to treat as one: small ones of one device and type, everything else by itself.
@@ -80,11 +83,31 @@ def counts(masks: Sequence[Tensor]) -> Iterator[Tensor]:
     """
     for group in map(masks.__getitem__, groups(masks)):
         if len(group) == 1:
-            yield group[0].count_nonzero().view(1)
+            yield count(group[0]).view(1)
         else:
             ends = torch.tensor([mask.numel() for mask in group], device=group[0].device).cumsum(0)
             upto = joined(group).cumsum(0, dtype=torch.int32)[ends - 1].long()
             yield upto.diff(prepend=upto.new_zeros(1))
+
+
+def count(mask: Tensor) -> Tensor:
+    """Count what a mask keeps.
+
+    A mask has a byte for each entry. So eight bytes are added at once, as one number, as often as no byte overflows.
+
+    Args:
+        mask: A boolean mask.
+
+    Returns:
+        The count, in a tensor on the mask's device.
+
+    """
+    flat = mask.contiguous().view(-1)
+    if flat.device.type != "cpu" or flat.storage_offset() % 8:
+        return flat.count_nonzero()
+    even = len(flat) - len(flat) % (8 * _ADDED)
+    sums = flat[:even].view(torch.int64).view(-1, _ADDED).sum(1).view(torch.uint8)
+    return sums.sum() + flat[even:].count_nonzero()
 
 
 def _is_plain(tensor: Tensor) -> bool:

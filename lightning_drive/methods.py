@@ -135,7 +135,9 @@ class Network:
         for number in range(_MOST_OF_ZERO):
             taken = self._taken(num_batches)
             found = gradients.loss_gradients(self.module, self._parameters, self._loss, taken, skip)
-            if self.is_sharded or any(gradient.any() for gradient in found.values()):
+            with modes.set_aside():
+                is_enough = self.is_sharded or any(gradient.any() for gradient in found.values())
+            if is_enough:
                 self.num_skipped += number * num_batches
                 break
             if self._passes.length is not None and number * num_batches >= self._passes.length:

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from typing_extensions import Self
 
@@ -59,3 +61,20 @@ def set_aside() -> Generator[None]:
     finally:
         if mode._is_on:  # else an interrupt made it leave before
             torch._C._push_on_torch_function_stack(mode)
+
+
+def backward(loss: Tensor) -> None:
+    """Run the backward pass of a loss under the modes that are on.
+
+    ``loss.backward()`` is a function of torch as any other, in which the innermost mode is off. What a checkpoint
+    (``torch.utils.checkpoint``) computes again in it would then be other than what was computed before.
+
+    Args:
+        loss: A tensor of one number.
+
+    """
+    if type(loss) in (Tensor, nn.Parameter):
+        ones = (torch.ones_like(loss),)
+        _engine_run_backward((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
+    else:
+        loss.backward()  # type: ignore[no-untyped-call]

@@ -1,6 +1,7 @@
 """Scores in, keep masks out: the exact number of highest scores, with ties settled by position.
 
-Non-negative floats sort like their bit patterns read as integers. So the k-th highest score of any number of
+Where one process has all of them on the CPU, :mod:`lightning_drive.brackets` finds the k-th highest. Everywhere else:
+non-negative floats sort like their bit patterns read as integers. So the k-th highest score of any number of
 tensors is found digit by digit from histograms (a radix select): two passes for float32, four for float64. The scores
 of different tensors are never joined into one, and nothing of their size is kept but the masks.
 """
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_drive import joining
+from lightning_drive import brackets, joining
+from lightning_drive.brackets import Cut
 from lightning_drive.ranks import ALONE, Ranks
 
 CHUNK = 1 << 19
@@ -43,15 +45,22 @@ class Ranking(NamedTuple):
     """How many scores equal the threshold; of these, the first ones by position are kept."""
     num_kept: int
     """How many are kept in all; where ranks hold parts of the tensors, these numbers are for all of them together."""
-    histogram: Tensor
-    """How many scores begin with which 16 bits, from the lowest to the highest, see :func:`bin_edges`."""
+    histogram: Tensor | None
+    """How many scores begin with which 16 bits, from the lowest to the highest, see :func:`bin_edges`; ``None`` if
+    nobody asked for it."""
     dtype: torch.dtype
     """In which the scores were compared."""
 
 
 @torch.no_grad()
 def keep_highest(
-    scores: Mapping[str, Tensor], num_kept: int, alive: Mapping[str, Tensor] | None = None, ranks: Ranks = ALONE
+    scores: Mapping[str, Tensor],
+    num_kept: int,
+    alive: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = ALONE,
+    *,
+    num_alive: Mapping[str, int] | None = None,
+    histogram: bool = True,
 ) -> Ranking:
     """Rank the entries of all tensors together and keep exactly the ``num_kept`` highest.
 
@@ -65,6 +74,8 @@ def keep_highest(
         alive: Parameter name to a boolean mask; entries that are ``False`` are pruned already and cannot return.
         ranks: Processes that each hold a part of every tensor, split along the first dimension in the order of ranks.
             Scores are then ranked over all of them, and only histograms are exchanged.
+        num_alive: Parameter name to how many entries its mask keeps here, if that is known.
+        histogram: Whether to give a histogram, too. Without one, the ranking is often quicker.
 
     Returns:
         The masks and where the line was drawn.
@@ -85,13 +96,17 @@ def keep_highest(
     """
     alive = alive or {}
     dtype = torch.float64 if any(score.dtype == torch.float64 for score in scores.values()) else torch.float32
-    parts = _parts({name: _comparable(score, dtype) for name, score in scores.items()}, alive)
+    parts = _parts({name: _comparable(score, dtype) for name, score in scores.items()}, alive, num_alive)
     total = int(ranks.sum(torch.tensor(sum(part.num_alive for part in parts))))
     if not 1 <= num_kept <= total:
         raise ValueError(f"`num_kept` must be in 1..{total}, the number of scores to choose from, got {num_kept}.")
-    threshold, ties_kept, num_tied, histogram = _cut(parts, dtype, num_kept, ranks)
-    masks = _masks(parts, threshold, ties_kept if ties_kept < num_tied else None, ranks)
-    return Ranking(masks, threshold, num_kept - ties_kept, num_tied, num_kept, histogram, dtype)
+    found = None
+    if not histogram and ranks.size == 1 and all(part.flat.device.type == "cpu" for part in parts):
+        found = brackets.cut([(part.flat, part.alive) for part in parts], total, num_kept)
+    cut, distribution = (found, None) if found else _cut(parts, dtype, num_kept, ranks)
+    ties_kept = num_kept - cut.num_above
+    masks = _masks(parts, cut.threshold, ties_kept if ties_kept < cut.num_tied else None, ranks)
+    return Ranking(masks, cut.threshold, cut.num_above, cut.num_tied, num_kept, distribution, dtype)
 
 
 def keep_highest_each(
@@ -99,6 +114,9 @@ def keep_highest_each(
     num_kept: Mapping[str, int],
     alive: Mapping[str, Tensor] | None = None,
     ranks: Ranks = ALONE,
+    *,
+    num_alive: Mapping[str, int] | None = None,
+    histogram: bool = True,
 ) -> dict[str, Ranking]:
     """Rank the entries of each tensor by itself and keep exactly its own ``num_kept`` highest.
 
@@ -107,6 +125,8 @@ def keep_highest_each(
         num_kept: Parameter name to how many of its entries to keep.
         alive: Parameter name to a boolean mask; entries that are ``False`` are pruned already and cannot return.
         ranks: Processes that each hold a part of every tensor, as in :func:`keep_highest`.
+        num_alive: As in :func:`keep_highest`.
+        histogram: Whether to give histograms, too.
 
     Returns:
         Parameter name to its ranking, each as by :func:`keep_highest` on that tensor alone.
@@ -121,7 +141,14 @@ def keep_highest_each(
 
     """
     return {
-        name: keep_highest({name: score}, num_kept[name], {name: alive[name]} if alive else None, ranks)
+        name: keep_highest(
+            {name: score},
+            num_kept[name],
+            {name: alive[name]} if alive else None,
+            ranks,
+            num_alive=num_alive,
+            histogram=histogram,
+        )
         for name, score in scores.items()
     }
 
@@ -139,25 +166,26 @@ def bin_edges(dtype: torch.dtype) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """Tensors that are ranked as one: small neighbours, or a large tensor by itself."""
+    """Tensors that are ranked as one: small neighbours, of which this has a copy, or a large tensor by itself."""
 
     scores: Mapping[str, Tensor]
-    alive: Sequence[Tensor]
-    """Their masks; none where nothing is pruned yet."""
+    flat: Tensor
+    """All scores, in order."""
+    alive: Tensor | None
+    """Their masks likewise; ``None`` where nothing is pruned yet."""
     num_alive: int
-    size: int
-
-    def flat(self) -> Tensor:
-        """Return all scores, in order."""
-        return joining.joined([*self.scores.values()])
 
     def masked(self, mask: Tensor) -> Tensor:
         """Leave out of a flat mask what is pruned already."""
-        return mask.logical_and_(joining.joined(self.alive)) if self.alive else mask
+        return mask if self.alive is None else mask.logical_and_(self.alive)
+
+    def each(self, flat: Tensor) -> Sequence[Tensor]:
+        """Return views of a flat tensor in the shapes of the scores."""
+        return joining.parted(flat, [*self.scores.values()])
 
     def survivors(self) -> list[Tensor]:
         """Copy out what is not pruned, in chunks, if that is little; to mark what is pruned costs less if it is not."""
-        if not self.alive or self.num_alive * _FEW > self.size:
+        if self.alive is None or self.num_alive * _FEW > len(self.flat):
             return []
         return [chunk[mask] for chunk, mask in self._chunks()]
 
@@ -168,17 +196,18 @@ class _Part(NamedTuple):
             yield key if mask is None else key.bitwise_or_(mask.view(torch.int8) - 1)
 
     def _chunks(self) -> Iterator[tuple[Tensor, Any]]:
-        flat = self.flat()
-        size = _chunk_size(flat.device)
-        masks = torch.split(joining.joined(self.alive), size) if self.alive else repeat(None)
-        return zip(torch.split(flat, size), masks)  # noqa: B905 - one of them may be endless
+        size = _chunk_size(self.flat.device)
+        masks = repeat(None) if self.alive is None else torch.split(self.alive, size)
+        return zip(torch.split(self.flat, size), masks)  # noqa: B905 - one of them may be endless
 
 
 def _comparable(score: Tensor, dtype: torch.dtype) -> Tensor:
     return score if score.dtype == dtype and score.is_contiguous() else score.to(dtype).contiguous()
 
 
-def _parts(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> list[_Part]:
+def _parts(
+    scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], num_alive: Mapping[str, int] | None
+) -> list[_Part]:
     """Divide what is to be ranked into parts, and count the survivors of each, waiting for the devices only once."""
     names = [*scores]
     groups = [names[each] for each in joining.groups([*scores.values()])]
@@ -187,18 +216,23 @@ def _parts(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor]) -> list[_P
         [alive[name] if name in alive else torch.ones_like(scores[name], dtype=torch.bool) for name in group]
         for group in pruned
     ]
-    counts = _numbers(joining.joined(each).count_nonzero().view(1) for each in masks)
-    survivors = {group[0]: each for group, each in zip(pruned, zip(masks, counts, strict=True), strict=True)}
+    joined = [joining.joined(each) for each in masks]
+    if num_alive is None:
+        counts = _numbers(joining.count(mask).view(1) for mask in joined)
+    else:
+        counts = [sum(num_alive[name] for name in group) for group in pruned]
+    survivors = {group[0]: each for group, each in zip(pruned, zip(joined, counts, strict=True), strict=True)}
     found = []
     for group in groups:
-        size = sum(scores[name].numel() for name in group)
-        mask, count = survivors.get(group[0], ([], size))
-        found.append(_Part({name: scores[name] for name in group}, mask if count < size else [], count, size))
+        own = {name: scores[name] for name in group}
+        flat = joining.joined([*own.values()])
+        mask, count = survivors.get(group[0], (None, len(flat)))
+        found.append(_Part(own, flat, mask if count < len(flat) else None, count))
     return found
 
 
-def _cut(parts: Sequence[_Part], dtype: torch.dtype, num_kept: int, ranks: Ranks) -> tuple[float, int, int, Tensor]:
-    """Find the threshold, how many scores equal to it are kept, how many there are, and how all are distributed."""
+def _cut(parts: Sequence[_Part], dtype: torch.dtype, num_kept: int, ranks: Ranks) -> tuple[Cut, Tensor]:
+    """Find the threshold, and how all scores are distributed."""
     key_dtype = torch.int64 if dtype == torch.float64 else torch.int32
     survivors = [part.survivors() for part in parts]
     first = dtype.itemsize * 8 - _DIGIT
@@ -215,8 +249,8 @@ def _cut(parts: Sequence[_Part], dtype: torch.dtype, num_kept: int, ranks: Ranks
                 keys = candidates = list(_joined(keys))
         own = _histogram((key >> shift).to(torch.int32).bitwise_and_(_BINS - 1) for key in keys)
         if shift == first:
-            marked = (part for part, copied in zip(parts, survivors, strict=True) if part.alive and not copied)
-            own[_PRUNED] -= sum(part.size - part.num_alive for part in marked)
+            marked = (part for part, copied in zip(parts, survivors, strict=True) if not copied)
+            own[_PRUNED] -= sum(len(part.flat) - part.num_alive for part in marked)
         histogram = ranks.sum(own)
         if shift == first:
             if histogram[_FIRST_NON_FINITE[dtype] :].any():
@@ -225,7 +259,7 @@ def _cut(parts: Sequence[_Part], dtype: torch.dtype, num_kept: int, ranks: Ranks
         digit, remaining = _digit(histogram, remaining)
         prefix = prefix << _DIGIT | digit
     threshold = torch.tensor(prefix, dtype=key_dtype).view(dtype).item()
-    return threshold, remaining, int(histogram[digit]), distribution
+    return Cut(threshold, num_kept - remaining, int(histogram[digit])), distribution
 
 
 def _chunk_size(device: torch.device) -> int:
@@ -284,35 +318,54 @@ def _numbers(counts: Iterable[Tensor], ranks: Ranks = ALONE) -> list[int]:
 def _masks(parts: Sequence[_Part], threshold: float, ties_kept: int | None, ranks: Ranks) -> dict[str, Tensor]:
     """Keep what is above the threshold, and the first ``ties_kept`` on it (``None``: all)."""
     if ties_kept is None:
-        flat = [part.masked(part.flat() >= threshold) for part in parts]
+        flat = [part.masked(part.flat >= threshold) for part in parts]
     else:
-        flat = [part.masked(part.flat() > threshold) for part in parts]
+        flat = [part.masked(part.flat > threshold) for part in parts]
         _add_ties_(flat, parts, threshold, ties_kept, ranks)
     return {
         name: mask
         for part, each in zip(parts, flat, strict=True)
-        for name, mask in zip(part.scores, joining.parted(each, [*part.scores.values()]), strict=True)
+        for name, mask in zip(part.scores, part.each(each), strict=True)
     }
 
 
 def _add_ties_(masks: Sequence[Tensor], parts: Sequence[_Part], threshold: float, ties_kept: int, ranks: Ranks) -> None:
     """Add the first ``ties_kept`` entries on the threshold to the flat masks of the parts."""
+    if ranks.size == 1 and all(mask.device.type == "cpu" for mask in masks):  # where counts are not waited for
+        for mask, part in zip(masks, parts, strict=True):
+            if ties_kept:
+                ties_kept -= _add_first_(mask, part.masked(part.flat == threshold), ties_kept)
+        return
 
     def tied(part: _Part) -> Sequence[Tensor]:  # again and again: to keep them would take as much memory as the masks
-        return joining.parted(part.masked(part.flat() == threshold), [*part.scores.values()])
+        return part.each(part.masked(part.flat == threshold))
 
     num_tied = _numbers(count for part in parts for count in joining.counts(tied(part)))
     shares = iter(zip(num_tied, _shares(torch.tensor(num_tied), ties_kept, ranks), strict=True))
     for mask, part in zip(masks, parts, strict=True):
         own = [*islice(shares, len(part.scores))]
-        if not any(share for _, share in own):
-            continue
-        kept = joining.parted(mask, [*part.scores.values()])
-        for (count, share), kept_here, ties in zip(own, kept, tied(part), strict=True):
-            if share == count:
-                kept_here.logical_or_(ties)
-            elif share:
-                kept_here.view(-1)[ties.view(-1).nonzero().view(-1)[:share]] = True
+        if all(share == count for count, share in own):
+            mask.copy_(part.masked(part.flat >= threshold))
+        elif any(share for _, share in own):
+            for (count, share), kept, ties in zip(own, part.each(mask), tied(part), strict=True):
+                if share == count:
+                    kept.logical_or_(ties)
+                elif share:
+                    _add_first_(kept.view(-1), ties.view(-1), share)
+
+
+def _add_first_(mask: Tensor, ties: Tensor, number: int) -> int:
+    """Add the first so many of the ties, or all if there are no more; say how many."""
+    added = 0
+    size = _chunk_size(mask.device)
+    for kept, some in zip(torch.split(mask, size), torch.split(ties, size), strict=True):
+        count = int(joining.count(some))
+        if added + count > number:
+            kept[some.nonzero().view(-1)[: number - added]] = True
+            return number
+        kept.logical_or_(some)
+        added += count
+    return added
 
 
 def _shares(num_tied: Tensor, ties_kept: int, ranks: Ranks) -> list[int]:
@@ -327,7 +380,8 @@ def _shares(num_tied: Tensor, ties_kept: int, ranks: Ranks) -> list[int]:
 def _unrankable(parts: Sequence[_Part]) -> str:
     """Say which scores cannot be ranked, and why."""
     for part in parts:
-        for (name, score), mask in zip(part.scores.items(), part.alive or repeat(None)):  # noqa: B905
+        masks = repeat(None) if part.alive is None else part.each(part.alive)
+        for (name, score), mask in zip(part.scores.items(), masks):  # noqa: B905 - one of them may be endless
             live = score if mask is None else score[mask]
             bad = int((~live.isfinite()).count_nonzero())
             if bad:

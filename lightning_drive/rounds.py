@@ -117,6 +117,7 @@ class _Part(NamedTuple):
 
     @classmethod
     def of(cls, ranked: Ranking) -> "_Part":
+        assert ranked.histogram is not None
         values = ranking.bin_edges(ranked.dtype)[1:]
         edges = values.double().clamp(max=torch.finfo(ranked.dtype).max).log10()
         every = ranked.histogram.cumsum(0).double()

@@ -14,7 +14,8 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_drive import gradients
+from lightning_drive import DRIVE, SNIP, find_masks, gradients, modes
+from lightning_drive.methods import Method
 
 MODES = pytest.mark.parametrize("mode", ["train", "eval"])
 
@@ -238,3 +239,64 @@ def test_on_replica_only() -> None:
     )
     assert checked(replica, batch).isfinite()
     assert gradients.on_replica_only(models.loss_fn, net)(net, batch).isfinite()  # scored itself
+
+
+# --- what checkpoints compute again
+
+
+class Recomputed(nn.Module):
+    """A layer in which dropout is called as a function, run by ``run``."""
+
+    def __init__(self, hidden: Callable[[Tensor, bool], Tensor], run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.hidden, self.run = hidden, run
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.hidden(self.second(x).relu(), self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.run(self.block, self.first(x).relu()))
+
+
+def attended(x: Tensor, training: bool) -> Tensor:
+    parts = x.view(4, 4, 16)
+    return F.scaled_dot_product_attention(parts, parts, parts, dropout_p=0.5 * training).reshape(16, 16)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        pytest.param(lambda x, training: F.dropout(x, 0.5, training), id="F.dropout"),
+        pytest.param(lambda x, training: torch.dropout(x, 0.5, training).tanh(), id="torch.dropout"),
+        pytest.param(attended, id="attention"),
+    ],
+)
+@pytest.mark.parametrize("method", [DRIVE(rounds=3), SNIP()], ids=["DRIVE", "SNIP"])
+def test_checkpoint__no_dropout(hidden: Callable[[Tensor, bool], Tensor], reentrant: bool, method: Method) -> None:
+    """Dropout is off also where a checkpoint computes something again: masks are those of the plain network."""
+
+    def masks(run: Callable[..., Tensor]) -> str:
+        torch.manual_seed(0)
+        net = Recomputed(hidden, run)
+        batch = torch.randn(16, 8), torch.randint(4, (16,))
+        found = find_masks(
+            net, method, sparsity=0.5, batches=[batch], loss_fn=lambda m, b: F.cross_entropy(m(b[0]), b[1])
+        )
+        return found.digest()
+
+    plain = masks(lambda function, x: function(x))
+    assert masks(lambda function, x: checkpoint(function, x, use_reentrant=reentrant)) == plain
+
+
+def test_backward__subclass() -> None:
+    """A loss that has ways of its own keeps them."""
+
+    class Noted(Tensor):
+        def backward(self, *args: Any, **kwargs: Any) -> None:
+            calls.append(1)
+
+    calls: list[int] = []
+    modes.backward(torch.ones(()).as_subclass(Noted))
+    assert calls == [1]

@@ -53,6 +53,21 @@ def test_counts(tensors: list[Tensor]) -> None:
     assert ranking.count_each(masks) == [int(mask.sum()) for mask in masks]
 
 
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 5000, 300_000])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("begin", [0, 3, 8])
+def test_count(size: int, density: float, begin: int) -> None:
+    """Also of a part of a larger mask, from any entry on, and where all are set."""
+    torch.manual_seed(0)
+    mask = (torch.rand(begin + size) < density)[begin:]
+    assert int(joining.count(mask)) == sum(mask.tolist())
+
+
+def test_count__shapes() -> None:
+    mask = torch.rand(64, 48) < 0.5
+    assert all(int(joining.count(each)) == int(each.sum()) for each in (mask, mask.T, mask[1:, ::2], mask[0, 0]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64], ids=str)
 def test_zero_each(tensors: list[Tensor], dtype: torch.dtype) -> None:
     """The same bits as one by one: -0.0, NaN and infinity are kept, or become 0, in any memory layout."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_drive import ranking
+from lightning_drive import brackets, ranking
 
 SCORES = {"a": torch.tensor([[0.1, 0.9], [0.2, 0.5]]), "b": torch.tensor([0.7, 0.8])}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -92,7 +92,10 @@ def test_keep_highest__order_is_that_of_the_mapping() -> None:
 def test_keep_highest__matches_sort(
     dtype: torch.dtype, kind: str, chunk: int, density: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Exactly, with a histogram and without one, whatever the size of chunks and of samples."""
     monkeypatch.setattr(ranking, "CHUNK", chunk)
+    monkeypatch.setattr(brackets, "_CHUNK", chunk)
+    monkeypatch.setattr(brackets, "_SAMPLE", min(chunk, 1 << 15))
     scores = random_scores(3, dtype, kind)
     alive = None if density is None else random_alive(scores, 3, density)
     total = sum(int(mask.sum()) for mask in (alive or all_alive(scores)).values())
@@ -101,6 +104,9 @@ def test_keep_highest__matches_sort(
         expected = reference.keep_highest(scores, num_kept, alive or all_alive(scores))
         assert lists(found.masks) == lists(expected)
         assert all(found.masks[name].shape == score.shape for name, score in scores.items())
+        quick = ranking.keep_highest(scores, num_kept, alive, histogram=False)
+        assert lists(quick.masks) == lists(expected)
+        assert quick[1:5] == found[1:5]
 
 
 def test_keep_highest__many_counts() -> None:
@@ -111,12 +117,13 @@ def test_keep_highest__many_counts() -> None:
 
 
 @pytest.mark.parametrize("kind", ["distinct", "many_ties"])
-def test_keep_highest__larger_than_a_chunk(kind: str) -> None:
+@pytest.mark.parametrize("histogram", [True, False])
+def test_keep_highest__larger_than_a_chunk(kind: str, histogram: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     size = ranking.CHUNK + 12_345
     score = torch.rand(size, generator=generator)
     score = (1000 * score).round() if kind == "many_ties" else score
-    found = ranking.keep_highest({"a": score}, 100_001).masks["a"]
+    found = ranking.keep_highest({"a": score}, 100_001, histogram=histogram).masks["a"]
     expected = torch.zeros(size, dtype=torch.bool)
     expected[score.argsort(descending=True, stable=True)[:100_001]] = True
     assert found.equal(expected)
@@ -259,6 +266,8 @@ def test_keep_highest__non_finite_error(dtype: torch.dtype, bad: float) -> None:
     scores = {"conv": torch.ones(3, dtype=dtype), "fc": torch.tensor([1.0, bad, bad], dtype=dtype)}
     with pytest.raises(ValueError, match=r"scores of 'fc' contain nan or inf \(2 of 3\)"):
         ranking.keep_highest(scores, 2)
+    with pytest.raises(ValueError, match=r"scores of 'fc' contain nan or inf \(2 of 3\)"):
+        ranking.keep_highest(scores, 2, histogram=False)
 
 
 @DTYPES
@@ -266,6 +275,8 @@ def test_keep_highest__negative_error(dtype: torch.dtype) -> None:
     scores = {"conv": torch.ones(3, dtype=dtype), "fc": torch.tensor([1.0, -0.5, -0.25], dtype=dtype)}
     with pytest.raises(ValueError, match=r"scores of 'fc' must not be negative, but the lowest is -0.5"):
         ranking.keep_highest(scores, 2)
+    with pytest.raises(ValueError, match=r"scores of 'fc' must not be negative, but the lowest is -0.5"):
+        ranking.keep_highest(scores, 2, histogram=False)
 
 
 @pytest.mark.parametrize("num_kept", [0, -1, 7])
@@ -289,3 +300,53 @@ def test_keep_highest_each(masked: bool) -> None:
     for name, score in scores.items():
         lives = {name: (alive or all_alive(scores))[name]}
         assert lists(found[name].masks) == lists(reference.keep_highest({name: score}, counts[name], lives))
+
+
+# --- without a histogram
+
+
+def pieces_of(values: Tensor, alive: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Divide numbers and their mask into pieces of different sizes, an empty one among them."""
+    sizes = [1000, 0, 7, len(values) - 1007]
+    masks: list[Tensor | None] = [None] * 4 if alive is None else [*alive.split(sizes)]
+    return [*zip(values.split(sizes), masks, strict=True)]
+
+
+@pytest.mark.parametrize("density", [None, 0.5, 0.1])
+@pytest.mark.parametrize("kind", ["distinct", "wide", "tiny"])
+def test_bracket(kind: str, density: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample leads to the number, of which only the neighbourhood is copied out."""
+    monkeypatch.setattr(brackets, "_SAMPLE", 1 << 12)
+    torch.manual_seed(0)
+    values = VALUES[kind](torch.rand(200_001))
+    alive = None if density is None else torch.rand(len(values)) < density
+    living = values if alive is None else values[alive]
+    for num_kept in (1, len(living) // 20, len(living) // 2, len(living) - 1):
+        found = brackets.cut(pieces_of(values, alive), len(living), num_kept)
+        threshold = living.sort(descending=True).values[num_kept - 1]
+        expected = threshold.item(), int((living > threshold).sum()), int((living == threshold).sum())
+        assert found == expected
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5])
+def test_bracket__ties(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the whole range is one number, nothing is copied out."""
+    monkeypatch.setattr(brackets, "_SAMPLE", 1 << 10)
+    monkeypatch.setattr(brackets, "_marked", pytest.fail)
+    torch.manual_seed(0)
+    values = torch.rand(100_001) * (torch.rand(100_001) > share)
+    num_above = int(values.count_nonzero())
+    found = brackets.cut(pieces_of(values, None), len(values), (len(values) + num_above) // 2)
+    assert found == (0, num_above, len(values) - num_above)
+
+
+def test_bracket__misled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample that sees only what is special leads to the histogram, not to a wrong mask."""
+    monkeypatch.setattr(brackets, "_SAMPLE", 1 << 7)
+    torch.manual_seed(0)
+    values = torch.rand(100_000)
+    values[::781] += 1  # the stride of the sample
+    assert brackets._range([(values, None)], len(values), 50_000)[0] > 1
+    assert brackets.cut([(values, None)], len(values), 50_000) is None
+    found = ranking.keep_highest({"a": values}, 50_000, histogram=False)
+    assert found.threshold == values.sort(descending=True).values[49_999]

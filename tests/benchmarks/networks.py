@@ -49,6 +49,28 @@ class Block(nn.Module):
         return tokens + self.feed_forward(self.norms[1](tokens))
 
 
+class Recurrent(nn.Module):
+    """Two layers of LSTM over 32 tokens, and a class for the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.lstm = nn.Embedding(1000, 128), nn.LSTM(128, 256, 2, batch_first=True)
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embedding(tokens))[0][:, -1])
+
+
+def chain(depth: int) -> nn.Sequential:
+    """Many small layers."""
+    return nn.Sequential(*(part for _ in range(depth) for part in (nn.Linear(16, 16), nn.ReLU())))
+
+
+def deep_q() -> nn.Sequential:
+    """As for reinforcement learning on a few numbers: a pass takes less than a millisecond."""
+    return nn.Sequential(nn.Linear(8, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 4))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "MLP 3072-300-100-10": mlp,
     "ResNet-18": lambda: paper.resnet18(10),

@@ -8,6 +8,7 @@ import torch
 from benchmarks import networks
 from benchmarks.measure import forward_backward, rounds_and_passes, with_once
 from benchmarks.page import Figure
+from torch import Tensor, nn
 
 from lightning_drive import DRIVE, SNIP, SynFlow
 
@@ -35,6 +36,40 @@ def test_rounds(
     figure("rounds", case, "s", take, goal=goal, note=f"{rounds} rounds, {parameters(module):.1f} M parameters")
 
 
+def labels(batch_size: int, classes: int) -> Tensor:
+    return torch.randint(classes, (batch_size,))
+
+
+OTHERS: dict[str, Callable[[], tuple[nn.Module, networks.Batch]]] = {
+    "100 linear layers of 16, batches of 64": lambda: (networks.chain(100), (torch.randn(64, 16), labels(64, 16))),
+    "400 linear layers of 16, batches of 64": lambda: (networks.chain(400), (torch.randn(64, 16), labels(64, 16))),
+    "Transformer, batches of 32": lambda: (networks.Transformer(), networks.batches(32)[0]),
+    "LSTM of 256, batches of 64": lambda: (networks.Recurrent(), (torch.randint(1000, (64, 32)), labels(64, 10))),
+    "DQN of 17,920 weights, batches of 128": lambda: (networks.deep_q(), (torch.randn(128, 8), labels(128, 4))),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.filterwarnings("ignore")
+def test_rounds__many_or_small_layers(figure: Callable[..., Figure], name: str) -> None:
+    """Rounds after the first alone: what such a search does once takes as long as many of its rounds."""
+    torch.manual_seed(0)
+    module, batch = OTHERS[name]()
+    plain = copy.deepcopy(module)
+    bare_pass = forward_backward(plain, lambda module: networks.loss(module, batch))
+    rounds, passes, once = rounds_and_passes(
+        module, DRIVE(rounds=20), bare_pass, batches=[batch], loss_fn=networks.loss
+    )
+    figure(
+        "rounds",
+        f"DRIVE, {name}",
+        "s",
+        lambda: (rounds[1:], {"a bare forward-backward pass": passes[1:]}),
+        goal=1.20,
+        note=f"20 rounds, and {once:.2g} s once",
+    )
+
+
 @pytest.mark.parametrize(("name", "pixels"), [("ResNet-18", 32), ("VGG-16-BN", 32), ("ResNet-50", 224)])
 def test_rounds__synflow(figure: Callable[..., Figure], name: str, pixels: int) -> None:
     ones = torch.ones(1, 3, pixels, pixels)
@@ -56,5 +91,5 @@ def test_rounds__synflow(figure: Callable[..., Figure], name: str, pixels: int) 
     )
 
 
-def parameters(module: torch.nn.Module) -> float:
+def parameters(module: nn.Module) -> float:
     return sum(parameter.numel() for parameter in module.parameters()) / 1e6
