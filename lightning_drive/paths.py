@@ -131,7 +131,7 @@ def _meaning(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: li
         return signal.view_as(signal).as_subclass(_Gate) if name in _OPEN_GATES else signal
     if name in recurrence.MEANINGS:
         return recurrence.MEANINGS[name](*args, **kwargs)
-    if name in _PRODUCTS and sum(map(is_signal, given)) > 1:  # noise times a scale comes from no input
+    if name in _PRODUCTS and (name not in _ARITHMETIC or sum(map(is_signal, given)) > 1):
         args = tree_map(_opened, args)
     if name in _REPLACED:
         return _REPLACED[name](*args, **kwargs)
@@ -307,7 +307,11 @@ def _arithmetic(name: str, func: Callable[..., Any], first: Any, second: Any) ->
         return result.as_subclass(_Gate) if isinstance(first, _Gate) and "div" in name else result
     signal, constant = (first, second) if is_signal(first) else (second, first)
     if is_product:
-        return heard(signal) * (torch.ones_like(constant) if _is_undecided(constant) else constant != 0)
+        if _is_undecided(constant):
+            return heard(_opened(signal)) * torch.ones_like(constant)
+        if isinstance(signal, _Gate) and bool(torch.as_tensor(constant != 0).all()):  # a scale times noise is no input
+            return (heard(signal) * (constant != 0)).as_subclass(_Gate)
+        return heard(_opened(signal)) * (constant != 0)
     result = signal + _closed(constant, "add" in name) if isinstance(constant, Tensor) else signal
     return result.as_subclass(_Gate) if isinstance(signal, _Gate) and "div" in name else result
 
