@@ -18,6 +18,7 @@ from lightning_drive.paths import Paths
 from lightning_drive.replicas import Replica
 from lightning_drive.signals import begin
 
+
 class SynapticFlow:
     r"""The synaptic flow :math:`R = \mathbf{1}^T f(|\theta|; \mathbf{1})` of a network (Tanaka et al., 2020).
 

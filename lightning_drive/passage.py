@@ -74,7 +74,8 @@ class Passage:
         source = "what training calls the network with"
         if len({name for name, _ in calls}) == 1:  # the same network on several inputs counts as one
             return [cls._calling(*calls[0], source, whole) for whole in (False, True)]
-        return [cls(lambda module: loss_fn(module, batch), len(calls), _batch_size(_parts(batch)), source)] if calls else []
+        size = _batch_size(_parts(batch))
+        return [cls(lambda module: loss_fn(module, batch), len(calls), size, source)] if calls else []
 
     @classmethod
     def guessed(cls, module: nn.Module, batch: Any) -> list["Passage"]:
@@ -94,9 +95,7 @@ class Passage:
             found += [cls.of(tensors[0], "the first tensor of a batch"), cls.of((batch,), "a batch", whole=True)]
         return found
 
-    def run(
-        self, module: nn.Module, begin: Callable[[Tensor], Tensor], *, first_only: bool = False
-    ) -> list[Tensor]:
+    def run(self, module: nn.Module, begin: Callable[[Tensor], Tensor], *, first_only: bool = False) -> list[Tensor]:
         """Send data through a network.
 
         Args:

@@ -126,7 +126,7 @@ def _meaning(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: li
     if not any(map(is_signal, given)):
         result = func(*args, **kwargs)
         return begin(result) if name in ("embedding", "embedding_bag") else result  # the input, if it is integers
-    signal = args[0] if args else kwargs.get("input")
+    signal: Any = args[0] if args else kwargs.get("input")
     if (name in _PASSED_THROUGH or "dropout" in name) and is_signal(signal) and not signal.is_complex():
         return signal.view_as(signal).as_subclass(_Gate) if name in _OPEN_GATES else signal
     if name in recurrence.MEANINGS:
