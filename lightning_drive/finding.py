@@ -553,7 +553,7 @@ def _followed(module: nn.Module, masks: Masks, way: Passage) -> tuple[Masks, lis
         return Masks(active), []
     dense = flow.active_masks(module, {name: torch.ones_like(mask) for name, mask in masks.items()}, way)
     if not any(mask.any() for mask in dense.values()):
-        raise ValueError("Nothing that goes into the network arrives at what it returns, not even without masks.")
+        raise ValueError("Nothing that is sent into the network arrives at what it returns, not even without masks.")
     unknown = [name for name in lost if not dense[name].any()]
     return Masks({**active, **{name: masks[name] for name in unknown}}), unknown
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +133,9 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
     Returns:
         Parameter name to boolean mask, a subset of ``masks``.
 
+    Raises:
+        ValueError: If nothing that the network returns depends on what it is given.
+
     """
     tensors = {name: buffer.float() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     tensors |= {name: _path_value(name, parameter, masks) for name, parameter in module.named_parameters()}
@@ -147,8 +151,9 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
         tensors[name].register_post_accumulate_grad_hook(partial(note, name))  # type: ignore[no-untyped-call]
     with torch.enable_grad(), Paths():
         total = _sum(_signals(replica.module, Passage.of(example_input)))
-    if total.requires_grad:
-        total.backward()  # type: ignore[no-untyped-call]
+    if not total.requires_grad:
+        raise ValueError("Nothing that is sent into the network arrives at what it returns.")
+    total.backward()  # type: ignore[no-untyped-call]
     return {name: reached[name] if name in reached else mask.clone() for name, mask in masks.items()}
 
 
@@ -175,8 +180,11 @@ def _path_value(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Te
         return masks[name].float().requires_grad_()
     if not parameter.is_floating_point():
         return parameter
-    shape = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
-    return shape.fill_(0.0 if _is_bias(name) else 1.0)
+    value = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+    if _is_bias(name):
+        return value
+    generator = torch.Generator(value.device).manual_seed(crc32(name.encode()))
+    return value.uniform_(0.5, 1.5, generator=generator)  # and not ones, or a norm of them were zero
 
 
 def _is_bias(name: str) -> bool:
