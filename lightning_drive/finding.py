@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -370,14 +369,11 @@ def dense_matrices(module: nn.Module, selected: Container[str], exclude: Iterabl
         exclude: Glob patterns over the names of what is to stay dense.
 
     """
-    return [
-        name
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-        and parameter.ndim > 1
-        and name not in selected
-        and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
-    ]
+    try:
+        matrices = prunable.prunable_parameters(module, ["*"], exclude)
+    except ValueError:  # what else there is cannot be pruned
+        return []
+    return [name for name in matrices if name not in selected]
 
 
 def check_method(method: Method) -> None:
@@ -534,7 +530,9 @@ def _active(module: nn.Module, masks: Masks, way: Passage) -> tuple[Masks | None
             with in_mode(module, mode):
                 active, unknown = _followed(module, masks, way)
         except Exception as error:  # the module's own `forward`, called in a way it may not be made for
-            errors.append(f"{way.source}: {type(error).__name__}: {error}")
+            could_help = way.is_guess and "cannot be followed" not in str(error)
+            remedy = " Set `example_input_array` on the module to what `forward` takes." if could_help else ""
+            errors.append(f"{way.source}: {type(error).__name__}: {error}.{remedy}".replace("..", "."))
             continue
         found.append((unknown, active))
         if not unknown:

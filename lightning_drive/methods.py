@@ -1,7 +1,6 @@
 """Methods that score weights: one frozen dataclass per paper, and the network as they see it."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -206,7 +205,8 @@ class Network:
         except Exception as error:  # the module's own `forward`, called in a way it may not be made for
             raise ValueError(
                 f"SynFlow sends ones through the network in place of {way.source}, which failed with"
-                f" {type(error).__name__}: {str(error).rstrip('.')}. {self._remedy} with what `forward` takes, or use another method."
+                f" {type(error).__name__}: {str(error).rstrip('.')}. {self._remedy} with what `forward` takes, or use"
+                " another method."
             ) from error
         named = listed([each.layer for each in layers], most=3)
         text = (

@@ -25,19 +25,23 @@ class Passage:
 
     Args:
         step: Takes the network and makes the calls.
-        num_calls: After how many of them to stop, so that no loss is computed.
+        counts: Which of the calls that no other one makes count; after the last of these no loss is computed.
         batch_size: How many samples are sent together; ``None`` if they cannot be told apart.
         source: What is sent, for messages.
+
+    Attributes:
+        is_guess: Whether nobody has said that the network takes this.
 
     """
 
     def __init__(
-        self, step: Callable[[nn.Module], object], num_calls: int, batch_size: int | None, source: str
+        self, step: Callable[[nn.Module], object], counts: Sequence[bool], batch_size: int | None, source: str
     ) -> None:
         self._step = step
-        self._num_calls = num_calls
+        self._counts = counts
         self.batch_size = batch_size
         self.source = source
+        self.is_guess = False
 
     @classmethod
     def of(cls, given: Any, source: str = "the example input", *, whole: bool = False) -> "Passage":
@@ -59,10 +63,12 @@ class Passage:
         if size is not None and not whole:
             args = tuple(map(_first_sample, args))
             kwargs, size = {key: _first_sample(value) for key, value in kwargs.items()}, 1
-        return cls(lambda module: module.get_submodule(name)(*args, **kwargs), 1, size, source)
+        return cls(lambda module: module.get_submodule(name)(*args, **kwargs), [True], size, source)
 
     @classmethod
-    def recorded(cls, calls: Sequence[tuple[str, Arguments]], loss_fn: LossFunction, batch: Any) -> list["Passage"]:
+    def recorded(
+        cls, calls: Sequence[tuple[str, Arguments | None]], loss_fn: LossFunction, batch: Any
+    ) -> list["Passage"]:
         """Make some that call the network as a loss does, the cheapest first; none if it called no submodule.
 
         Args:
@@ -72,10 +78,11 @@ class Passage:
 
         """
         source = "what training calls the network with"
-        if len({name for name, _ in calls}) == 1:  # the same network on several inputs counts as one
-            return [cls._calling(*calls[0], source, whole) for whole in (False, True)]
-        size = _batch_size(_parts(batch))
-        return [cls(lambda module: loss_fn(module, batch), len(calls), size, source)] if calls else []
+        counting = [(name, arguments) for name, arguments in calls if arguments is not None]
+        if len({name for name, _ in counting}) == 1:  # the same network on several inputs counts as one
+            return [cls._calling(*counting[0], source, whole) for whole in (False, True)]
+        counts, size = [arguments is not None for _, arguments in calls], _batch_size(_parts(batch))
+        return [cls(lambda module: loss_fn(module, batch), counts, size, source)] if counting else []
 
     @classmethod
     def guessed(cls, module: nn.Module, batch: Any) -> list["Passage"]:
@@ -93,6 +100,8 @@ class Passage:
         tensors = trees.leaves(batch)
         if tensors:
             found += [cls.of(tensors[0], "the first tensor of a batch"), cls.of((batch,), "a batch", whole=True)]
+        for passage in found:
+            passage.is_guess = True
         return found
 
     def run(self, module: nn.Module, begin: Callable[[Tensor], Tensor], *, first_only: bool = False) -> list[Tensor]:
@@ -128,10 +137,10 @@ class Passage:
 
         def note(output: Any) -> None:
             returned.append(output)
-            if len(returned) == self._num_calls:
+            if len(returned) == sum(self._counts):
                 raise _Enough
 
-        with suppress(_Enough), _outermost_calls(module, start, note):
+        with suppress(_Enough), _outermost_calls(module, start, note, iter(self._counts)):
             self._step(module)
         numbers = [[each for each in trees.leaves(output) if each.is_floating_point()] for output in returned]
         outputs = _not_used_again(numbers)
@@ -142,17 +151,18 @@ class Passage:
 
 
 @contextmanager
-def recording(module: nn.Module) -> Iterator[list[tuple[str, Arguments]]]:
-    """Note the outermost calls that are made inside: the names of submodules, and what they are given.
+def recording(module: nn.Module) -> Iterator[list[tuple[str, Arguments | None]]]:
+    """Note the calls that are made inside: names of submodules, and what they are given (``None`` under ``no_grad``).
 
     Args:
         module: The network.
 
     """
-    calls: list[tuple[str, Arguments]] = []
+    calls: list[tuple[str, Arguments | None]] = []
 
     def note(name: str, arguments: Arguments) -> Arguments:
-        calls.append((name, trees.mapped(Tensor.detach, arguments)))
+        counts = torch.is_grad_enabled()
+        calls.append((name, trees.mapped(Tensor.detach, arguments) if counts else None))
         return arguments
 
     with _outermost_calls(module, note, lambda _: None):
@@ -205,13 +215,16 @@ class _Enough(BaseException):
 
 @contextmanager
 def _outermost_calls(
-    module: nn.Module, before: Callable[[str, Arguments], Arguments], after: Callable[[Any], None]
+    module: nn.Module,
+    before: Callable[[str, Arguments], Arguments],
+    after: Callable[[Any], None],
+    counts: Iterator[bool] | None = None,
 ) -> Iterator[None]:
-    """Have outermost calls take other arguments, and see what they return."""
+    """Have outermost calls, those of them that count, take other arguments, and see what they return."""
     running: list[bool] = []  # whether the calls that are under way count
 
     def enter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        running.append(not running and torch.is_grad_enabled())
+        running.append(not running and (counts is None or next(counts, False)))
         return before(name, (args, kwargs)) if running[-1] else None
 
     def leave(output: Any) -> None:

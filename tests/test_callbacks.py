@@ -355,25 +355,42 @@ class DictModule(ConvModule):
         return {"loss": F.cross_entropy(self(batch["image"]), batch["label"])}
 
 
+class FunctionalModule(pl.LightningModule):
+    """Trains without calling a module, so that it is not known what ``forward`` takes: not the batch's first tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 8), nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.first(images.flatten(1)).relu())  # type: ignore[no-any-return]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        hidden = F.linear(batch["image"].flatten(1), self.first.weight, self.first.bias).relu()
+        return F.cross_entropy(F.linear(hidden, self.last.weight), batch["label"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
 def dict_loader() -> torch.utils.data.DataLoader[Any]:
     samples = [{"label": label, "image": image} for image, label in fits.dataset()]
     return torch.utils.data.DataLoader(samples, batch_size=16)  # type: ignore[arg-type]
 
 
 def test_report__paths_cannot_be_followed(tmp_path: Path) -> None:
-    """Then the report says so and what to do, and training goes on; ``example_input_array`` mends it."""
-    callback = fits.drive()
-    fits.trainer(tmp_path, callback).fit(DictModule(), dict_loader())
-    assert callback.report is not None
-    assert callback.report.effective_sparsity is None
-    assert "Set `example_input_array`" in callback.report.warnings[0]
-
-    module, callback = DictModule(), fits.drive()
-    module.example_input_array = torch.zeros(1, 1, 8, 8)
-    fits.trainer(tmp_path, callback).fit(module, dict_loader())
-    assert callback.report is not None
-    assert callback.report.effective_sparsity is not None
-    assert callback.report.warnings == ()
+    """Then the report says so, and training goes on; ``example_input_array`` mends it."""
+    for example, measured in ((None, False), (torch.zeros(1, 1, 8, 8), True)):
+        module, callback = FunctionalModule(), fits.drive()
+        module.example_input_array = example
+        fits.trainer(tmp_path, callback).fit(module, dict_loader())
+        assert callback.report is not None
+        assert (callback.report.effective_sparsity is not None) == measured
+        assert bool(callback.report.warnings) != measured
+        if not measured:
+            text = callback.report.warnings[0]
+            assert text.startswith("Effective sparsity was not measured: paths could not be followed from the")
+            assert text.endswith("Set `example_input_array` on the module to what `forward` takes.")
 
 
 def test_collapse_is_warned_of(tmp_path: Path) -> None:

@@ -382,13 +382,12 @@ def test_cut_off__quick_check(tmp_path: Path) -> None:
 
 
 class Unfollowed(Chain):
-    """Its `forward` does not take the tensor that paths are followed with."""
+    """Its `forward` cannot be called in eval mode."""
 
-    def forward(self, x: Tensor, twice: bool) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            raise RuntimeError("only for training")
         return self.net(x)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0], True), batch[1])
 
 
 @pytest.mark.filterwarnings("ignore:Layer collapse", "ignore:Effective sparsity")

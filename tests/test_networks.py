@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fits
+import imitations
 import lightning.pytorch as pl
-import networks
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import ListConfig
+from imitations import ListConfig
 from torch import Tensor, nn
 
 from lightning_drive import (
@@ -100,16 +100,20 @@ def pasted(texts: Iterable[str], argument: str, about: str) -> list[str]:
 # Settings as hydra gives them.
 
 
-@pytest.mark.parametrize("kind", [ListConfig, tuple, set, np.array, lambda items: dict.fromkeys(items).keys()], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [ListConfig, tuple, set, np.array, lambda items: dict.fromkeys(items).keys()],
+    ids=["ListConfig", "tuple", "set", "array", "keys"],
+)
 def test_hydra__patterns_in_any_container(tmp_path: Path, kind: Any) -> None:
-    module = networks.Classifier()
+    module = imitations.Classifier()
     callback = CALLBACKS["DRIVE"](include=kind(["net.*"]), exclude=kind(["net.0.*"]))
     fit(tmp_path, module, callback)
     assert_pruned(module, callback, "net.2.weight", "net.4.weight")
 
 
 def test_hydra__numbers_of_numpy_are_kept_as_plain_ones(tmp_path: Path) -> None:
-    module = networks.Classifier()
+    module = imitations.Classifier()
     settings = {"sparsity": np.float32(0.75), "warmup_epochs": np.int64(1), "rounds": np.int32(4)}
     callback = DRIVEPruningCallback(**settings, include=ListConfig(["net.*"]))  # type: ignore[arg-type]
     trainer = fit(tmp_path, module, callback).trainer
@@ -119,7 +123,7 @@ def test_hydra__numbers_of_numpy_are_kept_as_plain_ones(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     torch.load(tmp_path / "plain.ckpt", weights_only=True)
     again = DRIVEPruningCallback(sparsity=0.75, warmup_epochs=1, rounds=4, include=["net.*"])
-    fits.trainer(tmp_path, again, max_epochs=4).fit(networks.Classifier(), ckpt_path=tmp_path / "plain.ckpt")
+    fits.trainer(tmp_path, again, max_epochs=4).fit(imitations.Classifier(), ckpt_path=tmp_path / "plain.ckpt")
     assert again.masks.digest() == callback.masks.digest()
 
 
@@ -135,7 +139,7 @@ CONV1D = [f"model.h.{block}.{layer}.weight" for block in (0, 1) for layer in ("c
 
 @EACH
 def test_gpt2__layers_of_transformers_are_pruned(tmp_path: Path, make: Any) -> None:
-    module, callback = networks.Language(), make()
+    module, callback = imitations.Language(), make()
     report = fit(tmp_path, module, callback).report
     assert_pruned(module, callback, *CONV1D)  # the head is the embedding's table, and stays dense
     assert_measured(report)
@@ -143,7 +147,7 @@ def test_gpt2__layers_of_transformers_are_pruned(tmp_path: Path, make: Any) -> N
 
 
 def test_gpt2__the_share_of_all_weights(tmp_path: Path) -> None:
-    module, callback = networks.Language(), CALLBACKS["DRIVE"]()
+    module, callback = imitations.Language(), CALLBACKS["DRIVE"]()
     fitted = fit(tmp_path, module, callback)
     pruned = sum(int((each == 0).sum()) for name, each in module.named_parameters() if name in callback.masks)
     share = pruned / sum(each.numel() for each in module.parameters())
@@ -165,21 +169,21 @@ def recurrent_weights(layers: int = 1, bidirectional: bool = False) -> list[str]
 @EACH
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent__weights_are_pruned(tmp_path: Path, kind: Any, make: Any) -> None:
-    module, callback = networks.Recurrent(kind), make()
+    module, callback = imitations.Recurrent(kind), make()
     fit(tmp_path, module, callback)
     assert_pruned(module, callback, *recurrent_weights(), "head.weight")
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_recurrent__packed_both_ways_in_layers(tmp_path: Path, kind: Any) -> None:
-    module = networks.Recurrent(kind, packed=True, num_layers=2, bidirectional=True)
+    module = imitations.Recurrent(kind, packed=True, num_layers=2, bidirectional=True)
     callback = CALLBACKS["DRIVE"]()
     fit(tmp_path, module, callback)
     assert_pruned(module, callback, *recurrent_weights(2, bidirectional=True), "head.weight")
 
 
 def test_recurrent__what_cannot_be_counted_is_named_and_no_useless_remedy_given(tmp_path: Path) -> None:
-    fitted = fit(tmp_path, networks.Recurrent(), CALLBACKS["DRIVE"]())
+    fitted = fit(tmp_path, imitations.Recurrent(), CALLBACKS["DRIVE"]())
     named = [text for text in fitted.said if "rnn.weight_hh_l0" in text and "ultiply-adds" in text]
     assert bool(named) == (fitted.report.multiply_adds is None)
     assert not [text for text in fitted.said if "example_input_array" in text]
@@ -194,19 +198,19 @@ GRAPH = ("first.lin.weight", "second.lin.weight", "head.weight")
 @EACH
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_graph__layers_of_torch_geometric_are_pruned(tmp_path: Path, precision: str, make: Any) -> None:
-    module, callback = networks.GraphNetwork(), make()
+    module, callback = imitations.GraphNetwork(), make()
     fit(tmp_path, module, callback, precision=precision)
     assert_pruned(module, callback, *GRAPH)
 
 
 def test_graph__paths_follow_what_training_calls_the_network_with(tmp_path: Path) -> None:
-    fitted = fit(tmp_path, networks.GraphNetwork(), CALLBACKS["DRIVE"]())
+    fitted = fit(tmp_path, imitations.GraphNetwork(), CALLBACKS["DRIVE"]())
     assert_measured(fitted.report)
     assert fitted.report.multiply_adds is not None
 
 
 def test_graph__synflow(tmp_path: Path) -> None:
-    module, callback = networks.GraphNetwork(), SynFlowPruningCallback(sparsity=SPARSITY, rounds=4)
+    module, callback = imitations.GraphNetwork(), SynFlowPruningCallback(sparsity=SPARSITY, rounds=4)
     fit(tmp_path, module, callback)
     assert_pruned(module, callback, *GRAPH)
 
@@ -218,13 +222,13 @@ EXPERTS = ("net.1.gate_up_proj", "net.1.down_proj")
 
 
 def test_mixture__what_stays_dense_is_named_and_can_be_pasted(tmp_path: Path) -> None:
-    module, callback = networks.Mixture(), CALLBACKS["DRIVE"]()
+    module, callback = imitations.Mixture(), CALLBACKS["DRIVE"]()
     fitted = fit(tmp_path, module, callback)
     assert_pruned(module, callback, *ROUTERS)
     assert fitted.report.overall_sparsity < 0.2
     patterns = pasted(fitted.said, "include", "net.1.gate_up_proj")
 
-    module, callback = networks.Mixture(), CALLBACKS["DRIVE"](include=patterns)
+    module, callback = imitations.Mixture(), CALLBACKS["DRIVE"](include=patterns)
     fitted = fit(tmp_path, module, callback)
     assert set(EXPERTS) <= set(callback.masks)
     assert zeros(dict(module.named_parameters())[name] for name in EXPERTS) > 0.6
@@ -233,7 +237,7 @@ def test_mixture__what_stays_dense_is_named_and_can_be_pasted(tmp_path: Path) ->
 
 @EACH
 def test_mixture__everything(tmp_path: Path, make: Any) -> None:
-    module, callback = networks.Mixture(), make(include=["*"])
+    module, callback = imitations.Mixture(), make(include=["*"], scope="layerwise")
     fitted = fit(tmp_path, module, callback)
     assert_pruned(module, callback, *ROUTERS, *EXPERTS)
     assert not [text for text in fitted.said if "include=" in text]
@@ -246,7 +250,7 @@ DETECTOR = ("model.body.0.weight", "model.body.2.weight", "model.classes.weight"
 
 @EACH
 def test_detector__lists_of_images_and_targets(tmp_path: Path, make: Any) -> None:
-    module, callback = networks.Detector(), make()
+    module, callback = imitations.Detector(), make()
     fitted = fit(tmp_path, module, callback)
     assert_pruned(module, callback, *DETECTOR)
     assert_measured(fitted.report)
@@ -260,7 +264,7 @@ ONLINE = ("net.0.weight", "net.2.weight", "net.4.weight")
 
 @EACH
 def test_target__the_online_network_is_pruned_not_its_target(tmp_path: Path, make: Any) -> None:
-    module, callback = networks.DQN(sync_every=1000), make()
+    module, callback = imitations.DQN(sync_every=1000), make()
     fitted = fit(tmp_path, module, callback)
     assert zeros(module.target_net.parameters()) == 0.0
     assert_pruned(module, callback, *ONLINE)
@@ -269,7 +273,7 @@ def test_target__the_online_network_is_pruned_not_its_target(tmp_path: Path, mak
 
 @EACH
 def test_target__becomes_sparse_when_it_is_updated(tmp_path: Path, make: Any) -> None:
-    module, callback = networks.DQN(sync_every=1), make()
+    module, callback = imitations.DQN(sync_every=1), make()
     fit(tmp_path, module, callback, max_epochs=4)
     weights = dict(module.target_net.named_parameters())
     for name, mask in callback.masks.items():
@@ -278,7 +282,7 @@ def test_target__becomes_sparse_when_it_is_updated(tmp_path: Path, make: Any) ->
 
 @EACH
 def test_distillation__the_teacher_stays_as_it_is(tmp_path: Path, make: Any) -> None:
-    module, callback = networks.Distilled(), make(scope="layerwise")
+    module, callback = imitations.Distilled(), make(scope="layerwise")
     before = fits.state_of(module.teacher)
     fitted = fit(tmp_path, module, callback)
     assert fits.equal_states(fits.state_of(module.teacher), before)
@@ -287,7 +291,7 @@ def test_distillation__the_teacher_stays_as_it_is(tmp_path: Path, make: Any) -> 
     assert not [text for text in fitted.said if "collapse" in text]
 
 
-def assert_left_out_or_named(module: networks.Distilled, said: list[str], again: Any) -> None:
+def assert_left_out_or_named(module: imitations.Distilled, said: list[str], again: Any) -> None:
     """Assert that the student is what is pruned, if need be after pasting what the warning offers."""
     assert not [text for text in said if "collapse" in text]
     if zeros(each for each in module.teacher.parameters() if each.ndim > 1):
@@ -298,11 +302,11 @@ def assert_left_out_or_named(module: networks.Distilled, said: list[str], again:
 
 @pytest.mark.parametrize("make", [CALLBACKS["DRIVE"], CALLBACKS["SNIP"]], ids=["DRIVE", "SNIP"])
 def test_distillation__a_teacher_without_gradient_in_the_optimizer(tmp_path: Path, make: Any) -> None:
-    module = networks.Distilled(holds_teacher=True)
+    module = imitations.Distilled(holds_teacher=True)
     fitted = fit(tmp_path, module, make())
 
     def again(exclude: list[str]) -> None:
-        module, callback = networks.Distilled(holds_teacher=True), make(exclude=exclude)
+        module, callback = imitations.Distilled(holds_teacher=True), make(exclude=exclude)
         fit(tmp_path, module, callback)
         assert_pruned(module, callback, "student.0.weight", "student.2.weight")
 
@@ -310,7 +314,7 @@ def test_distillation__a_teacher_without_gradient_in_the_optimizer(tmp_path: Pat
 
 
 def test_distillation__find_masks_without_a_trainer() -> None:
-    module = networks.Distilled()
+    module = imitations.Distilled()
     batches = list(module.train_dataloader())
 
     def loss_fn(network: Any, batch: Any) -> Tensor:
@@ -339,9 +343,9 @@ def test_distillation__find_masks_without_a_trainer() -> None:
 
 @EACH
 def test_own_ema__what_it_leaves_in_the_module_is_sparse(tmp_path: Path, make: Any) -> None:
-    module, callback = networks.Classifier(), make()
+    module, callback = imitations.Classifier(), make()
     checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
-    fit(tmp_path, module, callback, networks.OwnEMA(), checkpoint, max_epochs=4)
+    fit(tmp_path, module, callback, imitations.OwnEMA(), checkpoint, max_epochs=4)
     assert_pruned(module, callback, *ONLINE)
     saved = torch.load(checkpoint.last_model_path, weights_only=True)["state_dict"]
     assert zeros(saved[name] for name in ONLINE) == pytest.approx(SPARSITY, abs=1e-3)
@@ -349,7 +353,7 @@ def test_own_ema__what_it_leaves_in_the_module_is_sparse(tmp_path: Path, make: A
 
 @EACH
 def test_own_ema__a_copy_in_the_module_is_named(tmp_path: Path, make: Any) -> None:
-    module, callback = networks.MeanTeacher(), make()
+    module, callback = imitations.MeanTeacher(), make()
     fitted = fit(tmp_path, module, callback)
     assert_pruned(module, callback, *ONLINE)
     named = [text for text in fitted.said if "average" in text and "averages" in text]
@@ -367,7 +371,7 @@ def test_own_ema__a_copy_that_averages_returns_is_pruned_along(tmp_path: Path, k
         SNIPPruningCallback: {},
         IMPPruningCallback: {"cycles": 2, "epochs_per_cycle": 1},
     }[kind]
-    module, callback = networks.MeanTeacher(), Along(sparsity=SPARSITY, **settings)
+    module, callback = imitations.MeanTeacher(), Along(sparsity=SPARSITY, **settings)
     fitted = fit(tmp_path, module, callback)
     copies = dict(module.average.named_parameters())
     for name, mask in callback.masks.items():
@@ -383,14 +387,14 @@ ADAPTERS = [f"net.{layer}.lora_{part}.default.weight" for layer in (0, 2) for pa
 
 @pytest.mark.parametrize("kind", [DRIVEPruningCallback, SNIPPruningCallback])
 def test_lora__adapters_that_die_are_named_with_what_to_exclude(tmp_path: Path, kind: Any) -> None:
-    module, callback = networks.LowRank(), kind(sparsity=SPARSITY, warmup_epochs=0)  # one factor is 0 throughout then
+    module, callback = imitations.LowRank(), kind(sparsity=SPARSITY, warmup_epochs=0)  # one factor is 0 throughout then
     frozen = fits.state_of(module.net[0].base_layer)
     fitted = fit(tmp_path, module, callback)
     assert fits.equal_states(fits.state_of(module.net[0].base_layer), frozen)
     assert set(callback.masks) <= {*ADAPTERS, "net.4.weight"}
     patterns = pasted(fitted.said, "exclude", "lora_A")
 
-    module, callback = networks.LowRank(), kind(sparsity=SPARSITY, warmup_epochs=0, exclude=patterns)
+    module, callback = imitations.LowRank(), kind(sparsity=SPARSITY, warmup_epochs=0, exclude=patterns)
     fitted = fit(tmp_path, module, callback)
     assert_pruned(module, callback, "net.4.weight")
     assert not [text for text in fitted.said if "lora_A" in text and "exclude=" in text]
@@ -400,18 +404,18 @@ def test_lora__adapters_that_die_are_named_with_what_to_exclude(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-@pytest.mark.parametrize("kind", [dict, networks.Features, networks.Fields])
+@pytest.mark.parametrize("kind", [dict, imitations.Features, imitations.Fields])
 @EACH
 def test_batch_feature__as_with_a_dict(tmp_path: Path, make: Any, kind: Any, precision: str) -> None:
-    module, callback = networks.OfEntries(kind), make()
+    module, callback = imitations.OfEntries(kind), make()
     fitted = fit(tmp_path, module, callback, precision=precision)
     assert_pruned(module, callback, *ONLINE)
     assert_measured(fitted.report)
     assert fitted.report.multiply_adds is not None
 
 
-@pytest.mark.parametrize("kind", [networks.Features, networks.Fields])
+@pytest.mark.parametrize("kind", [imitations.Features, imitations.Fields])
 def test_batch_feature__synflow(tmp_path: Path, kind: Any) -> None:
-    module, callback = networks.OfEntries(kind), SynFlowPruningCallback(sparsity=SPARSITY, rounds=4)
+    module, callback = imitations.OfEntries(kind), SynFlowPruningCallback(sparsity=SPARSITY, rounds=4)
     fit(tmp_path, module, callback)
     assert_pruned(module, callback, *ONLINE)

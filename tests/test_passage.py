@@ -153,7 +153,7 @@ def test_paths_follow_training(kind: type[nn.Module], loss_fn: Any, method: Any)
     assert found.masks == masks
     rows = found.active["encoder.weight"].any(1).tolist()
     assert rows == [False, False, True] * (len(rows) // 3)
-    assert not found.active["decoder.weight"][:, :2].any()
+    assert not found.active["decoder.weight"][:, :2].any()  # the noise of a sample is no input, either
     assert found.active["decoder.weight"][:, 2].all()
 
 
@@ -335,7 +335,7 @@ def test_nothing_arrives_even_without_masks() -> None:
 
     found = found_by(Chooses(4, 3), Magnitude(), None)
     assert found.active is None
-    assert found.path_error.endswith("Nothing that is sent into the network arrives at what it returns.")
+    assert "Nothing that is sent into the network arrives at what it returns." in found.path_error
     assert found.warnings == []
 
 

@@ -405,6 +405,7 @@ class Experts(nn.Module):
         self.batch_norm = nn.BatchNorm1d(4)
 
 
+@pytest.mark.filterwarnings("ignore:Only 40.5% of the weights in matrices are prunable:UserWarning")
 @pytest.mark.parametrize(("name", "patterns"), [("up", ["up"]), ("both", ["up", "down"]), ("glob", ["[ud]*"])])
 def test_register(name: str, patterns: list[str]) -> None:
     """By class or by name, with names or globs; subclasses count; it can be taken back."""

@@ -428,41 +428,32 @@ def test_report__of_a_run(tmp_path: Path) -> None:
     assert found.pictures == ["density", "rounds", "scores"]
 
 
-class NeedsLabels(ConvModule):
-    """Its ``forward`` does not take an image alone."""
-
-    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        if labels is None:
-            raise ValueError("labels are missing")
-        return super().forward(images)
-
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(self(*batch), batch[1])
-
-    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        self(*batch)
-
-
-class NeedsRecurrence(ConvModule):
-    """Multiply-adds can be counted, but paths cannot be followed, through its recurrent layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.recurrent = nn.LSTM(8, 8).requires_grad_(False)
+class NeedsTraining(ConvModule):
+    """Its ``forward`` cannot be called in eval mode."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return super().forward(images + 0 * self.recurrent(images.mean(1).transpose(0, 1))[0].mean())
+        if not self.training:
+            raise ValueError("only for training")
+        return super().forward(images)
+
+    def validation_step(self, *args: object) -> None:
+        pass
+
+
+class NeedsNumbers(ConvModule):
+    """Multiply-adds can be counted, but its ``forward`` cannot go on with signals in place of numbers."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.max() == images.min():
+            raise ValueError("an image of one colour")
+        return super().forward(images)
 
 
 @pytest.mark.parametrize(
     ("module", "counted", "note"),
     [
-        (
-            NeedsLabels,
-            False,
-            r"Effective sparsity and multiply-adds were not measured, .*\(ValueError: labels are missing",
-        ),
-        (NeedsRecurrence, True, r"Effective sparsity was not measured, since .*lstm"),
+        (NeedsTraining, False, r"Effective sparsity was not measured: paths .* training calls .*only for training"),
+        (NeedsNumbers, True, r"Effective sparsity was not measured: paths .* training calls .*an image of one colour"),
     ],
 )
 def test_report__not_measured(module: Callable[[], ConvModule], counted: bool, note: str, tmp_path: Path) -> None:
@@ -473,8 +464,9 @@ def test_report__not_measured(module: Callable[[], ConvModule], counted: bool, n
     assert found is not None
     assert (found.multiply_adds is not None, found.effective_sparsity) == (counted, None)
     assert found.dense_bytes is not None
-    [warning] = found.warnings
-    assert re.match(note, warning)
+    assert re.match(note, found.warnings[0])
+    assert len(found.warnings) == 1 + (not counted)
+    assert all(text.startswith("Multiply-adds were not measured: ") for text in found.warnings[1:])
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")

@@ -340,7 +340,9 @@ def test_optimizers_that_nobody_knows(tmp_path: Path, hidden: bool) -> None:
     """Then everything that requires a gradient counts as trained."""
     module, pruning = WithoutOptimizers(hidden), METHODS["SNIP"](loss_fn=cross_entropy, exclude=["teacher.3.*"])
     fit(tmp_path, module, pruning)
-    assert list(pruning.masks) == ["net.1.weight", "net.3.weight", "teacher.1.weight"]
+    assert list(pruning.masks) == ["net.1.weight", "net.3.weight"]
+    assert pruning.report is not None
+    assert pruning.report.warnings[0].startswith("'teacher.1.weight' had no gradient in any round")  # so it was scored
 
 
 class Rebuilt(Distilled):

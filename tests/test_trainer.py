@@ -251,7 +251,9 @@ def test_max_time__too_short(tmp_path: Path) -> None:
             time.sleep(0.1)
 
     callback = fits.drive()
-    with pytest.warns(UserWarning, match="before the 2 warm-up epochs were over: the network is dense"):
+    with pytest.warns(
+        UserWarning, match=r"by Timer \(or `max_time`\), before the warm-up was over: the network is dense"
+    ):
         _, _, watch = fit(tmp_path, callback, Slow(), max_time=timedelta(seconds=0.15))
     assert not callback.pruned
     assert watch.batches < 2 * 3
