@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from lightning_drive.messages import listed
 
-_TINY = 1e-3
-"""The largest value of a factor that begins near 0. LayerScale's are 1e-6 to 1e-4, those of ReZero and SkipInit 0."""
+_TINY = 5e-3
+"""The largest value of a factor that begins near 0. LayerScale's are 1e-6 to 1e-4, those of ReZero and SkipInit 0, and
+a few steps of Adam make some thousandths of them."""
 _GROWTH = 100
-"""How many times higher the scores behind a factor are with 1 in its place; at ``_TINY`` one expects 1000 times."""
+"""How many times higher the scores behind a factor are with 1 in its place; at ``_TINY`` one expects 200 times."""
 
 
 def patterns(names: Collection[str], among: Iterable[str]) -> list[str]:

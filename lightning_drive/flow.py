@@ -4,8 +4,10 @@ Both run a replica of the module that has other tensors in place of its paramete
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +133,9 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
     Returns:
         Parameter name to boolean mask, a subset of ``masks``.
 
+    Raises:
+        ValueError: If nothing that the network returns depends on what it is given.
+
     """
     tensors = {name: buffer.float() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     tensors |= {name: _path_value(name, parameter, masks) for name, parameter in module.named_parameters()}
@@ -145,11 +150,22 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
     for name in masks:
         tensors[name].register_post_accumulate_grad_hook(partial(note, name))  # type: ignore[no-untyped-call]
     with torch.enable_grad(), Paths():
-        ones = _ones(torch.float32)
-        total = _sum(Passage.of(example_input).run(replica.module, lambda tensor: begin(ones(tensor))))
-    if total.requires_grad:
-        total.backward()  # type: ignore[no-untyped-call]
+        total = _sum(_signals(replica.module, Passage.of(example_input)))
+    if not total.requires_grad:
+        raise ValueError("Nothing that is sent into the network arrives at what it returns.")
+    total.backward()  # type: ignore[no-untyped-call]
     return {name: reached[name] if name in reached else mask.clone() for name, mask in masks.items()}
+
+
+def _signals(module: nn.Module, way: Passage) -> list[Tensor]:
+    """Send ones, in place of the first argument alone if a network refuses others (boxes without an extent, say)."""
+
+    def start(tensor: Tensor) -> Tensor:
+        return begin(torch.ones_like(tensor, dtype=torch.float32))
+
+    with suppress(Exception):  # the module's own `forward`, which may check its arguments
+        return way.run(module, start)
+    return way.run(module, start, first_only=True)
 
 
 def _flow_value(name: str, value: Tensor) -> Tensor:
@@ -164,11 +180,11 @@ def _path_value(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Te
         return masks[name].float().requires_grad_()
     if not parameter.is_floating_point():
         return parameter
-    value = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
-    if _is_bias(name) or parameter.ndim < 2:
-        return value.fill_(0.0 if _is_bias(name) else 1.0)
-    generator = torch.Generator(value.device).manual_seed(0)
-    return value.uniform_(0.5, 1.5, generator=generator)  # equal ones would be 0 less their mean
+    value = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+    if _is_bias(name):
+        return value
+    generator = torch.Generator(value.device).manual_seed(crc32(name.encode()))
+    return value.uniform_(0.5, 1.5, generator=generator)  # and not ones, or a norm of them were zero
 
 
 def _is_bias(name: str) -> bool:

@@ -73,7 +73,7 @@ class Watch(FunctionMode):
         if name in ("embedding", "embedding_bag"):
             return begin(func(*args, **kwargs))
         grown = [each for each in given if hasattr(each, "_degree")]
-        if not grown:
+        if not grown or "_like" in name or name.startswith("new_"):  # of their shape and type alone
             return func(*args, **kwargs)
         if name in _WITH_WEIGHTS and any(each.is_floating_point() and not hasattr(each, "_degree") for each in given):
             self.end(grown)

@@ -1,7 +1,6 @@
 """Methods that score weights: one frozen dataclass per paper, and the network as they see it."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -202,7 +201,15 @@ class Network:
         return self._flow.weights, found, total
 
     def _check_flow(self) -> None:
-        layers = flow.layers_without_flow(self.module, self.passage())
+        way = self.passage()
+        try:
+            layers = flow.layers_without_flow(self.module, way)
+        except Exception as error:  # the module's own `forward`, called in a way it may not be made for
+            raise ValueError(
+                f"SynFlow sends ones through the network in place of {way.source}, which failed with"
+                f" {type(error).__name__}: {str(error).rstrip('.')}. {self._remedy} with what `forward` takes, or use"
+                " another method."
+            ) from error
         named = listed([each.layer for each in layers], most=3)
         text = (
             f"SynFlow is not defined for {named}: saturating activations stop the flow and normalisation mixes its"
@@ -255,19 +262,26 @@ class Network:
                 return found
         batch = gradients.batch_in_float32(self._first_batch())
         if self._loss_fn is not None:
-            if not self._recorded:
-                with suppress(Exception):  # of a training step that cannot be called in this mode, say
+            try:
+                if not self._recorded:
                     self._loss(self.module, batch)
+            except Exception:  # of a training step that cannot be called in this mode, say: detectors give no loss
+                self._recorded = [way for way in self._recorded if passage.uses(self.module, way)]
             found = passage.chosen(self.module, self._recorded) or found
         found = found or passage.chosen(self.module, Passage.guessed(self.module, batch))
         if found is None:
             raise self._unknown_input()
         return found
 
-    def _unknown_input(self) -> ValueError:
+    @property
+    def _remedy(self) -> str:
         is_lightning = hasattr(self.module, "example_input_array")
-        remedy = "Set `example_input_array` on the module" if is_lightning else "Give `example_input`"
-        return ValueError(f"The input of the network is not known. {remedy}, or use batches with a tensor in them.")
+        return "Set `example_input_array` on the module" if is_lightning else "Give `example_input`"
+
+    def _unknown_input(self) -> ValueError:
+        return ValueError(
+            f"The input of the network is not known. {self._remedy}, or use batches with a tensor in them."
+        )
 
     def _is_enough(self, found: Passage) -> bool:
         return passage.uses(self.module, found).issuperset(self._parameters.values())

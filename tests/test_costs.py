@@ -105,6 +105,59 @@ def test_measure__tied() -> None:
     assert found.multiply_adds == {"first.weight": 32, "head.weight": 12}
 
 
+class Standardised(nn.Conv2d):
+    """Computes with a standardised kernel, as normaliser-free networks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean()) / self.weight.std()
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Gained(nn.Linear):
+    """Multiplies its weight by a gain."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.ones(sizes[1], 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.gain, self.bias)
+
+
+class Lowered(nn.Linear):
+    """Computes in another type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        return torch.addmm(self.bias.double(), x.double(), self.weight.double().T).float()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "expected"),
+    [
+        pytest.param(Standardised(2, 3, 3), (2, 5, 5), 9 * 2 * 3 * 9, id="standardised"),
+        pytest.param(Gained(6, 4), (6,), 24, id="gain"),
+        pytest.param(Lowered(6, 4), (6,), 24, id="type"),
+    ],
+)
+def test_measure__computed_weight(layer: nn.Module, shape: tuple[int, ...], expected: int) -> None:
+    """What a product with a computed weight costs belongs to the weight, and not to the bias beside it."""
+    found = measure(nn.Sequential(layer), torch.randn(2, *shape))
+    assert (found.multiply_adds, found.others) == ({"0.weight": expected}, 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        pytest.param((7, 4), (3, 4, 5), 7 * 4 * 5, id="rows_in_groups"),
+        pytest.param((3, 2, 4), (4, 6), 2 * 4 * 6, id="columns_in_groups"),
+        pytest.param((3, 2, 4), (3, 4, 5), 3 * 2 * 4 * 5, id="batch"),
+    ],
+)
+def test_grouped_products(first: tuple[int, ...], second: tuple[int, ...], expected: int) -> None:
+    assert costs._grouped_flops(first, second, None, offs=None) == 2 * expected
+
+
 def test_measure__others() -> None:
     """What is left out of pruning costs all the same."""
     module = models.MLP(6, 4, 3)

@@ -1022,3 +1022,103 @@ def test_active_masks__weights_of_attention_are_used() -> None:
     module.forward = lambda x: module["last"](layer(x, x, x)[1] @ x)
     found = flow.active_masks(module.eval(), dense_masks(module), torch.zeros(1, 3, 4))
     assert found["attention.in_proj_weight"].sum(1).tolist() == [4] * 8 + [0] * 4
+
+
+class Positions(nn.Module):
+    """Looks up what distances between positions mean, by buckets that are computed from constants, as T5 does."""
+
+    def __init__(self, bucket: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.table = nn.Linear(4, 4), nn.Linear(4, 2), nn.Embedding(3, 1)
+        self.bucket = bucket
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        distances = self.bucket((places[:, None] - places[None]).abs().float()).long()
+        hidden = self.first(x)
+        return self.last(hidden + self.table(distances).mean() * hidden)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "bucket",
+    [
+        lambda x: (1 + x).log().clamp(max=2.5),
+        lambda x: 2 * torch.tanh(x),
+        lambda x: F.threshold(-x, -3, -3).neg().pow(0.5),
+        lambda x: x.exp().reciprocal().mul(2),
+        lambda x: F.hardtanh(x, 0, 2),
+    ],
+    ids=["log", "tanh", "pow", "exp", "hardtanh"],
+)
+def test_active_masks__constants_keep_their_values(bucket: Callable[[Tensor], Tensor]) -> None:
+    module = Positions(bucket)
+    module(torch.zeros(1, 12, 4))
+    masks = dense_masks(module)
+    masks["first.weight"][1] = False
+    found = flow.active_masks(module, masks, torch.zeros(1, 12, 4))
+    assert {name: int(mask.sum()) for name, mask in found.items()} == {"first.weight": 12, "last.weight": 6}
+
+
+class Weighted(nn.Module):
+    """Has a gain that is computed from an unmasked parameter."""
+
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.gain, self.compute = nn.Parameter(torch.randn(4)), compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x) * self.compute(self.gain))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: x.exp(),
+        lambda x: x.abs().log(),
+        lambda x: F.layer_norm(x, (4,)),
+        lambda x: (x - x.mean()) / x.std(),
+        lambda x: F.batch_norm(x[:, None], None, None, training=True)[:, 0],
+    ],
+    ids=["exp", "log", "layer_norm", "standardised", "batch_norm"],
+)
+def test_active_masks__computed_from_unmasked_weights(compute: Callable[[Tensor], Tensor]) -> None:
+    """Weights without a mask carry everything, and so does what is computed from them."""
+    module = Weighted(compute)
+    masks = dense_masks(module)
+    assert all(mask.all() for mask in flow.active_masks(module, masks, torch.zeros(1, 4)).values())
+
+
+def divided(x: Tensor) -> Tensor:
+    values = torch.topk(x, 2, -1).values
+    values /= values.sum(-1, keepdim=True)
+    return values.sum(-1, keepdim=True) * x
+
+
+def filled(x: Tensor) -> Tensor:
+    values = x.max(-1, keepdim=True).values.clone()
+    values[:, 0] *= 2
+    return values + x
+
+
+def matched(x: Tensor) -> Tensor:
+    return x[:, x[0].detach().numpy().argsort(0)[:, 0].copy()]
+
+
+def located(x: Tensor) -> Tensor:
+    rows, places = torch.where(x.sum(-1) > -1)
+    return x[rows, places][None]
+
+
+def gathered(x: Tensor) -> Tensor:
+    values = x.gather(1, x.argmax(1, keepdim=True))
+    values += 1
+    return values + x
+
+
+@pytest.mark.parametrize("function", [divided, filled, matched, located, gathered])
+def test_active_masks__chosen_values_are_written_to(function: Callable[[Tensor], Tensor]) -> None:
+    """As routers of experts, and matchers of boxes, do."""
+    module = nn.Sequential(nn.Linear(4, 4), Calls(function), nn.Linear(4, 2))
+    masks = dense_masks(module)
+    assert all(mask.all() for mask in flow.active_masks(module, masks, torch.zeros(1, 3, 4)).values())

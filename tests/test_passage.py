@@ -119,7 +119,9 @@ CASES = [
 ]
 
 
-def found_by(module: nn.Module, method: Any, loss_fn: Any, sparsity: float = 0.5, **settings: Any) -> Any:
+def found_by(
+    module: nn.Module, method: Any, loss_fn: Any, batches: Any = (X,), sparsity: float = 0.5, **settings: Any
+) -> Any:
     names = prunable_parameters(module)
     with undisturbed(module, method.mode) as scored:
         parameters = parameters_by_name(scored.module, names)
@@ -128,7 +130,7 @@ def found_by(module: nn.Module, method: Any, loss_fn: Any, sparsity: float = 0.5
             method,
             sparsity=sparsity,
             parameters=parameters,
-            batches=[X],
+            batches=[*batches],
             loss_fn=loss_fn,
             **settings,
         )
@@ -151,9 +153,7 @@ def test_paths_follow_training(kind: type[nn.Module], loss_fn: Any, method: Any)
     assert found.masks == masks
     rows = found.active["encoder.weight"].any(1).tolist()
     assert rows == [False, False, True] * (len(rows) // 3)
-    # The sample's noise reaches unit 0 all the same.
-    assert found.active["decoder.weight"][:, 0].all() if kind is Variational else True
-    assert not found.active["decoder.weight"][:, 1 if kind is Variational else slice(2)].any()
+    assert not found.active["decoder.weight"][:, :2].any()  # the noise of a sample is no input, either
     assert found.active["decoder.weight"][:, 2].all()
 
 
@@ -281,6 +281,103 @@ def test_lists_of_images() -> None:
         found = search(scored.module, SNIP(), sparsity=0.5, parameters=parameters, batches=[batch], loss_fn=loss_fn)
     assert found.path_error is None
     assert found.active.num_kept <= found.masks.num_kept
+
+
+class BoxDetector(nn.Module):
+    """Checks its boxes; returns losses in train mode, and what it finds, which says little of how, in eval mode."""
+
+    def __init__(self, dead_end: str) -> None:
+        super().__init__()
+        self.body, self.head, self.dead_end = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 5, bias=False), dead_end
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Any:
+        if any((target["boxes"][:, 2:] <= target["boxes"][:, :2]).any() for target in targets):
+            raise AssertionError("All bounding boxes should have positive height and width.")
+        found = self.head(torch.stack([self.body(image).mean((1, 2)) for image in images]))
+        if self.training:
+            goal = torch.stack([target["boxes"].mean(0) for target in targets])
+            return {"classes": found[:, 4].square().mean(), "boxes": (found[:, :4] - goal).abs().mean()}
+        if self.dead_end == "constants":
+            return torch.zeros(len(found), 4)
+        if self.dead_end == "no_boxes":
+            return found[found[:, 0] < -1]
+        raise RuntimeError("no boxes")
+
+
+def of_boxes(module: Any, batch: Any) -> Tensor:
+    return sum(module(*batch).values())  # type: ignore[no-any-return]
+
+
+BOXES = torch.tensor([[1.0, 2.0, 5.0, 6.0], [0.0, 0.0, 3.0, 4.0]])
+BOXED = [torch.randn(3, 8, 8), torch.randn(3, 6, 9)], [{"boxes": BOXES[:1]}, {"boxes": BOXES}]
+
+
+@pytest.mark.parametrize("dead_end", ["constants", "no_boxes", "error"])
+def test_detectors_are_followed_in_train_mode(dead_end: str) -> None:
+    module = BoxDetector(dead_end)
+    names = prunable_parameters(module)
+    masks = Masks({name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in names.items()})
+    masks["body.weight"][1] = False
+    masks["head.weight"][:, 2] = False
+    found = found_by(module, SNIP(), of_boxes, [BOXED], masks=masks, sparsity=masks.sparsity)
+    assert found.path_error is None
+    assert found.warnings == []
+    assert found.active["body.weight"].any(3).any(2).any(1).tolist() == [True, False, False, True]
+    assert found.active["head.weight"].any(0).tolist() == [True, False, False, True]
+
+
+def test_nothing_arrives_even_without_masks() -> None:
+    """That no path is found is said as such; it is no fault of the masks."""
+
+    class Chooses(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).argmax(1, keepdim=True) * torch.ones(3)
+
+    found = found_by(Chooses(4, 3), Magnitude(), None)
+    assert found.active is None
+    assert "Nothing that is sent into the network arrives at what it returns." in found.path_error
+    assert found.warnings == []
+
+
+@pytest.mark.parametrize(
+    "branch", [nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))], ids=["layer", "layers"]
+)
+def test_what_is_not_reached_even_without_masks_counts_as_active(branch: nn.Module) -> None:
+    class Constant(nn.Module):
+        """Has a branch that sees zeros, as the first self-attention of DETR's decoder does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.branch = nn.Linear(4, 3), branch
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + self.branch(torch.zeros_like(x))  # type: ignore[no-any-return]
+
+    found = found_by(Constant(), Magnitude(), None)
+    assert found.path_error is None
+    assert all(found.active[name].equal(mask) for name, mask in found.masks.items() if "branch" in name)
+    (text,) = found.warnings
+    assert text.startswith("No path through 'branch.")
+
+
+@pytest.mark.parametrize(
+    ("parts", "size"),
+    [
+        pytest.param([torch.zeros(5, 3), torch.zeros(5)], 5, id="tensors"),
+        pytest.param([[torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)]], 2, id="images"),
+        pytest.param([*BOXED], 2, id="images_and_boxes"),
+        pytest.param([torch.zeros(2, 3, 8, 8), BOXED[1]], 2, id="batch_and_boxes"),
+        pytest.param([[torch.zeros(4, 7), torch.zeros(6, 7), torch.zeros(5, 7)]], 3, id="sequences"),
+        pytest.param([[torch.zeros(4, 7), torch.zeros(4, 9)]], 4, id="two_inputs"),
+        pytest.param([{"x": torch.zeros(4, 7)}, {"y": torch.zeros(4)}], 4, id="mappings"),
+        pytest.param([torch.zeros(4, 7), torch.zeros(2, 9)], None, id="graph"),
+        pytest.param([[torch.zeros(4, 7), torch.zeros(4)], torch.zeros(3)], None, id="differ"),
+    ],
+)
+def test_number_of_samples(parts: list[Any], size: int | None) -> None:
+    found = Passage.of(tuple(parts), whole=True)
+    assert found.batch_size == size
+    assert Passage.of(tuple(parts)).batch_size == (size and 1)
 
 
 def test_losses_of_forward_are_no_output() -> None:

@@ -428,18 +428,6 @@ def test_report__of_a_run(tmp_path: Path) -> None:
     assert found.pictures == ["density", "rounds", "scores"]
 
 
-class NeedsTraining(ConvModule):
-    """Its ``forward`` cannot be called in eval mode."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            raise ValueError("only for training")
-        return super().forward(images)
-
-    def validation_step(self, *args: object) -> None:
-        pass
-
-
 class NeedsNumbers(ConvModule):
     """Multiply-adds can be counted, but its ``forward`` cannot go on with signals in place of numbers."""
 
@@ -452,7 +440,6 @@ class NeedsNumbers(ConvModule):
 @pytest.mark.parametrize(
     ("module", "counted", "note"),
     [
-        (NeedsTraining, False, r"Effective sparsity was not measured: paths .* training calls .*only for training"),
         (NeedsNumbers, True, r"Effective sparsity was not measured: paths .* training calls .*an image of one colour"),
     ],
 )
