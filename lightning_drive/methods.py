@@ -200,7 +200,14 @@ class Network:
         return self._flow.weights, found, total
 
     def _check_flow(self) -> None:
-        layers = flow.layers_without_flow(self.module, self.passage())
+        way = self.passage()
+        try:
+            layers = flow.layers_without_flow(self.module, way)
+        except Exception as error:  # the module's own `forward`, called in a way it may not be made for
+            reason = f"{type(error).__name__}: {error}".rstrip(".")
+            raise ValueError(
+                f"SynFlow could not run the network on {way.source}: {reason}. {self._remedy()}"
+            ) from error
         named = listed([each.layer for each in layers], most=3)
         text = (
             f"SynFlow is not defined for {named}: saturating activations stop the flow and normalisation mixes its"
@@ -263,9 +270,17 @@ class Network:
         return found
 
     def _unknown_input(self) -> ValueError:
+        return ValueError(f"The input of the network is not known. {self._remedy()}")
+
+    def _remedy(self) -> str:
+        """Say how to tell what the network takes."""
         is_lightning = hasattr(self.module, "example_input_array")
-        remedy = "Set `example_input_array` on the module" if is_lightning else "Give `example_input`"
-        return ValueError(f"The input of the network is not known. {remedy}, or use batches with a tensor in them.")
+        name = "`example_input_array`" if is_lightning else "`example_input`"
+        what = "what `forward` takes, a tuple of arguments or a dict of keyword arguments"
+        if self._example_input is not None:
+            return f"Let {name} be {what}."
+        given = f"Set {name} on the module to {what}" if is_lightning else f"Give {name}: {what}"
+        return f"{given}; or use batches with a tensor that `forward` takes in them."
 
     def _is_enough(self, found: Passage) -> bool:
         return passage.uses(self.module, found).issuperset(self._parameters.values())
