@@ -100,7 +100,7 @@ def _remarks(unused: list[str], uncounted: list[str], batch_size: int | None) ->
 
 def _recurrent_flops(inputs: Any, *given: Any, **_: Any) -> int:
     """Count as for a product of every step with every matrix: an oneDNN or cuDNN kernel does all of them in one."""
-    shapes = given[0] if isinstance(given[0], list) else given
+    shapes = given[0] if isinstance(given[0], list) else given[:4]  # oneDNN: weights and biases, then states
     matrices = [shape for shape in shapes if isinstance(shape, tuple) and len(shape) == 2]
     return int(2 * prod(inputs[:-1]) * sum(map(prod, matrices)))
 

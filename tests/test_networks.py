@@ -100,7 +100,11 @@ def pasted(texts: Iterable[str], argument: str, about: str) -> list[str]:
 # Settings as hydra gives them.
 
 
-@pytest.mark.parametrize("kind", [ListConfig, tuple, set, np.array, lambda items: dict.fromkeys(items).keys()], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [ListConfig, tuple, set, np.array, lambda items: dict.fromkeys(items).keys()],
+    ids=["ListConfig", "tuple", "set", "array", "keys"],
+)
 def test_hydra__patterns_in_any_container(tmp_path: Path, kind: Any) -> None:
     module = networks.Classifier()
     callback = CALLBACKS["DRIVE"](include=kind(["net.*"]), exclude=kind(["net.0.*"]))
