@@ -60,7 +60,7 @@ def measure(
     if given is None or any(map(shards.is_sharded, parameters.values())):
         return Costs(itemsizes, unknown, None)
     way = Passage.of(given)
-    counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
+    counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT | _GROUPED)
     try:
         look = _Look(counter, dict(module.named_parameters()), dict(module.named_buffers()), masks or {})
         with (
@@ -105,11 +105,18 @@ def _recurrent_flops(inputs: Any, *given: Any, **_: Any) -> int:
     return int(2 * prod(inputs[:-1]) * sum(map(prod, matrices)))
 
 
+def _grouped_flops(first: Any, second: Any, *_: Any, **__: Any) -> int:
+    """Count as for a product of every row with the matrix of its group, as mixtures of experts compute them."""
+    is_split = len(first) == 2 or len(second) == 3
+    return int(2 * prod(first if is_split else first[1:]) * second[-1])
+
+
 _RECURRENT = {
     getattr(torch.ops.aten, name): _recurrent_flops
     for name in ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
     if hasattr(torch.ops.aten, name)
 }
+_GROUPED = {getattr(torch.ops.aten, name): _grouped_flops for name in ("_grouped_mm",) if hasattr(torch.ops.aten, name)}
 _CHOOSING = {torch.ops.aten.index, torch.ops.aten.index_select, torch.ops.aten.gather}
 _MOVING = ("cat", "stack", "copy", "scatter", "index_put", "where", "norm", "pad", "roll", "embedding")
 """Parts of the names of operations that take a parameter and activations without multiplying them as matrices."""
@@ -188,15 +195,16 @@ class _Look(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note_product(self, func: Any, given: list[Tensor], taken: dict[str, None], flops: int) -> None:
         """Add what an operation costs to the largest parameter that it is given, or to the matrices of one kernel."""
-        direct = {name: None for tensor in given for name in self._direct(tensor)} or taken
-        matrices = [name for name in direct if self._parameters[name].ndim > 1]
-        self.in_products.update(dict.fromkeys(name for name in taken if self._parameters[name].ndim > 1))
+        known = [name for name in taken if self._parameters[name].ndim > 1]
+        self.in_products.update(dict.fromkeys(known))
+        direct = [name for tensor in given for name in self._direct(tensor)]
+        matrices = [name for name in dict.fromkeys(direct) if self._parameters[name].ndim > 1] or known
         if func.overloadpacket in _RECURRENT:
             total = sum(self._parameters[name].numel() for name in matrices)
             for name in matrices:
                 self.flops[name] += flops * self._parameters[name].numel() // total
-        elif direct:
-            self.flops[max(direct, key=lambda name: self._parameters[name].nbytes)] += flops
+        elif owners := matrices or list(taken):
+            self.flops[max(owners, key=lambda name: self._parameters[name].nbytes)] += flops
 
     def _direct(self, tensor: Tensor) -> list[str]:
         memory, place = _memory(tensor), tensor.data_ptr()

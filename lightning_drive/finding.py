@@ -34,10 +34,11 @@ from lightning_drive.passage import Passage
 from lightning_drive.ranks import ALONE, Ranks
 from lightning_drive.rounds import Round, ScoreHistogram
 from lightning_drive.schedules import Schedule
-from lightning_drive.undisturbed import in_mode, undisturbed
+from lightning_drive.undisturbed import Mode, in_mode, undisturbed
 
 Scope: TypeAlias = Literal["global", "layerwise"]
 
+_MODES: tuple[Mode, ...] = ("eval", "train")
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -329,12 +330,12 @@ def _described(
 ) -> Found:
     """Say what there is to know about the masks that were found."""
     way, path_error = _passage(network)
-    active, path_error = (None, path_error) if way is None else _active(network.module, masks, way)
+    active, unknown, path_error = (None, [], path_error) if way is None else _active(network.module, masks, way)
     measured = costs.measure(network.module, parameters, way, masks)
     troubles = [*history.remarks, *_collapses(masks, active, causes.explained)]
     if troubles and network.reached and not network.is_sharded:
         troubles.extend(_silence(_silent_norms(network.module)))
-    troubles.extend([*causes.remarks, *diagnosis.dead_pairs(masks, zeros)])
+    troubles.extend([*causes.remarks, *diagnosis.dead_pairs(masks, zeros), *_unknown_paths(unknown)])
     with modes.set_aside():
         counts = [*history.counts, ranking.count_each(masks.values())]
     return Found(
@@ -521,13 +522,49 @@ def _passage(network: Network) -> tuple[Passage | None, str | None]:
         return None, str(error)
 
 
-def _active(module: nn.Module, masks: Masks, way: Passage) -> tuple[Masks | None, str | None]:
-    """Find the weights on input-output paths, or say why that could not be done."""
-    try:
-        with in_mode(module, "eval"):
-            return Masks(flow.active_masks(module, masks, way)), None
-    except Exception as error:  # the module's own `forward`, called in a way it may not be made for
-        return None, f"{way.source}: {type(error).__name__}: {error}"
+def _active(module: nn.Module, masks: Masks, way: Passage) -> tuple[Masks | None, list[str], str | None]:
+    """Find the weights on input-output paths and name parameters of which nothing is known; or say why there are none.
+
+    In eval mode, unless there is more on paths in train mode: detection models choose among boxes then.
+    """
+    found: list[tuple[list[str], Masks]] = []
+    errors = []
+    for mode in _MODES:
+        try:
+            with in_mode(module, mode):
+                active, unknown = _followed(module, masks, way)
+        except Exception as error:  # the module's own `forward`, called in a way it may not be made for
+            errors.append(f"{way.source}: {type(error).__name__}: {error}")
+            continue
+        found.append((unknown, active))
+        if not unknown:
+            break
+    if not found:
+        return None, [], errors[0]
+    unknown, active = min(found, key=lambda each: len(each[0]))
+    return active, unknown, None
+
+
+def _followed(module: nn.Module, masks: Masks, way: Passage) -> tuple[Masks, list[str]]:
+    """Find the weights on paths; all that are kept count where not even the dense network has a path."""
+    active = flow.active_masks(module, masks, way)
+    lost = [name for name, mask in masks.items() if mask.any() and not active[name].any()]
+    if not lost:
+        return Masks(active), []
+    dense = flow.active_masks(module, {name: torch.ones_like(mask) for name, mask in masks.items()}, way)
+    if not any(mask.any() for mask in dense.values()):
+        raise ValueError("Nothing that goes into the network arrives at what it returns, not even without masks.")
+    unknown = [name for name in lost if not dense[name].any()]
+    return Masks({**active, **{name: masks[name] for name in unknown}}), unknown
+
+
+def _unknown_paths(names: Sequence[str]) -> Iterator[str]:
+    if names:
+        yield (
+            f"No path through {listed(map(repr, names), most=4)} was found even without masks: what is sent through the"
+            " network to find paths does not arrive there, or not from there at the end. All that is kept there counts"
+            " as active in the effective sparsity."
+        )
 
 
 def _dense_parts(module: nn.Module, masks: Masks, others: Sequence[str], measured: Costs) -> Iterator[str]:

@@ -4,6 +4,7 @@ Both run a replica of the module that has other tensors in place of its paramete
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -146,11 +147,21 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
     for name in masks:
         tensors[name].register_post_accumulate_grad_hook(partial(note, name))  # type: ignore[no-untyped-call]
     with torch.enable_grad(), Paths():
-        ones = _ones(torch.float32)
-        total = _sum(Passage.of(example_input).run(replica.module, lambda tensor: begin(ones(tensor))))
+        total = _sum(_signals(replica.module, Passage.of(example_input)))
     if total.requires_grad:
         total.backward()  # type: ignore[no-untyped-call]
     return {name: reached[name] if name in reached else mask.clone() for name, mask in masks.items()}
+
+
+def _signals(module: nn.Module, way: Passage) -> list[Tensor]:
+    """Send ones, in place of the first argument alone if a network refuses others (boxes without an extent, say)."""
+
+    def start(tensor: Tensor) -> Tensor:
+        return begin(torch.ones_like(tensor, dtype=torch.float32))
+
+    with suppress(Exception):  # the module's own `forward`, which may check its arguments
+        return way.run(module, start)
+    return way.run(module, start, first_only=True)
 
 
 def _flow_value(name: str, value: Tensor) -> Tensor:

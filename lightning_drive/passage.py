@@ -55,10 +55,11 @@ class Passage:
 
     @classmethod
     def _calling(cls, name: str, arguments: Arguments, source: str, whole: bool) -> "Passage":
-        size = _batch_size(arguments)
-        if size is not None and not whole:
-            arguments, size = trees.mapped(lambda tensor: tensor[:1], arguments), 1
         args, kwargs = arguments
+        size = _batch_size([*args, *kwargs.values()])
+        if size is not None and not whole:
+            args = tuple(map(_first_sample, args))
+            kwargs, size = {key: _first_sample(value) for key, value in kwargs.items()}, 1
         return cls(lambda module: module.get_submodule(name)(*args, **kwargs), 1, size, source)
 
     @classmethod
@@ -74,7 +75,8 @@ class Passage:
         source = "what training calls the network with"
         if len({name for name, _ in calls}) == 1:  # the same network on several inputs counts as one
             return [cls._calling(*calls[0], source, whole) for whole in (False, True)]
-        return [cls(lambda module: loss_fn(module, batch), len(calls), _batch_size(batch), source)] if calls else []
+        size = _batch_size(_parts(batch))
+        return [cls(lambda module: loss_fn(module, batch), len(calls), size, source)] if calls else []
 
     @classmethod
     def guessed(cls, module: nn.Module, batch: Any) -> list["Passage"]:
@@ -94,12 +96,14 @@ class Passage:
             found += [cls.of(tensors[0], "the first tensor of a batch"), cls.of((batch,), "a batch", whole=True)]
         return found
 
-    def run(self, module: nn.Module, begin: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    def run(self, module: nn.Module, begin: Callable[[Tensor], Tensor], *, first_only: bool = False) -> list[Tensor]:
         """Send data through a network.
 
         Args:
             module: The network, or a copy of it.
             begin: Returns what stands for a floating-point input.
+            first_only: Whether only the first argument of a call is an input, by the field's convention, and others,
+                such as targets, stay as they are.
 
         Returns:
             The floating-point outputs. Those without a dimension, such as a loss that ``forward`` computes itself,
@@ -111,13 +115,17 @@ class Passage:
         """
         returned: list[Any] = []
 
+        def started(tensor: Tensor) -> Tensor:
+            return begin(tensor.detach()) if tensor.is_floating_point() and not tensor.requires_grad else tensor
+
         def start(_: str, arguments: Arguments) -> Arguments:
-            return trees.mapped(  # type: ignore[no-any-return]
-                lambda tensor: (
-                    begin(tensor.detach()) if tensor.is_floating_point() and not tensor.requires_grad else tensor
-                ),
-                arguments,
-            )
+            args, kwargs = arguments
+            if not first_only:
+                return trees.mapped(started, arguments)  # type: ignore[no-any-return]
+            if args:
+                return (trees.mapped(started, args[0]), *args[1:]), kwargs
+            first = next(iter(kwargs))
+            return (), {**kwargs, first: trees.mapped(started, kwargs[first])}
 
         def note(output: Any) -> None:
             returned.append(output)
@@ -254,10 +262,35 @@ def _not_used_again(calls: list[list[Tensor]]) -> list[Tensor]:
     return outputs
 
 
-def _batch_size(arguments: Any) -> int | None:
-    """Return the first dimension, where all tensors have the same."""
-    sizes = {tensor.shape[:1] for tensor in trees.leaves(arguments)}
+def _parts(batch: Any) -> list[Any]:
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    return list(batch) if isinstance(batch, list | tuple) else [batch]
+
+
+def _batch_size(parts: list[Any]) -> int | None:
+    """Return the number of samples that all parts of a batch have."""
+    sizes = {size for part in parts for size in _sizes(part)}
     return next(iter(sizes))[0] if len(sizes) == 1 and () not in sizes else None
+
+
+def _sizes(part: Any) -> set[tuple[int, ...]]:
+    """Return the length of a list of samples, or the first dimensions of all tensors."""
+    return {(len(part),)} if _is_list_of_samples(part) else {tuple(each.shape[:1]) for each in trees.leaves(part)}
+
+
+def _first_sample(part: Any) -> Any:
+    return part[:1] if _is_list_of_samples(part) else trees.mapped(lambda tensor: tensor[:1], part)
+
+
+def _is_list_of_samples(part: Any) -> bool:
+    """Whether entries are samples, as images of several sizes and their boxes are, and not what all samples share."""
+    if not isinstance(part, list | tuple) or not part:
+        return False
+    if all(isinstance(each, Tensor) and each.ndim == 3 and len(each) in (1, 3) for each in part):  # images
+        return True
+    is_like = len({each.ndim if isinstance(each, Tensor) else isinstance(each, Mapping) or None for each in part}) == 1
+    return is_like and len({each.shape[:1] for each in trees.leaves(part)}) > 1
 
 
 def _by_name(module: nn.Module, batch: Mapping[Any, Any]) -> dict[str, Any] | None:

@@ -73,7 +73,7 @@ _MOVES = {
 
 _JOINING = {
     *("linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-    *("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"),
+    *("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "_grouped_mm", "grouped_mm"),
 }
 _PRODUCTS = {
     *("mul", "mul_", "__rmul__", "multiply", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "einsum"),
@@ -107,6 +107,8 @@ class Paths(FunctionMode):
 
         """
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not given:  # such as what `no_grad` does when it begins
+            return func(*args, **kwargs)
         with torch.inference_mode(False), torch.enable_grad():  # parts that do not train pass signals on, too
             result = _meaning(func, args, kwargs, given)
         name = getattr(func, "__name__", "")
@@ -121,15 +123,15 @@ class Paths(FunctionMode):
 def _meaning(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
     """Run a function of torch on signals, given the tensors among its arguments."""
     name = getattr(func, "__name__", "")
-    if (name in _PASSED_THROUGH or "dropout" in name) and not any(each.is_complex() for each in given):
-        signal = args[0] if args else kwargs["input"]
-        return signal.view_as(signal).as_subclass(_Gate) if name in _OPEN_GATES else signal
     if not any(map(is_signal, given)):
         result = func(*args, **kwargs)
         return begin(result) if name in ("embedding", "embedding_bag") else result  # the input, if it is integers
+    signal: Any = args[0] if args else kwargs.get("input")
+    if (name in _PASSED_THROUGH or "dropout" in name) and is_signal(signal) and not signal.is_complex():
+        return signal.view_as(signal).as_subclass(_Gate) if name in _OPEN_GATES else signal
     if name in recurrence.MEANINGS:
         return recurrence.MEANINGS[name](*args, **kwargs)
-    if name in _PRODUCTS:
+    if name in _PRODUCTS and (name not in _ARITHMETIC or sum(map(is_signal, given)) > 1):
         args = tree_map(_opened, args)
     if name in _REPLACED:
         return _REPLACED[name](*args, **kwargs)
@@ -210,15 +212,16 @@ class _ByChange(torch.autograd.Function):
         ctx: Any, call: Callable[..., tuple[Tensor, ...]], kinds: list[torch.dtype], *signals: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.call = call
-        ctx.save_for_backward(*signals)
+        ctx.kinds = [signal.dtype for signal in signals]
+        ctx.save_for_backward(*(heard(signal) != 0 for signal in signals))  # signals may be written to
         both = zip(call(*_drawn(signals, 0)), call(*_drawn(signals, 1)), kinds, strict=True)
         return tuple((first != second).to(kind) for first, second, kind in both)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        signals = ctx.saved_tensors
+        begun = [place.to(kind) for place, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)]
         with torch.enable_grad():
-            values = [value.requires_grad_() for value in _drawn(signals, 0)]
+            values = [value.requires_grad_() for value in _drawn(begun, 0)]
             outputs = ctx.call(*values)
         gradients = tuple(_drawn(gradients, 2))
         used = [i for i, output in enumerate(outputs) if output.requires_grad]
@@ -229,8 +232,7 @@ class _ByChange(torch.autograd.Function):
             allow_unused=True,
             materialize_grads=True,
         )
-        pairs = zip(found, signals, strict=True)
-        return None, None, *((change != 0).to(signal.dtype) for change, signal in pairs)
+        return None, None, *((change != 0).to(kind) for change, kind in zip(found, ctx.kinds, strict=True))
 
 
 def _drawn(signals: Any, seed: int) -> list[Tensor]:
@@ -260,7 +262,8 @@ def _selected(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs
             parts[i] = _going_round(part, signal, dim)
             continue
         total = signal.sum() if dim is None else signal.sum(dim, keepdim=True)
-        parts[i] = arrives(total if dim is None or part.ndim == signal.ndim else total.squeeze(dim)).expand_as(part)
+        total = total if dim is None or part.ndim == signal.ndim else total.squeeze(dim)
+        parts[i] = arrives(total).expand_as(part).contiguous()  # it may be written to
         if isinstance(args[0] if args else None, _Gate):
             parts[i] = parts[i].as_subclass(_Gate)
     return parts[0] if isinstance(result, Tensor) else type(result)(parts)
@@ -287,11 +290,11 @@ def _opened(value: Any) -> Any:
 
 def _factor(value: Any) -> Any:
     """Let a weight that is computed from others, by spectral norm, say, carry a signal whatever its sign."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     if _is_undecided(value):
         return torch.ones_like(value)
-    return heard(value) if is_signal(value) or not value.is_floating_point() else value.abs()
+    return heard(value) if is_signal(value) else value.abs()
 
 
 def _arithmetic(name: str, func: Callable[..., Any], first: Any, second: Any) -> Any:
@@ -304,7 +307,11 @@ def _arithmetic(name: str, func: Callable[..., Any], first: Any, second: Any) ->
         return result.as_subclass(_Gate) if isinstance(first, _Gate) and "div" in name else result
     signal, constant = (first, second) if is_signal(first) else (second, first)
     if is_product:
-        return heard(signal) * (torch.ones_like(constant) if _is_undecided(constant) else constant != 0)
+        if _is_undecided(constant):
+            return heard(_opened(signal)) * torch.ones_like(constant)
+        if isinstance(signal, _Gate) and bool(torch.as_tensor(constant != 0).all()):  # a scale times noise is no input
+            return (heard(signal) * (constant != 0)).as_subclass(_Gate)
+        return heard(_opened(signal)) * (constant != 0)
     result = signal + _closed(constant, "add" in name) if isinstance(constant, Tensor) else signal
     return result.as_subclass(_Gate) if isinstance(signal, _Gate) and "div" in name else result
 
@@ -333,7 +340,9 @@ def _masked_fill_(input: Tensor, mask: Tensor, value: Any) -> Tensor:
     return input.copy_(_masked_fill(input.clone(), mask, value))
 
 
-def _where(condition: Tensor, input: Any, other: Any) -> Tensor:
+def _where(condition: Tensor, input: Any = None, other: Any = None) -> Any:
+    if input is None:
+        return torch.where(condition)
     if condition.dtype != torch.bool:  # `input.where(condition, other)`
         condition, input = input, condition
     input, other = (value if is_signal(value) else _closed(value) for value in (input, other))
@@ -344,7 +353,7 @@ def _where(condition: Tensor, input: Any, other: Any) -> Tensor:
 
 def _gather(input: Tensor, dim: int, index: Tensor, **kwargs: Any) -> Tensor:
     if _is_undecided(index):
-        return arrives(heard(input).sum(dim, keepdim=True)).expand_as(index)
+        return arrives(heard(input).sum(dim, keepdim=True)).expand_as(index).contiguous()
     return input.gather(dim, index)
 
 
@@ -455,6 +464,8 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "fmax": _sum,
     "fmin": _sum,
     "detach": lambda signal: signal.view_as(signal),
+    "numpy": lambda signal, **options: signal.detach().numpy(**options),
+    "__array__": lambda signal, dtype=None: signal.detach().__array__(dtype),
     "masked_fill": _masked_fill,
     "masked_fill_": _masked_fill_,
     "where": _where,
