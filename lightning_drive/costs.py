@@ -259,6 +259,6 @@ def _mixes(func: Any, given: list[Tensor], origins: list[_Origin | None]) -> boo
     activations = [
         tensor
         for tensor, origin in zip(given, origins, strict=True)
-        if origin is None and tensor.is_floating_point() and tensor.ndim > 1
+        if origin is None and tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel()
     ]
     return not moves and bool(activations)
