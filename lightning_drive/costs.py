@@ -60,7 +60,7 @@ def measure(
     if given is None or any(map(shards.is_sharded, parameters.values())):
         return Costs(itemsizes, unknown, None)
     way = Passage.of(given)
-    counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT | _GROUPED)
+    counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT | _GROUPED | _BY_VECTOR)
     try:
         look = _Look(counter, dict(module.named_parameters()), dict(module.named_buffers()), masks or {})
         with (
@@ -117,6 +117,14 @@ _RECURRENT = {
     if hasattr(torch.ops.aten, name)
 }
 _GROUPED = {getattr(torch.ops.aten, name): _grouped_flops for name in ("_grouped_mm",) if hasattr(torch.ops.aten, name)}
+
+
+def _vector_flops(*shapes: Any, **_: Any) -> int:
+    """Count a product with a vector: two operations for each number of the matrix, or of the other vector."""
+    return 2 * max(prod(shape) for shape in shapes if isinstance(shape, tuple))
+
+
+_BY_VECTOR = {getattr(torch.ops.aten, name): _vector_flops for name in ("mv", "addmv", "addmv_", "dot", "vdot")}
 _CHOOSING = {torch.ops.aten.index, torch.ops.aten.index_select, torch.ops.aten.gather}
 _MOVING = ("cat", "stack", "copy", "scatter", "index_put", "where", "norm", "pad", "roll", "embedding")
 """Parts of the names of operations that take a parameter and activations without multiplying them as matrices."""
