@@ -32,7 +32,7 @@ def check_count(argument: str, value: object, *, least: int | None = 1) -> int:
     number = _plain(value)
     if isinstance(number, bool) or not isinstance(number, Integral) or (least is not None and number < least):
         limit = "" if least is None else f" of at least {least}"
-        raise ValueError(f"`{argument}` must be a whole number{limit}, got {value!r}.")
+        raise ValueError(f"`{argument}` must be a whole number{limit}, got {_shown(value)}.")
     return int(number)
 
 
@@ -50,7 +50,7 @@ def check_number(argument: str, value: object, what: str = "must be a number") -
     """
     number = _plain(value)
     if isinstance(number, bool) or not isinstance(number, Real):
-        raise TypeError(f"`{argument}` {what}, got {value!r}.")
+        raise TypeError(f"`{argument}` {what}, got {_shown(value)}.")
     return float(number)
 
 
@@ -67,7 +67,7 @@ def check_flag(argument: str, value: object) -> bool:
     """
     flag = _plain(value)
     if not isinstance(flag, bool):
-        raise TypeError(f"`{argument}` must be True or False, got {value!r}.")
+        raise TypeError(f"`{argument}` must be True or False, got {_shown(value)}.")
     return flag
 
 
@@ -87,7 +87,7 @@ def check_choice(argument: str, value: object, choices: Any) -> Any:
     for choice in get_args(choices):
         if isinstance(text, str) and text == choice:
             return choice
-    raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}.")
+    raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, get_args(choices)))}, got {_shown(value)}.")
 
 
 def check_patterns(argument: str, patterns: object) -> list[str] | None:
@@ -127,6 +127,11 @@ def _not_patterns(argument: str, given: object, within: str = "") -> TypeError:
         f"`{argument}` must be a list of glob patterns over parameter names, such as ['encoder.*'], got"
         f" {forms.shown(given)}{kind}{within}.{remedy}"
     )
+
+
+def _shown(value: object) -> str:
+    """Return a value of one number or less as it prints, and the type of anything that may be long."""
+    return repr(value) if getattr(value, "ndim", None) == 0 else forms.shown(value)
 
 
 def _plain(value: Any) -> Any:

@@ -60,7 +60,7 @@ def measure(
     if given is None or any(map(shards.is_sharded, parameters.values())):
         return Costs(itemsizes, unknown, None)
     way = Passage.of(given)
-    counter = FlopCounterMode(display=False, custom_mapping={**_RECURRENT, **_OF_VECTORS, **_GROUPED})
+    counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT | _GROUPED | _BY_VECTOR)
     try:
         look = _Look(counter, dict(module.named_parameters()), dict(module.named_buffers()), masks or {})
         with (
@@ -120,11 +120,11 @@ _GROUPED = {getattr(torch.ops.aten, name): _grouped_flops for name in ("_grouped
 
 
 def _vector_flops(*shapes: Any, **_: Any) -> int:
+    """Count a product with a vector: two operations for each number of the matrix, or of the other vector."""
     return 2 * max(prod(shape) for shape in shapes if isinstance(shape, tuple))
 
 
-_OF_VECTORS = dict.fromkeys((torch.ops.aten.mv, torch.ops.aten.addmv), _vector_flops)
-"""Products of a matrix with one vector."""
+_BY_VECTOR = {getattr(torch.ops.aten, name): _vector_flops for name in ("mv", "addmv", "addmv_", "dot", "vdot")}
 _CHOOSING = {torch.ops.aten.index, torch.ops.aten.index_select, torch.ops.aten.gather}
 _ADDING = {torch.ops.aten.add, torch.ops.aten.add_, torch.ops.aten.sub, torch.ops.aten.sub_}
 _MOVING = ("cat", "stack", "copy", "scatter", "index_put", "where", "norm", "pad", "roll", "embedding")
@@ -282,6 +282,6 @@ def _mixes(func: Any, given: list[Tensor], origins: list[_Origin | None]) -> boo
     activations = [
         tensor
         for tensor, origin in zip(given, origins, strict=True)
-        if origin is None and tensor.is_floating_point() and tensor.ndim > 1
+        if origin is None and tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel()
     ]
     return not moves and bool(activations)

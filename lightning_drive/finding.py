@@ -263,7 +263,10 @@ def search(
     if network.reached and not network.is_sharded and not disagreements:
         lost = measures.collapsed_layers(found) or (list(found) if ranks.broadcast(bool(history.remarks)) else [])
         causes = _causes(network, method, zeros, lost)
-    described = _described(network, parameters, found, history, indices[0], disagreements, causes, zeros, others)
+    remedy = _remedy(scope, None if only_round is not None else bool(network.reached))
+    described = _described(
+        network, parameters, found, history, indices[0], disagreements, causes, zeros, others, remedy
+    )
     return replace(described, unreached=unreached if network.reached and only_round is None else ())
 
 
@@ -329,12 +332,13 @@ def _described(
     causes: Causes,
     zeros: Collection[str],
     others: Sequence[str],
+    remedy: str,
 ) -> Found:
     """Say what there is to know about the masks that were found."""
     way, path_error = _passage(network)
     active, unknown, path_error = (None, [], path_error) if way is None else _active(network.module, masks, way)
     measured = costs.measure(network.module, parameters, way, masks)
-    troubles = [*history.remarks, *_collapses(masks, active, causes.explained)]
+    troubles = [*history.remarks, *_collapses(masks, active, causes.explained, remedy)]
     if troubles and network.reached and not network.is_sharded:
         troubles.extend(_silence(_silent_norms(network.module)))
     troubles.extend([*causes.remarks, *diagnosis.dead_pairs(masks, zeros), *_unknown_paths(unknown)])
@@ -615,11 +619,26 @@ def _inclusion(masks: Masks, dense: Sequence[str], measured: Costs) -> str:
     return f" Prune what the network multiplies with by `include={[*masks, *multiplied]}`."
 
 
-def _collapses(masks: Masks, active: Masks | None, explained: Collection[str]) -> Iterator[str]:
+def _remedy(scope: str, follows_masks: bool | None) -> str:
+    """Say what commonly helps against a collapse.
+
+    Args:
+        scope: As for :func:`search`.
+        follows_masks: Whether scores change with what is pruned, so that more rounds help; ``None``: rounds are cycles
+            of training.
+
+    """
+    more = "More cycles" if follows_masks is None else "More rounds" if follows_masks else ""
+    if scope == "layerwise":
+        return f" {more} or a lower `sparsity` commonly help." if more else " A lower `sparsity` commonly helps."
+    return f" {f'{more}, a' if more else 'A'} lower `sparsity` or `scope='layerwise'` commonly help."
+
+
+def _collapses(masks: Masks, active: Masks | None, explained: Collection[str], remedy: str) -> Iterator[str]:
     """Say where nothing is left, and what commonly helps, unless that is explained otherwise."""
     empty = measures.collapsed_layers(masks)
     is_explained = bool(empty) and set(empty) <= set(explained)
-    helps = "" if is_explained else " More rounds, a lower `sparsity` or `scope='layerwise'` commonly help."
+    helps = "" if is_explained else remedy
     if empty:
         yield f"Layer collapse: no weight is left in {listed(map(repr, empty))}.{helps}"
     if active is not None and not active.num_kept:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_drive import growth
+from lightning_drive.gradients import add_history
 from lightning_drive.growth import WithoutFlow
 from lightning_drive.passage import Passage
 from lightning_drive.paths import Paths
@@ -196,4 +197,10 @@ def _ones(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def _sum(outputs: Sequence[Tensor]) -> Tensor:
-    return torch.stack([output.sum() for output in outputs]).sum()
+    total = torch.stack([output.sum() for output in outputs]).sum()
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in add_history(total, set())):
+        raise ValueError(
+            "`torch.utils.checkpoint` with `use_reentrant=True` runs parts of the network without gradients, so nothing"
+            " can be followed through them. Set `use_reentrant=False`."
+        )
+    return total

@@ -1,9 +1,10 @@
 """Which layers break synaptic flow: functions that are known to, and whatever does not grow with its input."""
 
 import math
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, suppress
+from itertools import repeat
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,23 @@ from lightning_drive.modes import FunctionMode
 WITHOUT_FLOW = {
     *("relu6", "hardtanh", "hardtanh_", "hardsigmoid", "tanh", "tanh_", "sigmoid", "sigmoid_", "softsign"),
     *("lstm", "gru", "rnn_tanh", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm"),
-    *("normalize", "softmax", "log_softmax", "softmin", "scaled_dot_product_attention", "multi_head_attention_forward"),
-    *("lstm_cell", "gru_cell", "rnn_tanh_cell"),
+    *(
+        "normalize",
+        "softmax",
+        "log_softmax",
+        "softmin",
+        "logsumexp",
+        "scaled_dot_product_attention",
+        "multi_head_attention_forward",
+    ),
+    *("lstm_cell", "gru_cell", "rnn_tanh_cell", "logsumexp"),
 }
 _WITH_WEIGHTS = {
     *("linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     *("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot"),
 }
+_Growth: TypeAlias = tuple[float, float]
+"""The degree and the sign of a tensor."""
 _STOPPED = 0.25
 """The highest degree of what no longer grows with the input of the network."""
 
@@ -77,16 +88,16 @@ class Watch(FunctionMode):
             return func(*args, **kwargs)
         if name in _WITH_WEIGHTS and any(each.is_floating_point() and not hasattr(each, "_degree") for each in given):
             self.end(grown)
-            degree, sign = max(float(each._degree) for each in grown), 1.0  # as with absolute weights
+            degrees: Iterable[_Growth] = repeat(_as_highest(grown))  # as with absolute weights
         else:
-            degree, sign = _degree(func, args, kwargs, grown)
+            degrees = _degrees(func, args, kwargs, grown)
         result = func(*args, **kwargs)
-        stopper = next((each._stopper for each in grown if each._stopper), None)  # type: ignore[attr-defined]
-        if degree <= _STOPPED < max(each._degree for each in grown):
-            stopper = self._caller()
-        for leaf in tree_leaves(args[0] if name in ("__setitem__", "copy_") else result):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                _mark(leaf, degree, sign, stopper if degree <= _STOPPED else None)
+        earlier = next((each._stopper for each in grown if each._stopper), None)  # type: ignore[attr-defined]
+        highest = max(each._degree for each in grown)
+        outputs = _floating(args[0] if name in ("__setitem__", "copy_") else result)
+        for leaf, (degree, sign) in zip(outputs, degrees, strict=False):
+            stopper = self._caller() if degree <= _STOPPED < highest else earlier
+            _mark(leaf, degree, sign, stopper if degree <= _STOPPED else None)
         return result
 
     def end(self, values: Any) -> None:
@@ -147,20 +158,29 @@ def _mark(tensor: Any, degree: float = 1.0, sign: float = 1.0, stopper: str | No
     tensor._degree, tensor._sign, tensor._stopper = degree, sign, stopper
 
 
-def _degree(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grown: list[Any]) -> tuple[float, float]:
-    """Measure by which power of it a function's result grows, as the input of the network does, and its sign."""
+def _degrees(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grown: list[Any]) -> Iterable[_Growth]:
+    """Measure by which power of it a function's results grow, as the input of the network does, and their signs."""
+    measured: list[list[_Growth | None]] = []
     for scale in (20, 0):  # far out, where GELU is a ReLU; near 1, where `exp` does not overflow
-        try:
-            (first, sign), (second, _) = (_size(func, args, kwargs, power) for power in (scale, scale + 1))
-        except Exception:  # a function that does not take float64, say
-            break
-        if 0 < first < math.inf and 0 < second < math.inf:
-            return math.log2(second / first), sign
+        with suppress(Exception):  # of a function that does not take float64, say
+            before, after = (_sizes(func, args, kwargs, power) for power in (scale, scale + 1))
+            measured.append(list(map(_growth, before, after)))
+    highest = _as_highest(grown)
+    return [next(filter(None, each), highest) for each in zip(*measured, strict=True)] if measured else repeat(highest)
+
+
+def _growth(before: tuple[float, float], after: tuple[float, float]) -> _Growth | None:
+    is_known = 0 < before[0] < math.inf and 0 < after[0] < math.inf
+    return (math.log2(after[0] / before[0]), before[1]) if is_known else None
+
+
+def _as_highest(grown: list[Any]) -> _Growth:
+    """Let results grow as the argument that grows most."""
     return max(float(each._degree) for each in grown), 1.0
 
 
-def _size(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], power: int) -> tuple[float, float]:
-    """Sum the result of a function on random arguments, each grown by its degree; return its size and its sign."""
+def _sizes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], power: int) -> list[tuple[float, float]]:
+    """Run a function on random arguments, each grown by its degree; return the sizes of its results and their signs."""
     generator = torch.Generator().manual_seed(0)
     grown: dict[int, Tensor] = {}
 
@@ -177,7 +197,9 @@ def _size(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], power: int) 
 
     scaled = tree_map(value, (args, kwargs))
     result = func(*scaled[0], **scaled[1])
-    leaves = tree_leaves(scaled[0][0] if result is None else result)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    total = sum(float(each.sum()) for each in tensors)
-    return sum(float(each.abs().sum()) for each in tensors), math.copysign(1, total)
+    tensors = _floating(scaled[0][0] if result is None else result)
+    return [(float(each.abs().sum()), math.copysign(1, float(each.sum()))) for each in tensors]
+
+
+def _floating(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

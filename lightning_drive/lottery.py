@@ -307,11 +307,11 @@ class IMPPruningCallback(PruningCallback):
         if found.active is not None and not found.active.num_kept:
             empty = collapsed_layers(found.masks)
             where = f", and no weight is left in {listed(map(repr, empty))}" if empty else ""
+            scope = "" if self.scope == "layerwise" else " set `scope='layerwise'`,"
             raise MisconfigurationException(
                 f"After cycle {cycle} of {self.cycles}, at a sparsity of {found.masks.sparsity:.2%}, the network is cut"
                 f" off: no path from its input to its output is left{where}. Nothing can come of the epochs that"
-                " follow. Lower `sparsity`, raise `cycles`, set `scope='layerwise'`, or leave small layers out with"
-                " `exclude`."
+                f" follow. Lower `sparsity`, raise `cycles`,{scope} or leave small layers out with `exclude`."
             )
 
     @override

@@ -205,10 +205,9 @@ class Network:
         try:
             layers = flow.layers_without_flow(self.module, way)
         except Exception as error:  # the module's own `forward`, called in a way it may not be made for
+            reason = f"{type(error).__name__}: {error}".rstrip(".")
             raise ValueError(
-                f"SynFlow sends ones through the network in place of {way.source}, which failed with"
-                f" {type(error).__name__}: {str(error).rstrip('.')}. {self._remedy} with what `forward` takes, or use"
-                " another method."
+                f"SynFlow could not run the network on {way.source}: {reason}. {self._remedy()}"
             ) from error
         named = listed([each.layer for each in layers], most=3)
         text = (
@@ -273,15 +272,18 @@ class Network:
             raise self._unknown_input()
         return found
 
-    @property
-    def _remedy(self) -> str:
-        is_lightning = hasattr(self.module, "example_input_array")
-        return "Set `example_input_array` on the module" if is_lightning else "Give `example_input`"
-
     def _unknown_input(self) -> ValueError:
-        return ValueError(
-            f"The input of the network is not known. {self._remedy}, or use batches with a tensor in them."
-        )
+        return ValueError(f"The input of the network is not known. {self._remedy()}")
+
+    def _remedy(self) -> str:
+        """Say how to tell what the network takes."""
+        is_lightning = hasattr(self.module, "example_input_array")
+        name = "`example_input_array`" if is_lightning else "`example_input`"
+        what = "what `forward` takes, a tuple of arguments or a dict of keyword arguments"
+        if self._example_input is not None:
+            return f"Let {name} be {what}."
+        given = f"Set {name} on the module to {what}" if is_lightning else f"Give {name}: {what}"
+        return f"{given}; or use batches with a tensor that `forward` takes in them."
 
     def _is_enough(self, found: Passage) -> bool:
         return passage.uses(self.module, found).issuperset(self._parameters.values())

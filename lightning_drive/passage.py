@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_drive import gradients, trees
 from lightning_drive.gradients import LossFunction
 from lightning_drive.messages import listed
+from lightning_drive.modes import FunctionMode
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
@@ -124,7 +125,7 @@ class Passage:
         returned: list[Any] = []
 
         def started(tensor: Tensor) -> Tensor:
-            return begin(tensor) if tensor.is_floating_point() and not tensor.requires_grad else tensor
+            return begin(tensor.detach()) if tensor.is_floating_point() and not tensor.requires_grad else tensor
 
         def start(_: str, arguments: Arguments) -> Arguments:
             args, kwargs = arguments
@@ -140,7 +141,7 @@ class Passage:
             if len(returned) == sum(self._counts):
                 raise _Enough
 
-        with suppress(_Enough), _outermost_calls(module, start, note, iter(self._counts)):
+        with suppress(_Enough), _outermost_calls(module, start, note, iter(self._counts)), _KeepsAll():
             self._step(module)
         numbers = [[each for each in trees.leaves(output) if each.is_floating_point()] for output in returned]
         outputs = _not_used_again(numbers)
@@ -207,6 +208,21 @@ def as_input_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """
     first = next(module.parameters())
     return lambda tensor: tensor.to(first.device, torch.promote_types(tensor.dtype, first.dtype))
+
+
+class _KeepsAll(FunctionMode):
+    """Keeps what operations save for the backward pass, so that checkpointed parts need not run again in it.
+
+    They would do so without the other inputs, and without what stands for functions of torch.
+    """
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            return func(*args, **kwargs)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Enough(BaseException):

@@ -23,7 +23,8 @@ def is_plain(tensor: Tensor) -> bool:
 
     """
     is_own_kind = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return tensor.layout == torch.strided and not (is_own_kind or tensor.is_quantized or tensor.is_nested)
+    has_numbers = tensor.layout == torch.strided and not tensor.is_meta
+    return has_numbers and not (is_own_kind or tensor.is_quantized or tensor.is_nested)
 
 
 def numbers(tensor: Tensor, name: str) -> Tensor:
@@ -40,6 +41,8 @@ def numbers(tensor: Tensor, name: str) -> Tensor:
     """
     if is_plain(tensor):
         return tensor
+    if tensor.is_meta:
+        raise TypeError(f"{name!r} is on the meta device and has no values. Load the weights first.")
     # What every tensor has would first ask the subclass for operations that it may not have.
     ways = [way for way in ("dequantize", "to_dense") if getattr(type(tensor), way) is not getattr(Tensor, way)]
     for way in (*ways, "dequantize", "to_dense"):

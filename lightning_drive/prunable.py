@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -203,17 +204,18 @@ def _trouble(parameter: Tensor) -> str:
     if numbers.is_floating_point() and numbers.itemsize == 1:
         return f"is in {numbers.dtype}, which torch cannot compute with. Prune it in torch.bfloat16, and convert after"
     if type(numbers) not in (Tensor, nn.Parameter) and not _can_be_zeroed(numbers):
-        return f"is a {type(numbers).__name__}, in which single weights cannot be set to 0. Make it a plain tensor"
+        kind = type(numbers).__name__
+        return f"is a {kind}, which cannot be copied and set to 0 weight by weight. Make it a plain tensor"
     return ""
 
 
 def _can_be_zeroed(numbers: Tensor) -> bool:
-    """Whether a tensor of a class of its own takes zeros as plain ones do."""
+    """Whether a tensor of a class of its own can be copied and takes zeros as plain ones do."""
     try:
         with torch.no_grad():
-            copy = numbers.detach().clone()
-            copy.masked_fill_(torch.ones(copy.shape, dtype=torch.bool, device=copy.device), 0)
-            return not bool(copy.any())
+            twin = deepcopy(numbers.detach())
+            twin.masked_fill_(torch.ones(twin.shape, dtype=torch.bool, device=twin.device), 0)
+            return not bool(twin.any())
     except Exception:  # whatever such a class raises for what it does not know
         return False
 

@@ -175,15 +175,17 @@ def training_step_loss(trainer: pl.Trainer) -> gradients.LossFunction:
 
     Returns:
         ``loss_fn(pl_module, batch)``, to be called with the module of the sandbox. It returns ``None`` where
-        ``training_step`` does, which skips the batch in training, too.
+        ``training_step`` does, which skips the batch in training, too. Indices of batches begin anew with each pass.
 
     """
-    indices = count()
+    length = trainer.num_training_batches
+    numbers = count()
 
     def loss_fn(pl_module: pl.LightningModule, batch: Any) -> Tensor | None:
-        index = next(indices)
-        if index == 0:
+        number = next(numbers)
+        if number == 0:
             pl_module.on_train_epoch_start()
+        index = int(number % length)  # infinite for a stream
         pl_module.on_train_batch_start(batch, index)
         kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, index)
         output = pl_module.training_step(*kwargs.values())

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
     Containers are what Lightning enters when it moves and converts a batch: lists, tuples, mappings (``UserDict`` and
     others that are no ``dict``, too), dataclasses and subclasses of these, and objects with a ``to`` method, such as a
-    batch of graphs. Everything else is shared, and so is a container that cannot be copied.
+    batch of graphs; and objects with tensors among their attributes. Everything else is shared, and so is a container
+    that cannot be copied.
 
     Args:
         function: Takes and returns a tensor.
@@ -72,16 +74,20 @@ def arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _is_container(thing: object) -> bool:
     if isinstance(thing, (str, bytes, type, nn.Module, torch.device, torch.dtype)):
         return False
-    return isinstance(thing, (Mapping, Sequence)) or is_dataclass(thing) or hasattr(thing, "to")
+    if isinstance(thing, (Mapping, Sequence)) or is_dataclass(thing) or hasattr(thing, "to"):
+        return True
+    return any(isinstance(value, Tensor) for value in getattr(thing, "__dict__", {}).values())
 
 
 def _copied(function: Callable[[Tensor], Tensor], thing: Any) -> Any:
     """Copy a container with the tensors in it replaced."""
-    try:
-        with _OnCopy(function):
-            return copy.deepcopy(thing)
-    except Exception:  # whatever stands against a copy
-        return thing
+    with suppress(Exception), _OnCopy(function):  # whatever stands against a copy
+        return copy.deepcopy(thing)
+    with suppress(Exception):  # a lock among the attributes, say, or a `__getattr__` that loops in an empty object
+        twin = object.__new__(type(thing))
+        vars(twin).update({name: mapped(function, value) for name, value in vars(thing).items()})
+        return twin
+    return thing
 
 
 class _OnCopy(FunctionMode):

@@ -207,6 +207,13 @@ def test_numbers__sparsity_error(wrong: Any) -> None:
             use()
 
 
+@pytest.mark.parametrize("wrong", [nn.Linear(9, 9), torch.rand(99, 9), nn.Parameter(torch.rand(9)), [0.5] * 99])
+@pytest.mark.parametrize("argument", ["sparsity", "rounds", "reset_best", "schedule", "scope", "mode"])
+def test_errors_are_short(argument: str, wrong: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"`{argument}` .* got a {type(wrong).__name__}.$"):
+        DRIVEPruningCallback(**{"sparsity": 0.5, argument: wrong})
+
+
 @pytest.mark.parametrize("wrong", [1, np.int64(1), "yes", None])
 def test_flags__error(wrong: Any) -> None:
     with pytest.raises(TypeError, match="`reset_best` must be True or False"):

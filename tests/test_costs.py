@@ -423,3 +423,39 @@ def test_measure__recurrent(layer: nn.Module, expected: dict[str, int]) -> None:
 
     found = measure(Last(layer), torch.randn(3, 7, 4), expected)
     assert (found.multiply_adds, found.others) == (expected, 0)
+
+
+def test_empty_parts_cost_nothing() -> None:
+    """An expert that got no sample is one that the counter has a formula for."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.first(x), self.second(x[:0])])
+
+    module = Experts()
+    found = costs.measure(module, prunable.prunable_parameters(module), torch.zeros(1, 4))
+    assert found.multiply_adds == {"first.weight": 12, "second.weight": 0}
+    assert (found.others, found.warnings) == (0, ())
+
+
+@pytest.mark.parametrize(
+    "product",
+    [lambda w, x: w @ x, lambda w, x: torch.addmv(w[:, 0], w, x), lambda w, x: torch.stack([row.dot(x) for row in w])],
+    ids=["mv", "addmv", "dot"],
+)
+def test_products_with_a_vector(product: Any) -> None:
+    class OneByOne(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([product(self.weight, row) for row in x])
+
+    found = costs.measure(OneByOne(), prunable.prunable_parameters(OneByOne(), ["*"]), torch.zeros(1, 4))
+    assert found.multiply_adds == {"weight": 12}
+    assert found.others == 0

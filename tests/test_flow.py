@@ -1,6 +1,7 @@
 """Synaptic flow is conserved, and a weight is active exactly when some path from input to output uses it."""
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
-from lightning_drive import flow, prunable, scores
+from lightning_drive import SNIP, Masks, SynFlow, find_masks, flow, prunable, scores
 
 RESIDUAL_CUTS = {
     "stem": ["stem.weight"],
@@ -251,6 +253,11 @@ def rms(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+def by_var_mean(x: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, -1, keepdim=True)
+    return (x - mean) / (variance + 1e-5).sqrt()
+
+
 WRITTEN_OUT: dict[str, Callable[[Tensor], Tensor]] = {
     "rms_norm": rms,
     "unit_length": lambda x: x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6),
@@ -259,6 +266,7 @@ WRITTEN_OUT: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: x.exp() / x.exp().sum(-1, keepdim=True),
     "stable_softmax": lambda x: (x - x.amax(-1, keepdim=True)).exp() / x.exp().sum(-1, keepdim=True),
     "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    "layer_norm_by_var_mean": by_var_mean,
     "clamp": lambda x: x.clamp(0, 6),
     "in_place": lambda x: x.clone().div_(x.abs().sum(-1, keepdim=True)),
 }
@@ -270,6 +278,11 @@ def test_layers_without_flow__written_out(function: Callable[[Tensor], Tensor], 
     after = {"before_a_layer": [nn.Linear(4, 3)], "at_the_end": [], "before_a_convolution": [nn.Conv1d(4, 3, 1)]}[place]
     module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(Calls(function), nn.Dropout()), *after).eval()
     assert named_without_flow(module, torch.zeros(1, 4, 4)) == ["'2.0' (Calls)"]
+
+
+def test_layers_without_flow__softmax_by_logsumexp() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), Calls(lambda x: (x - x.logsumexp(-1, keepdim=True)).exp()))
+    assert named_without_flow(module, torch.zeros(1, 4)) == ["'1' (logsumexp)"]
 
 
 def test_layers_without_flow__written_out_in_a_branch() -> None:
@@ -305,6 +318,51 @@ def test_layers_without_flow__written_out_in_a_branch() -> None:
 def test_layers_without_flow__written_out_with_flow(function: Callable[[Tensor], Tensor]) -> None:
     module = nn.Sequential(nn.Linear(4, 4), Calls(function), nn.Linear(4, 3))
     assert named_without_flow(module, torch.zeros(1, 4, 4)) == []
+
+
+# --- parts that run again in the backward pass
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.body, self.head, self.settings = models.MLP(4, 6, 5), nn.Linear(5, 3), settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.settings:
+            return self.head(self.body(x))  # type: ignore[no-any-return]
+        return self.head(checkpoint(self.body, x.requires_grad_(), **self.settings))  # type: ignore[no-any-return]
+
+
+def by_parts(module: Any, batch: Tensor) -> Tensor:
+    """Runs nothing that has a submodule around the checkpointed part."""
+    return module.head(checkpoint(module.body, batch, use_reentrant=False)).square().mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", [SNIP(), SynFlow(rounds=3)], ids=["snip", "synflow"])
+@pytest.mark.parametrize("loss_fn", [lambda module, x: module(x).square().mean(), by_parts], ids=["forward", "parts"])
+def test_checkpointed_parts(loss_fn: Any, method: Any) -> None:
+    """They are followed as if they were not."""
+    found = []
+    for settings in ({}, {"use_reentrant": False}):
+        torch.manual_seed(0)
+        module = Checkpointed(**settings)
+        x = torch.randn(2, 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            masks = find_masks(module, method, sparsity=0.6, batches=[x], loss_fn=loss_fn)
+        found.append((masks, flow.active_masks(module, masks, x)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][0])
+
+
+def test_checkpointed_parts__without_gradients() -> None:
+    module, x = Checkpointed(use_reentrant=True), torch.randn(2, 4)
+    masks = Masks({"head.weight": torch.ones(3, 5, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="Set `use_reentrant=False`"):
+        flow.active_masks(module, masks, x)
+    with pytest.raises(ValueError, match="Set `use_reentrant=False`"):
+        flow.SynapticFlow(module, prunable.prunable_parameters(module)).gradients(x.double())
 
 
 # --- active weights

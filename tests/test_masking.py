@@ -576,6 +576,13 @@ def test_masks__of_weights_that_cannot_be_read(use: Any) -> None:
         use(Masks({"weight": torch.zeros(4, 6, dtype=torch.bool)}), module)
 
 
+@pytest.mark.parametrize("use", [Masks.hold_for, Masks.apply_])
+def test_masks__of_weights_on_the_meta_device(use: Any) -> None:
+    masks = Masks({"weight": torch.zeros(4, 6, dtype=torch.bool)})
+    with pytest.raises(TypeError, match="'weight' is on the meta device and has no values"):
+        use(masks, nn.Linear(6, 4, device="meta"))
+
+
 @pytest.mark.filterwarnings("ignore:.*prototype stage")
 def test_masks__of_nested_weights() -> None:
     module, masks = nn.Module(), Masks({"weight": torch.ones(2, 3, dtype=torch.bool)})

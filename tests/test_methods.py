@@ -750,6 +750,26 @@ def test_find_masks__zeros_that_stay_go_first() -> None:
     assert text.endswith("Layers that start at zero, and kernel taps that only ever see padding, have such scores.")
 
 
+@pytest.mark.parametrize(
+    ("method", "scope", "helps"),
+    [
+        (SNIP(), "global", "More rounds, a lower `sparsity` or `scope='layerwise'` commonly help"),
+        (SynFlow(rounds=1), "layerwise", "More rounds or a lower `sparsity` commonly help"),
+        (Magnitude(), "global", "A lower `sparsity` or `scope='layerwise'` commonly help"),
+        (Random(), "layerwise", "A lower `sparsity` commonly helps"),
+    ],
+)
+def test_find_masks__collapse_remedies(method: Any, scope: Any, helps: str) -> None:
+    """They are what is not set yet, and can help: masks by fixed scores are those of one round."""
+    torch.manual_seed(0)
+    module, batches = models.MLP(8, 8, 8, 8, 8), [torch.randn(4, 8)]
+    settings = {"batches": batches, "loss_fn": lambda module, x: module(x).square().mean()}
+    texts = caught(module, method, sparsity=0.985, scope=scope, **settings)
+    assert (
+        f"The network is cut off: no path from its input to its output is left, so it cannot learn. {helps}." in texts
+    )
+
+
 def test_find_masks__layer_collapse_warns() -> None:
     module = models.MLP(4, 5, 3, bias=False)
     scores = {"0.weight": torch.ones(5, 4), "2.weight": torch.full((3, 5), 2.0)}
@@ -1004,6 +1024,22 @@ GOOD: dict[str, Any] = {"sparsity": 0.5, "batches": BATCHES, "loss_fn": models.l
             ValueError,
             r"does not depend on any prunable parameter \(0.weight\)",
             id="unrelated_loss",
+        ),
+        pytest.param(
+            models.MLP(4, 3),
+            SynFlow(),
+            {"batches": None, "example_input": {"x": torch.ones(1, 4)}},
+            ValueError,
+            r"could not run the network on the example input: TypeError: .*'x'. Let `example_input` be what `forward`",
+            id="wrong_example",
+        ),
+        pytest.param(
+            models.MLP(4, 3),
+            SynFlow(),
+            {"batches": [torch.ones(2, 5)]},
+            ValueError,
+            r"could not run the network on the first tensor of a batch: .*\. Give `example_input`: what `forward`",
+            id="wrong_batch",
         ),
         pytest.param(zero_initialised(), SynFlow(), {}, ValueError, "synaptic flow R is 0: no signal", id="no_flow"),
         pytest.param(

@@ -552,6 +552,10 @@ def test_prunable_parameters__adapter_in_a_parametrization() -> None:
         prunable.prunable_parameters(layer)
 
 
+class Uncopied(torch.Tensor):
+    """Has no `new_empty` of its own, without which torch does not copy it."""
+
+
 def odd_linear(change: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     module[0].weight = nn.Parameter(change(module[0].weight.detach()))
@@ -574,6 +578,9 @@ def made_in_inference_mode() -> nn.Module:
             lambda: odd_linear(lambda w: w.to_sparse_csr()), r"is stored as torch.sparse_csr.*to_dense", id="csr"
         ),
         pytest.param(lambda: odd_linear(lambda w: w.to_sparse()), r"is stored as torch.sparse_coo.*to_dense", id="coo"),
+        pytest.param(
+            lambda: odd_linear(lambda w: w.as_subclass(Uncopied)), "is a Uncopied, which cannot be copied", id="class"
+        ),
         pytest.param(made_in_inference_mode, r"was made in `torch.inference_mode\(\)`", id="inference"),
     ],
 )

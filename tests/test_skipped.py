@@ -165,6 +165,18 @@ def test_training_step(tmp_path: Path, odd: Any, first: int) -> None:
     assert sum("Scoring skipped" in text for text in callback.report.warnings) == 1
 
 
+def test_training_step__one_batch_of_all(tmp_path: Path) -> None:
+    """Each pass has it at its place: indices of batches begin anew."""
+
+    class OneOnly(ConvModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx == 1 else None
+
+    callback = fit(tmp_path, OneOnly(), rounds=4)
+    assert callback.pruned
+    assert any("Scoring skipped 7 batches" in text for text in callback.report.warnings)
+
+
 def test_training_step__as_without_the_batch(tmp_path: Path) -> None:
     masks = [fit(tmp_path, Skipping(odd), rounds=1, batches_per_round=4).masks for odd in (None, constant, detached)]
     assert masks[0] == masks[1] == masks[2]

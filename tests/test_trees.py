@@ -1,5 +1,6 @@
 """Every container that Lightning enters is entered, and comes back as what it was."""
 
+import threading
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,33 @@ class Pair(NamedTuple):
     y: int
 
 
+class Encoding(UserDict[str, Any]):
+    """Looks for its attributes among its entries, so that an empty one, as a copy begins, looks for ever."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Locked:
+    """Moves to a device, and has what cannot be copied."""
+
+    def __init__(self, x: Any) -> None:
+        self.x, self.lock = x, threading.Lock()
+
+    def to(self, device: Any) -> "Locked":
+        return Locked(self.x.to(device))
+
+
+class Held:
+    """Has tensors, and nothing that Lightning looks for: `training_step` moves it."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+
 class Graphs(SimpleNamespace):
     """A batch that is no container, but moves to a device."""
 
@@ -81,6 +109,9 @@ CONTAINERS = [
     Boxes([ONE]),
     Pair(ONE, 3),
     Graphs(x=ONE, edges=None),
+    Encoding(x=ONE),
+    Locked([ONE]),
+    Held(ONE),
     pack_sequence([ONE]),
     [Plain(Features(x=ONE))],
 ]
@@ -120,6 +151,8 @@ def test_mapped__cannot_be_copied() -> None:
     """It is shared: whatever Lightning does with it works on."""
 
     class Handle:
+        __slots__ = ("x",)
+
         def __init__(self) -> None:
             self.x = ONE
 
