@@ -188,9 +188,9 @@ class IMPPruningCallback(PruningCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, now or in an earlier version."""
-        super().load_state_dict(state_dict)
         what = "the names of what had no gradient in the callback state"
-        names = forms.check(list[str] | None, state_dict.get("without_gradient"), what)
+        names = forms.check(list[str] | None, dict(state_dict).get("without_gradient"), what)
+        super().load_state_dict(state_dict)
         self._without_gradient = None if names is None else set(names)
 
     @override

@@ -77,10 +77,10 @@ def pruning_for(method: str, stop: Stop | None) -> PruningCallback:
         return F.cross_entropy(module(batch[0]), batch[1])
 
     class StoppingIMP(IMPPruningCallback):
-        def prunable_parameters(self, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
+        def _search(self, *args: Any, **kwargs: Any) -> Any:
             if stop is not None:
                 stop()
-            return super().prunable_parameters(pl_module)
+            return super()._search(*args, **kwargs)
 
     if method == "imp":
         return StoppingIMP(sparsity=0.8, cycles=LAST_CUT, epochs_per_cycle=1)
@@ -94,7 +94,7 @@ def is_possible(method: str, moment: str) -> bool:
 
 def countdown(method: str, moment: str) -> int:
     if method == "imp":
-        return {"rounds": 1 + LAST_CUT}.get(moment, 1)  # once before training and once in each cut
+        return {"rounds": LAST_CUT}.get(moment, 1)  # once in each cut
     return {"rounds": 3, "statistics": ROUNDS + 2}.get(moment, 1)
 
 

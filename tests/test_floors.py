@@ -12,11 +12,11 @@ from lightning_drive import callbacks
 
 FLOORS = (
     {"copying", "forms", "handover", "joining", "messages", "modes", "plain", "ranks", "signals", "sources"},
-    {"arguments", "checkpoints", "computed", "diagnosis", "recurrence", "scores"}
-    | {"ranking", "sparsity", "shards", "trees"},
-    {"channels", "gradients", "growth", "masking", "paths", "prunable", "replicas", "rounds", "schedules", "tables"},
-    {"files", "passage", "pictures", "rewinding", "undisturbed"},
-    {"compaction", "costs", "flow"},
+    {"arguments", "brackets", "checkpoints", "computed", "diagnosis", "recurrence", "scores", "sparsity", "shards"}
+    | {"tables", "trees"},
+    {"channels", "gradients", "growth", "masking", "paths", "prunable", "ranking", "replicas", "schedules"},
+    {"files", "passage", "rewinding", "rounds", "undisturbed"},
+    {"compaction", "costs", "flow", "pictures"},
     {"methods"},
     {"finding", "planning", "report"},
     {"averages", "batches", "cli", "companions", "compatibility", "copies", "display", "scoring", "phases", "trained"},

@@ -116,7 +116,8 @@ def measure(experiment: str, steps: int, rounds: int, overrides: Sequence[str]) 
     short += [f"--trainer.max_steps={steps + 1}"]  # a single step after pruning
     drive = build(Wanted(experiment, "drive", "none", 0.98, 0), [*overrides, *short, f"--pruning.rounds={rounds}"])
     cycle = ["--protocol.cycles=1", "--protocol.epochs_per_cycle=1", "--protocol.epochs=1"]
-    imp = build(Wanted(experiment, "imp", "none", 0.98, 0), [*overrides, *short, *cycle])
+    first_cut = 1 - (1 - 0.98) ** (1 / protocol["cycles"])
+    imp = build(Wanted(experiment, "imp", "none", first_cut, 0), [*overrides, *short, *cycle])
     data = drive.datamodule
     if not any(each.startswith(("--data=", "--data.root=")) for each in overrides):
         size = 64 if experiment.endswith("tinyimagenet") else 32
