@@ -176,8 +176,9 @@ class SynFlowPruningCallback(WarmupPruningCallback):
     """Prune by SynFlow before training, without data, and train the sparse network.
 
     SynFlow is iterative synaptic flow pruning (Tanaka et al., 2020, Algorithm 1). It reads nothing but the shape of
-    the input: of the module's ``example_input_array``, or else of the first tensor of a training batch, which the
-    module's ``forward`` must take. It always scores in float64 and in eval mode. It is not defined for transformers.
+    the input: of the module's ``example_input_array`` if ``forward`` uses all prunable weights, or else of what
+    ``training_step`` calls the network with. It always scores in float64 and in eval mode. It is not defined for
+    transformers.
     Kept are exactly ``round(P * (1 - sparsity))`` of the ``P`` prunable weights.
 
     Args:
