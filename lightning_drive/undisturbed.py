@@ -24,6 +24,8 @@ _DROPOUTS = {
     *("feature_alpha_dropout", "feature_alpha_dropout_", "dropout1d", "dropout2d", "dropout3d"),
 }
 
+_RECURRENT = {nn.LSTM, nn.GRU, nn.RNN}
+
 _DROPOUT_ARGUMENTS = {
     "multi_head_attention_forward": (13, "training", False),
     "scaled_dot_product_attention": (4, "dropout_p", 0.0),
@@ -116,6 +118,8 @@ def in_mode(module: nn.Module, mode: Mode) -> Generator[None]:
                 submodule.training = False
         for recurrent in dropout:
             recurrent.dropout = 0.0
+            if type(recurrent) in _RECURRENT:  # without dropout the flag changes nothing, but cuDNN needs it backwards
+                recurrent.training = True
         yield
     finally:
         for submodule, flag in training.items():

@@ -129,6 +129,27 @@ def test_undisturbed__dropout_is_on_outside(name: str) -> None:
     assert not squared(module, batch).equal(squared(module, batch))
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_undisturbed__recurrent_layers_can_be_differentiated(kind: Any) -> None:
+    """Their gradients are computed by cuDNN only with the flag of training, which changes nothing without dropout."""
+    module = nn.Sequential(kind(4, 4, num_layers=2, dropout=0.5), nn.BatchNorm1d(4)).eval()
+    with undisturbed(module, "eval") as (scored, _):
+        assert [layer.training for layer in scored] == [True, False]
+    assert not any(layer.training for layer in module)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_undisturbed__recurrent_layers_on_a_gpu(kind: Any) -> None:
+    layer = kind(4, 4)
+    module = Functional(lambda x: layer(x)[0], layer).cuda().eval()
+    batch = torch.randn(3, 5, 4, device="cuda")
+    with undisturbed(module, "eval") as (scored, _):
+        found = gradients.loss_gradients(scored, prunable(scored), lambda net, x: net(x).square().mean(), [batch])
+    assert all(gradient.any() for gradient in found.values())
+
+
 @MODES
 def test_undisturbed__batch_norm(mode: str) -> None:
     """Batch statistics are those of the batch -1, 1 (mean 0, variance 1); running ones are mean 3, variance 4."""
