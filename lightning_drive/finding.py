@@ -243,7 +243,7 @@ def search(
         scores = method.score(network)
         with modes.set_aside():
             current, rankings, alive = _prune(
-                scores, current, sizes, density, scope, holders, histogram=index == indices[-1]
+                scores, current, sizes, density, scope, holders, zeros, histogram=index == indices[-1]
             )
             del scores  # or they would be there beside the next gradients
             _mask_(network.weights, current)
@@ -455,6 +455,7 @@ def _prune(
     density: float,
     scope: str,
     holders: Ranks,
+    zeros: Collection[str],
     *,
     histogram: bool,
 ) -> tuple[Masks, dict[str, ranking.Ranking], dict[str, int]]:
@@ -472,10 +473,22 @@ def _prune(
     prunes = sum(each.num_kept for each in rankings.values()) < sum(alive.values())
     if prunes and all(each.num_above == 0 and each.threshold == 0 for each in rankings.values()):
         raise ValueError(
-            "Every score is zero, so there is nothing to rank: the weights or all their gradients are zero. Check that"
-            " the loss depends on the weights and that no layer is initialised with zeros."
+            "Every score is zero, so there is nothing to rank: the weights or all their gradients are zero."
+            f" {_why_zero(masks, zeros)}"
         )
     return found, rankings, alive
+
+
+def _why_zero(masks: Masks, zeros: Collection[str]) -> str:
+    """Name what makes all scores zero, as far as it is known."""
+    names = [name for name in masks if name in zeros]
+    if not names:
+        return "Check that the loss depends on the weights and that no layer is initialised with zeros."
+    pairs = " ".join(diagnosis.dead_pairs(masks, zeros))
+    return (
+        f"The weights of {listed(map(repr, names), most=3)} are 0 throughout, so those in front of them have no"
+        f" gradient. Initialise them with other values, or prune after a warm-up. {pairs}".rstrip()
+    )
 
 
 def _agreed(masks: Masks, ranks: Ranks) -> tuple[Masks, list[str]]:

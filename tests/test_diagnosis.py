@@ -416,3 +416,39 @@ def test_low_rank__trained() -> None:
     """Where both factors are there before and after, there is nothing to say."""
     module = models.randomised(Peft())
     assert warned(module, Magnitude(), sparsity=0.1)[1] == []
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank adapter, of which one factor starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(4, 3).requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.lora_B(self.lora_A(x))  # type: ignore[no-any-return]
+
+
+def zero_head(width: int) -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+    nn.init.zeros_(net[-1].weight)
+    return net
+
+
+@pytest.mark.parametrize("method", [SNIP(), DRIVE(rounds=3)], ids=["snip", "drive"])
+@pytest.mark.parametrize(
+    ("module", "named"),
+    [
+        (zero_head(5), r"The weights of '2\.weight' are 0 throughout"),
+        (zero_head(9), r"The weights of '2\.weight' are 0 throughout"),
+        (Adapted(), r"'lora_B\.weight' are 0 throughout.*Low-rank adapters.*exclude=\['\*lora\*'\]"),
+    ],
+    ids=["head", "wide", "lora"],
+)
+def test_every_score_is_zero(module: nn.Module, named: str, method: Any) -> None:
+    """The error names what starts at 0, and the adapters that it is a factor of."""
+    batch = torch.randn(8, 4), torch.randint(3, (8,))
+    with pytest.raises(ValueError, match=f"Every score is zero.*{named}"):
+        find_masks(module, method, sparsity=0.5, batches=[batch], loss_fn=models.loss_fn)
