@@ -239,6 +239,7 @@ def search(
     history, silent = _History(), set[str]()
     with modes.set_aside():
         small = _small(network, current)
+        zeros = [name for name, size in small.items() if not size]
         _mask_(network.weights, current)
     for index in indices:
         density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
@@ -247,7 +248,7 @@ def search(
             if index == indices[0] and not network.is_sharded:
                 silent = {name for name, each in scores.items() if current[name].any() and not each.any()}
             current, rankings, alive = _prune(
-                scores, current, sizes, density, scope, holders, histogram=index == indices[-1]
+                scores, current, sizes, density, scope, holders, zeros=zeros, histogram=index == indices[-1]
             )
             del scores  # or they would be there beside the next gradients
             _mask_(network.weights, current)
@@ -269,7 +270,6 @@ def search(
         causes = _causes(network, method, small, lost)
         if not _silent_norms(network.module):
             causes = diagnosis.with_silent(causes, [name for name in lost if name in silent - small.keys()], parameters)
-    zeros = {name for name, size in small.items() if not size}
     remedy = _remedy(scope, None if only_round is not None else bool(network.reached))
     described = _described(
         network, parameters, found, history, indices[0], disagreements, causes, zeros, others, remedy
@@ -467,6 +467,7 @@ def _prune(
     scope: str,
     holders: Ranks,
     *,
+    zeros: Sequence[str],
     histogram: bool,
 ) -> tuple[Masks, dict[str, ranking.Ranking], dict[str, int]]:
     """Do one cut: keep the highest of the survivors, counted from all prunable weights; say how many there were."""
@@ -483,8 +484,13 @@ def _prune(
     prunes = sum(each.num_kept for each in rankings.values()) < sum(alive.values())
     if prunes and all(each.num_above == 0 and each.threshold == 0 for each in rankings.values()):
         raise ValueError(
-            "Every score is zero, so there is nothing to rank: the weights or all their gradients are zero. Check that"
-            " the loss depends on the weights and that no layer is initialised with zeros."
+            "Every score is zero, so there is nothing to rank: the weights or all their gradients are zero. "
+            + (
+                f"The weights of {listed(map(repr, zeros), most=3)} are 0 throughout, so what is in front of them has"
+                " no gradient: initialise them with other values, or prune after a warm-up."
+                if zeros
+                else "Check that the loss depends on the weights and that no layer is initialised with zeros."
+            )
         )
     return found, rankings, alive
 

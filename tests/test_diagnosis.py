@@ -501,3 +501,14 @@ def test_silent(how: str, method: Any) -> None:
     assert not any("More rounds" in text for text in texts)
     excluded = warned(TermOfZero(how), method, exclude=["other.*"], **settings)[1]
     assert not any("scored 0 throughout" in text for text in excluded)
+
+
+@pytest.mark.parametrize("method", [SNIP(), SNIP(rounds=3)], ids=["one", "rounds"])
+@pytest.mark.parametrize("scope", ["global", "layerwise"])
+def test_every_score_is_zero__names_the_zeros(scope: Any, method: Any) -> None:
+    """A last layer of zeros, as torchvision's vision transformers have it, leaves no gradient to any layer."""
+    module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    nn.init.zeros_(module[2].weight)
+    settings: Any = {"sparsity": 0.9, "batches": models.make_batches(4), "loss_fn": models.loss_fn}
+    with pytest.raises(ValueError, match=r"The weights of '2\.weight' are 0 throughout"):
+        find_masks(module, method, scope=scope, **settings)
