@@ -187,10 +187,12 @@ def _outside(pl_module: pl.LightningModule, holders: Iterable[object], branches:
                     yield Copy(name, repr(of) if of else type(pl_module).__name__, "", pairs)
                     break
     for path, layer in pl_module.named_modules():
-        of, pairs = _match(_untrained(layer), branches, pl_module)
-        if pairs:
-            name = f"What {repr(path) if path else type(pl_module).__name__} keeps in buffers or frozen parameters"
-            yield Copy(name, repr(of) if of else type(pl_module).__name__, "", pairs)
+        untrained = _untrained(layer)
+        for thing in (untrained, *untrained):
+            of, pairs = _match(thing, branches, pl_module)
+            if pairs:
+                name = f"What {repr(path) if path else type(pl_module).__name__} keeps in buffers or frozen parameters"
+                yield Copy(name, repr(of) if of else type(pl_module).__name__, "", pairs)
 
 
 def _untrained(layer: nn.Module) -> list[Tensor]:
@@ -200,14 +202,18 @@ def _untrained(layer: nn.Module) -> list[Tensor]:
 
 
 def _things(value: Any, path: str, seen: set[int], depth: int = 3) -> Iterator[tuple[str, Any]]:
-    """Give what may be a copy: a module, or a dictionary or list of tensors, also in other objects."""
+    """Give what may be a copy: a module, a vector, or a dictionary or list of tensors, also in other objects."""
     if id(value) in seen or not depth:
         return
     seen.add(id(value))
-    if isinstance(value, (list, tuple, dict)):
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, (list, tuple, dict)):
+        if not isinstance(value, dict) and 0 < len(value) <= _MOST and all(map(_is_named, value)):
+            value = dict(value)
         inner = list(value.values() if isinstance(value, dict) else value)
         if 0 < len(inner) <= _MOST and all(isinstance(each, Tensor) for each in inner):
-            yield path, value
+            yield path, value if all(isinstance(name, str) for name in value) else inner
         elif len(inner) <= _MOST:
             for each in inner:
                 yield from _things(each, path, seen, depth - 1)
@@ -218,8 +224,15 @@ def _things(value: Any, path: str, seen: set[int], depth: int = 3) -> Iterator[t
             yield from _things(each, f"{path}.{name}", seen, depth - 1)
 
 
+def _is_named(value: Any) -> bool:
+    """Whether something is a name and a tensor, as of ``named_parameters()``."""
+    return isinstance(value, tuple) and tuple(map(type, value))[:1] == (str,) and isinstance(value[-1], Tensor)
+
+
 def _match(thing: Any, branches: _Branches, pl_module: nn.Module) -> tuple[str, dict[str, Tensor]]:
     """Find the submodule that something is a copy of, and the pairs of a :class:`Copy`; no pairs if it is none."""
+    if isinstance(thing, Tensor):
+        return _match_flat(thing, branches, pl_module)
     ordered = isinstance(thing, (list, tuple))
     named = {} if ordered else dict(thing.named_parameters()) if isinstance(thing, nn.Module) else thing
     inner = _branches({name: each for name, each in named.items() if isinstance(name, str)})
@@ -232,12 +245,36 @@ def _match(thing: Any, branches: _Branches, pl_module: nn.Module) -> tuple[str, 
     return "", {}
 
 
+def _match_flat(vector: Tensor, branches: _Branches, pl_module: nn.Module) -> tuple[str, dict[str, Tensor]]:
+    """Find the submodule whose parameters, one behind the other, a vector is a copy of."""
+    if vector.ndim == 1 and vector.is_floating_point():
+        for of, original in branches.items():
+            for parameters in _selections(pl_module.get_submodule(of)):
+                sizes = [each.numel() for each in parameters.values()]
+                if len(vector) == sum(sizes) and _points_alike(vector, parameters.values()):
+                    parts = zip(parameters.items(), torch.split(vector.detach(), sizes), strict=True)
+                    pairs = {name: part.view(each.shape) for (name, each), part in parts}
+                    return of, {_joined(of, name): pairs[name] for name in original}
+    return "", {}
+
+
+def _points_alike(vector: Tensor, parameters: Iterable[Tensor]) -> bool:
+    """Whether a vector has the direction of parameters, as an average of them has: others may be as long by chance."""
+    joined = torch.cat([each.detach().flatten().to(vector) for each in parameters])
+    return torch.cosine_similarity(vector.detach().float(), joined.float(), 0).item() > 0.5
+
+
+def _selections(module: nn.Module) -> list[dict[str, Tensor]]:
+    """Return the parameters of a module: all of them, and those that require a gradient."""
+    parameters: dict[str, Tensor] = dict(module.named_parameters())
+    return [parameters, {name: each for name, each in parameters.items() if each.requires_grad}]
+
+
 def _in_order(values: list[Tensor], module: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Name tensors after the parameters of a module, all of them or those that require a gradient."""
-    parameters = dict(module.named_parameters())
-    for names in (list(parameters), [name for name, each in parameters.items() if each.requires_grad]):
-        if [each.shape for each in values] == [parameters[name].shape for name in names]:
-            yield dict(zip(names, values, strict=True))
+    for parameters in _selections(module):
+        if [each.shape for each in values] == [each.shape for each in parameters.values()]:
+            yield dict(zip(parameters, values, strict=True))
 
 
 def _is_like(copy: Tensor | None, original: Tensor) -> bool:

@@ -237,7 +237,7 @@ class _Look(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for name, goes_along in (known.names if known else {}).items():
                     fits = goes_along and not is_product and output.numel() >= tensor.numel()
                     origin.names[name] = origin.names.get(name, False) or fits
-            if output.is_floating_point():
+            if output.is_floating_point() or output.is_complex():
                 origin.dense_again = self._dense_again(output, origin)
                 if func.overloadpacket in _ADDING and self._adds_what_grows(given, origins):
                     origin.dense_again |= {

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lightning_drive.messages import listed
 
-_TINY = 5e-3
+TINY = 5e-3
 """The largest value of a factor that begins near 0. LayerScale's are 1e-6 to 1e-4, those of ReZero and SkipInit 0, and
 a few steps of Adam make some thousandths of them."""
 _GROWTH = 100
-"""How many times higher the scores behind a factor are with 1 in its place; at ``_TINY`` one expects 200 times."""
+"""How many times higher the scores behind a factor are with 1 in its place; at ``TINY`` one expects 200 times."""
 
 
 def patterns(names: Collection[str], among: Iterable[str]) -> list[str]:
@@ -102,7 +102,7 @@ class Causes(NamedTuple):
 def causes(
     module: nn.Module,
     weights: Mapping[str, Tensor],
-    zeros: Collection[str],
+    small: Mapping[str, float],
     lost: Collection[str],
     known: Collection[str],
     score: Callable[[], Mapping[str, Tensor]],
@@ -115,7 +115,7 @@ def causes(
     Args:
         module: The module. It is written to, and put back.
         weights: Prunable parameter name to its weights, pruned.
-        zeros: Names of those that were 0 throughout before pruning.
+        small: Names of those that were at most ``TINY`` before pruning, and how large they were.
         lost: Names of those to explain the scores of.
         known: Names of parameters that need no remark.
         score: Scores the weights as they are now, always on the same batch.
@@ -124,16 +124,21 @@ def causes(
     parameters = dict(module.named_parameters())
     groups: dict[str, list[str]] = {}
     for name, parameter in parameters.items():
-        if name in zeros if name in weights else _is_tiny(name, parameter):
+        if name in small if name in weights else _is_tiny(name, parameter):
             groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
     if not groups:
         return Causes()
-    largest = {name: parameters[name].detach().abs().max().item() for group in groups.values() for name in group}
-    empty = [name for name in lost if name not in zeros and not weights[name].any()]
+    largest = {
+        name: small[name] if name in weights else parameters[name].detach().abs().max().item()
+        for group in groups.values()
+        for name in group
+    }
+    empty = [name for name in lost if name not in small and not weights[name].any()]
+    as_before = {name: size * _fan_in(parameters[name]) ** 0.5 for name, size in small.items()}
 
     def scored(names: Iterable[str], size: float = 1) -> dict[str, float]:
-        filled = {name: parameters[name] for name in [*empty, *names]}
-        with _filled(filled, largest.keys() - weights.keys(), dict.fromkeys(names, size)):
+        filled = {name: parameters[name] for name in [*empty, *small, *names]}
+        with _filled(filled, largest.keys() - weights.keys(), {**as_before, **dict.fromkeys(names, size)}):
             return {name: each.double().abs().sum().item() for name, each in score().items()}
 
     def raised(names: Iterable[str]) -> set[str]:
@@ -142,7 +147,7 @@ def causes(
 
     def behind(names: Sequence[str]) -> set[str]:
         """Name all whose scores go with these factors, as those of the weights in a branch do."""
-        once, twice = scored(names, _TINY), scored(names, 2 * _TINY)
+        once, twice = scored(names, TINY), scored(names, 2 * TINY)
         return {name for name in twice if twice[name] > 1.5 * once[name]}
 
     before = scored(())
@@ -155,6 +160,27 @@ def causes(
     names = [name for group in harmful for name in group]
     to_keep = [name for name in weights if name in {*names, *explained, *behind(names)}]
     return Causes(tuple(_remarks(names, to_keep, largest, weights, known)), frozenset(explained))
+
+
+def with_silent(causes: Causes, silent: Iterable[str], among: Iterable[str]) -> Causes:
+    """Add parameters that scored 0 throughout before anything was pruned, unless that is explained already.
+
+    Args:
+        causes: What is known.
+        silent: Their names.
+        among: Names of all prunable parameters.
+
+    """
+    names = [name for name in silent if name not in causes.explained]
+    if not names:
+        return causes
+    remark = (
+        f"{listed(map(repr, names), most=4)} scored 0 throughout before anything was pruned, though the weights are not"
+        " 0: what is scored does not change with them, as where a term of the loss is multiplied by 0, or where the"
+        " units behind them are never active. No number of rounds helps. Prune when it does, or leave them out with"
+        f" `exclude={patterns(names, among)}`."
+    )
+    return Causes((*causes.remarks, remark), causes.explained | set(names))
 
 
 def _remarks(
@@ -174,7 +200,14 @@ def _remarks(
             " `init_values` or `ls_init_value`; transformers: `layer_scale_init_value`), prune after a warm-up in which"
             f" they grow, or keep the branch dense {keep}."
         )
-    zeros = [name for name in names if name in weights]
+    tiny = [name for name in names if name in weights and largest[name]]
+    if tiny:
+        yield (
+            f"The weights of {listed(map(repr, tiny), most=3)} are {_size(tiny, largest)} before pruning: all weights"
+            " in front of them score that much lower than others and are the first to go. Initialise them with larger"
+            f" values, prune after a warm-up in which they grow, or keep them dense, {keep}."
+        )
+    zeros = [name for name in names if name in weights and not largest[name]]
     if zeros:
         yield (
             f"The weights of {listed(map(repr, zeros), most=3)} are 0 throughout before pruning: they score 0, and so"
@@ -189,13 +222,17 @@ def _size(names: Iterable[str], largest: Mapping[str, float]) -> str:
 
 
 def _is_tiny(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter may be a factor that begins near 0: a scalar or a vector that is no bias."""
+    """Whether a parameter may be a factor that begins near 0, and is no bias."""
     return (
         parameter.is_floating_point()
-        and parameter.numel() == max(parameter.shape, default=1) > 0
+        and parameter.numel() > 0
         and "bias" not in name.rpartition(".")[-1]
-        and parameter.detach().abs().max().item() <= _TINY
+        and parameter.detach().abs().max().item() <= TINY
     )
+
+
+def _fan_in(weight: Tensor) -> float:
+    return weight.numel() / len(weight)
 
 
 @contextmanager
@@ -209,8 +246,7 @@ def _filled(parameters: Mapping[str, Tensor], ones: Collection[str], sizes: Mapp
                 if name in ones:
                     parameter.fill_(1)
                 else:
-                    fan_in = parameter.numel() / len(parameter)
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / _fan_in(parameter) ** 0.5)
                 parameter.mul_(sizes.get(name, 1))
         yield
     finally:

@@ -94,6 +94,35 @@ def warn_of_unknown_length(trainer: pl.Trainer, intent: Intent, remedy: str) -> 
     )
 
 
+def warn_of_manual_steps(trainer: pl.Trainer, intent: Intent, max_epochs: int) -> None:
+    """Warn if manual optimization is likely to end before the last cut: a batch may have any number of steps there.
+
+    Args:
+        trainer: A Trainer in the middle of ``fit``, after ``on_train_start``.
+        intent: When the callback prunes.
+        max_epochs: After how many epochs training ends; negative: never.
+
+    """
+    per_epoch = float(trainer.num_training_batches) * max(len(trainer.optimizers), 1)
+    if trainer.lightning_module.automatic_optimization or math.isinf(per_epoch):
+        return
+    if intent.step is None:
+        epochs = intent.last_epoch - trainer.current_epoch
+        is_late = epochs > 0 and 0 <= trainer.max_steps <= trainer.global_step + epochs * per_epoch
+        name, limit = "max_steps", trainer.max_steps
+    else:
+        epochs = max_epochs - trainer.current_epoch
+        is_late = max_epochs >= 0 and trainer.global_step + epochs * per_epoch <= intent.step
+        name, limit = "max_epochs", max_epochs
+    if is_late:
+        each = f" of each of its {len(trainer.optimizers)} optimizers" if len(trainer.optimizers) > 1 else ""
+        rank_zero_warn(
+            f"Training is likely to end before the network is pruned {intent.when}: manual optimization often takes"
+            f" {per_epoch:g} steps in an epoch (one{each} for every batch), and training ends after {name}={limit}."
+            f" Raise `{name}`, or prune earlier."
+        )
+
+
 def last_epoch(trainer: pl.Trainer) -> int:
     """Return the epoch, counted from 0, in which training ended; the Trainer has counted on.
 

@@ -1,8 +1,10 @@
 """From scores to masks: the rounds that all methods share, and what there is to say about their outcome."""
 
+import glob
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -234,16 +236,19 @@ def search(
         start, indices = 0.0, range(only_round, only_round + 1)
     network = Network(module, parameters, batches, loss_fn, example_input, ranks)
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-    history = _History()
+    history, silent = _History(), set[str]()
     with modes.set_aside():
-        zeros = _zeros(network, current)
+        small = _small(network, current)
+        zeros = [name for name, size in small.items() if not size]
         _mask_(network.weights, current)
     for index in indices:
         density = schedules.SCHEDULES[schedule](index, method.rounds, sparsity, start)
         scores = method.score(network)
         with modes.set_aside():
+            if index == indices[0] and not network.is_sharded:
+                silent = {name for name, each in scores.items() if current[name].any() and not each.any()}
             current, rankings, alive = _prune(
-                scores, current, sizes, density, scope, holders, zeros, histogram=index == indices[-1]
+                scores, current, sizes, density, scope, holders, zeros=zeros, histogram=index == indices[-1]
             )
             del scores  # or they would be there beside the next gradients
             _mask_(network.weights, current)
@@ -262,7 +267,9 @@ def search(
     causes = Causes()
     if network.reached and not network.is_sharded and not disagreements:
         lost = measures.collapsed_layers(found) or (list(found) if ranks.broadcast(bool(history.remarks)) else [])
-        causes = _causes(network, method, zeros, lost)
+        causes = _causes(network, method, small, lost)
+        if not _silent_norms(network.module):
+            causes = diagnosis.with_silent(causes, [name for name in lost if name in silent - small.keys()], parameters)
     remedy = _remedy(scope, None if only_round is not None else bool(network.reached))
     described = _described(
         network, parameters, found, history, indices[0], disagreements, causes, zeros, others, remedy
@@ -270,21 +277,22 @@ def search(
     return replace(described, unreached=unreached if network.reached and only_round is None else ())
 
 
-def _zeros(network: Network, masks: Masks) -> set[str]:
-    """Name the parameters that are 0 throughout though they are not pruned."""
+def _small(network: Network, masks: Masks) -> dict[str, float]:
+    """Name the parameters that are near or exactly 0 throughout though they are not pruned, with their largest."""
     if network.is_sharded:
-        return set()
-    return {name for name, weight in network.weights.items() if not weight.any() and masks[name].any()}
+        return {}
+    largest = {name: torch.linalg.vector_norm(weight, torch.inf).item() for name, weight in network.weights.items()}
+    return {name: size for name, size in largest.items() if size <= diagnosis.TINY and masks[name].any()}
 
 
-def _causes(network: Network, method: Method, zeros: Collection[str], lost: Sequence[str]) -> Causes:
+def _causes(network: Network, method: Method, small: Mapping[str, float], lost: Sequence[str]) -> Causes:
     """Find factors near 0 that took the scores of lost parameters away."""
     if not lost:
         return Causes()
     known = _silent_norms(network.module)
     try:
         network.stand_still()
-        return diagnosis.causes(network.module, network.weights, zeros, lost, known, lambda: method.score(network))
+        return diagnosis.causes(network.module, network.weights, small, lost, known, lambda: method.score(network))
     except (ValueError, RuntimeError):  # of a loss with 1 in place of 1e-6, which may be infinite: the masks are there
         return Causes()
 
@@ -376,11 +384,14 @@ def dense_matrices(module: nn.Module, selected: Container[str], exclude: Iterabl
         exclude: Glob patterns over the names of what is to stay dense.
 
     """
+    parameters = dict(module.named_parameters())
+    complex_ = {name for name, each in parameters.items() if each.is_complex() and each.requires_grad and each.ndim > 1}
+    complex_ -= {name for name in complex_ for pattern in exclude or () if fnmatchcase(name, pattern)}
     try:
-        matrices = prunable.prunable_parameters(module, ["*"], exclude)
+        matrices = {*prunable.prunable_parameters(module, ["*"], [*(exclude or ()), *map(glob.escape, complex_)])}
     except ValueError:  # what else there is cannot be pruned
-        return []
-    return [name for name in matrices if name not in selected]
+        matrices = set()
+    return [name for name in parameters if name in matrices | complex_ and name not in selected]
 
 
 def check_method(method: Method) -> None:
@@ -455,8 +466,8 @@ def _prune(
     density: float,
     scope: str,
     holders: Ranks,
-    zeros: Collection[str],
     *,
+    zeros: Sequence[str],
     histogram: bool,
 ) -> tuple[Masks, dict[str, ranking.Ranking], dict[str, int]]:
     """Do one cut: keep the highest of the survivors, counted from all prunable weights; say how many there were."""
@@ -604,23 +615,27 @@ def _dense_parts(module: nn.Module, masks: Masks, others: Sequence[str], measure
             f" not 0 where the masks prune. Leave them out with `exclude={[*names]}`, or let the layer compute with a"
             " weight whose zeros stay zeros."
         )
-    sizes = {name: parameter.numel() for name, parameter in module.named_parameters() if name in others}
+    matrices = {name: parameter for name, parameter in module.named_parameters() if name in others}
+    sizes = {name: parameter.numel() for name, parameter in matrices.items()}
     dense = sum(sizes.values())
     if dense <= masks.num_prunable:
         return
     share = masks.num_prunable / (masks.num_prunable + dense)
     largest = sorted(sizes, key=lambda name: -sizes[name])  # stable
+    inclusion = _inclusion(masks, largest, [name for name in largest if matrices[name].is_complex()], measured)
     yield (
         f"Only {share:.1%} of the weights in matrices are prunable, so a sparsity of {masks.sparsity:.1%} is"
         f" {masks.sparsity * share:.1%} of all of them. The largest that stay dense are"
-        f" {listed((f'{name!r} ({sizes[name]:,})' for name in largest), most=3)}.{_inclusion(masks, largest, measured)}"
+        f" {listed((f'{name!r} ({sizes[name]:,})' for name in largest), most=3)}.{inclusion}"
     )
 
 
-def _inclusion(masks: Masks, dense: Sequence[str], measured: Costs) -> str:
+def _inclusion(masks: Masks, dense: Sequence[str], complex_: Sequence[str], measured: Costs) -> str:
     """Say how to prune the matrices that a network multiplies with."""
-    multiplied = [name for name in dense if name in measured.in_products]
-    looked_up = [name for name in dense if name not in measured.in_products]
+    multiplied = [name for name in dense if name in measured.in_products and name not in complex_]
+    looked_up = [name for name in dense if name not in multiplied]
+    if complex_ and not multiplied:
+        return " Complex weights cannot be pruned: scores are defined for real ones."
     if not measured.in_products:
         return " Name those that are to be pruned with `include`."
     if not multiplied:

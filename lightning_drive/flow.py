@@ -107,8 +107,7 @@ def layers_without_flow(module: nn.Module, example_input: Any) -> list[WithoutFl
 
     """
     watch = growth.Watch(growth.WITHOUT_FLOW, module)
-    dtype = next(module.parameters()).dtype
-    ones = _ones(dtype)
+    ones = _ones(next(module.parameters()).dtype.to_real())
     with growth.module_names(module, watch.path), watch:
         for output in Passage.of(example_input).run(module, lambda tensor: growth.begin(ones(tensor))):
             watch.end(output)

@@ -447,7 +447,8 @@ class IMPPruningCallback(PruningCallback):
             return
         last_cut = self.cycles * self.epochs_per_cycle
         steps_per_epoch = scoring.steps_per_epoch(trainer)
-        if 0 <= trainer.max_steps <= last_cut * steps_per_epoch < math.inf:
+        is_known = pl_module.automatic_optimization  # else a batch may have any number of steps
+        if is_known and 0 <= trainer.max_steps <= last_cut * steps_per_epoch < math.inf:
             raise MisconfigurationException(
                 f"{type(self).__name__}(cycles={self.cycles}, epochs_per_cycle={self.epochs_per_cycle}) prunes for the"
                 f" last time after {last_cut * steps_per_epoch:g} steps and then trains the ticket, but training ends"

@@ -207,7 +207,7 @@ def as_input_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
     """
     first = next(module.parameters())
-    return lambda tensor: tensor.to(first.device, torch.promote_types(tensor.dtype, first.dtype))
+    return lambda tensor: tensor.to(first.device, torch.promote_types(tensor.dtype, first.dtype.to_real()))
 
 
 class _KeepsAll(FunctionMode):

@@ -126,7 +126,7 @@ class PruningCallback(pl.Callback):
         self._phase_start: float | None = None
         self._forgotten = ""
         self._names: tuple[str, ...] = ()  # what is prunable when ``fit`` starts
-        self._copies: set[str] = set()  # those that were warned of
+        self._copies: set[str | int] = set()  # names and places of those that were warned of
         self._sums: dict[str, tuple[float, ...]] = {}  # of what may be averages, in this epoch
 
     @property
@@ -272,6 +272,7 @@ class PruningCallback(pl.Callback):
         """Refuse, once the data is loaded and a checkpoint restored, what cannot work; warn of what may not."""
         if not compatibility.is_quick_check(trainer):
             ends.warn_of_unknown_length(trainer, self._intent(), self._remedy_for_unknown_length)
+            ends.warn_of_manual_steps(trainer, self._intent(), self._max_epochs)
             if not self.reset_best:
                 ends.warn_of_early_stopping(trainer, self._intent())
 
@@ -324,9 +325,6 @@ class PruningCallback(pl.Callback):
         self._phase_start = time.monotonic() if trainer.global_step == 0 else None  # else only part of it is known
         self._resumes_epoch = True  # unless ``on_train_epoch_start`` comes first
         scoring.begin_batch_again(trainer)
-        if not (self.pruned or self._is_due(trainer)):
-            for text in self._zeros_without_masks(pl_module, self._names):
-                rank_zero_warn(text)
         if not self._finished:
             self._check_training(trainer, pl_module)
         if self.pruned:
@@ -346,6 +344,7 @@ class PruningCallback(pl.Callback):
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune when it is time."""
+        self._warn_of_zeros(trainer, pl_module)
         self._warn_of_copies(trainer, pl_module)
         self._remember_when_due(trainer, pl_module)
         self._prune_when_due(trainer, pl_module)
@@ -358,6 +357,7 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Prune and log where a run resumes in the middle of an epoch, which has no ``on_train_epoch_start`` then."""
         if self._resumes_epoch:
+            self._warn_of_zeros(trainer, pl_module)
             self._warn_of_copies(trainer, pl_module)
         self._remember_when_due(trainer, pl_module, batch_idx)
         if self._prune_when_due(trainer, pl_module) or self._resumes_epoch:
@@ -708,6 +708,12 @@ class PruningCallback(pl.Callback):
 
     # What is warned of.
 
+    def _warn_of_zeros(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn, once in a ``fit``, of a network that is sparse already and has no masks."""
+        if self._resumes_epoch and not (self.pruned or self._is_due(trainer)):
+            for text in self._zeros_without_masks(pl_module, self._names):
+                rank_zero_warn(text)
+
     def _warn_of_copies(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn of submodules that are copies of the network and are not pruned along."""
         others = trained.untrained(trainer, pl_module)
@@ -727,9 +733,10 @@ class PruningCallback(pl.Callback):
     def _warn_of_copy(self, pl_module: pl.LightningModule, found: copies.Copy) -> None:
         """Warn of a copy, once, if it is not pruned along."""
         along = {each.data_ptr() for average in self._averages(pl_module) for each in average.values()}
-        known = found.name in self._copies or any(each.data_ptr() in along for each in found.pairs.values())
-        if not known and not copies.is_sparse(found, self.masks):
-            self._copies.add(found.name)
+        places = {each.data_ptr() for each in found.pairs.values()}
+        is_known = found.name in self._copies or not places.isdisjoint(along | self._copies)
+        if not is_known and not copies.is_sparse(found, self.masks):
+            self._copies.update((found.name, *places))
             rank_zero_warn(copies.warning(found, type(self).__name__))
 
     def _zeros_without_masks(

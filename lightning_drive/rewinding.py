@@ -45,7 +45,7 @@ class Snapshot:
             module: The module to remember.
 
         """
-        buffers = {name: owner.get(key) for name, owner, key in _buffers_of(module)}
+        buffers = {name: owner[key] for name, owner, key in _buffers_of(module)}
         tensors = {**dict(module.named_parameters()), **buffers}
         return cls({name: None if value is None else _on_cpu(value) for name, value in tensors.items()})
 
@@ -232,7 +232,7 @@ class RewindPoint:
 def _buffers_of(module: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str]]:
     """Give every buffer's full name, the dictionary that holds it, and its key there."""
     for path, submodule in module.named_modules():
-        for key in submodule._buffers:
+        for key in submodule._buffers.keys():  # noqa: SIM118 - those of TorchScript are no dictionary
             yield (f"{path}.{key}" if path else key), submodule._buffers, key
 
 

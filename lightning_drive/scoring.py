@@ -275,7 +275,7 @@ def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: Mode = "tr
         with undisturbed(pl_module, mode, {id(trainer): quiet}) as scored:
             module: Any = scored.module
             _connect(quiet, module, scored.of)
-            torch.set_default_dtype(torch.promote_types(next(pl_module.parameters()).dtype, torch.float32))
+            torch.set_default_dtype(torch.promote_types(next(pl_module.parameters()).dtype, torch.float32).to_real())
             yield Sandbox(quiet, module, scored.of)
     finally:
         torch.set_default_dtype(dtype)

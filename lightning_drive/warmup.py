@@ -220,7 +220,8 @@ class WarmupPruningCallback(PruningCallback):
             self._check_steps(trainer, pl_module, self.warmup_steps)
             return
         steps = sum(scoring.steps_per_epoch(trainer, epoch) for epoch in range(self.warmup_epochs))
-        if math.isfinite(steps) and 0 <= trainer.max_steps <= steps:
+        is_known = math.isfinite(steps) and pl_module.automatic_optimization  # else a batch may have any number
+        if is_known and 0 <= trainer.max_steps <= steps:
             raise MisconfigurationException(
                 f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes after {steps:g} steps, but training"
                 f" ends after max_steps={trainer.max_steps}, so it would never prune. Raise `max_steps` or lower"

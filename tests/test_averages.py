@@ -646,3 +646,132 @@ def test_averages_of_a_data_free_method(tmp_path: Path) -> None:
     assert not fit(tmp_path, module := MeanTeacher(), pruning)
     for name, mask in pruning.masks.items():
         assert not module.teacher.get_parameter(name.removeprefix("student."))[~mask].any()
+
+
+class Flat(Student):
+    """The average is one vector, as `parameters_to_vector` makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.utils.parameters_to_vector(self.student.parameters()).detach().clone()
+
+    def means(self) -> list[Any]:
+        return [self.mean]
+
+    def now(self) -> list[Any]:
+        return [nn.utils.parameters_to_vector(self.student.parameters()).detach()]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        move(self.means(), self.now())
+
+
+class FlatInABuffer(Flat):
+    def __init__(self) -> None:
+        super().__init__()
+        mean = self.mean
+        del self.mean
+        self.register_buffer("mean", mean)
+
+
+class Pairs(Flat):
+    """Names and tensors in pairs, as `named_parameters()` gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = [(name, each.detach().clone()) for name, each in self.student.named_parameters()]  # type: ignore[assignment]
+
+    def means(self) -> list[Any]:
+        return [each for _, each in self.mean]  # type: ignore[misc]
+
+    def now(self) -> list[Any]:
+        return list(self.student.parameters())
+
+
+class ByParameter(Pairs):
+    """Parameter to average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = {each: each.detach().clone() for each in self.student.parameters()}  # type: ignore[assignment]
+
+    def means(self) -> list[Any]:
+        return list(self.mean.values())  # type: ignore[operator]
+
+
+class FlatCallback(pl.Callback):
+    average: Tensor | None = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        now = nn.utils.parameters_to_vector(pl_module.student.parameters()).detach()
+        self.average = now.clone() if self.average is None else self.average.lerp(now, 0.1)
+
+
+@pytest.mark.parametrize("kind", [Flat, FlatInABuffer, Pairs, ByParameter, FlatCallback])
+@each_method
+def test_copies_in_other_forms(tmp_path: Path, kind: Any, method: str) -> None:
+    others = [kind()] if issubclass(kind, pl.Callback) else []
+    module = Student() if others else kind()
+    [said] = fit(tmp_path, module, METHODS[method](), *others)
+    place = "What FlatInABuffer keeps in buffers" if kind is FlatInABuffer else "`average`" if others else "`mean` of "
+    assert said.startswith(place)
+
+
+def test_copies_in_other_forms__pruned_along(tmp_path: Path) -> None:
+    """As views of the vector."""
+
+    class Along(DRIVEPruningCallback):
+        def averages(self, pl_module: Any) -> Any:
+            named = list(pl_module.student.named_parameters())
+            parts = pl_module.mean.split([each.numel() for _, each in named])
+            return [{f"student.{name}": part.view_as(each) for (name, each), part in zip(named, parts, strict=True)}]
+
+    module = Flat()
+    assert not fit(tmp_path, module, METHODS["DRIVE"](Along))
+    assert int((module.mean == 0).sum()) == sum(int((each == 0).sum()) for each in module.student.parameters())
+
+
+class Moments(Flat):
+    """A vector as long as all parameters, that is none of them: of gradients, say."""
+
+    def now(self) -> list[Any]:
+        return [torch.randn(self.mean.shape, generator=torch.Generator().manual_seed(self.global_step))]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean.zero_()
+
+
+def test_vectors_as_long_by_chance(tmp_path: Path) -> None:
+    assert not fit(tmp_path, Moments(), METHODS["DRIVE"]())
+
+
+class OfRecurrentLayers(Student):
+    """A copy in a ModuleDict, whose own submodules are not named once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleDict({"student": self.net(), "teacher": self.net().requires_grad_(False)})
+        del self.student
+
+    def net(self) -> nn.ModuleDict:
+        layers = {"rnn": nn.GRU(8, 12, batch_first=True), "head": nn.Linear(12, fits.NUM_CLASSES)}
+        return nn.ModuleDict(layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        parts = self.nets["student"]
+        return parts["head"](parts["rnn"](images[:, 0])[0][:, -1])  # type: ignore[index,no-any-return]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.nets["student"].parameters(), 0.05)
+
+    def on_train_start(self) -> None:
+        self.nets["teacher"].load_state_dict(self.nets["student"].state_dict())
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        move(self.nets["teacher"].parameters(), self.nets["student"].parameters())
+
+
+@each_method
+def test_copies_are_named_once(tmp_path: Path, method: str) -> None:
+    [said] = fit(tmp_path, OfRecurrentLayers(), METHODS[method]())
+    assert said.startswith("'nets.teacher' has the same names and shapes as 'nets.student'")

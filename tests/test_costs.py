@@ -320,6 +320,7 @@ DENSE = {
     "added_to": merged,
     "binarised": lambda weight: torch.where(weight >= 0, 1.0, -1.0),
     "softmax": lambda weight: weight.softmax(1),
+    "real_part": lambda weight: torch.fft.fft(weight).real,
     "smoothed": lambda weight: weight + 0.1 * weight.roll(1, 1),
 }
 SPARSE = {

@@ -304,7 +304,7 @@ def test_factors__other_causes() -> None:
     module = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 3))
     module.shift = nn.Parameter(torch.zeros(6))
     with torch.no_grad():
-        module[2].weight.mul_(1e-5)
+        module[2].weight.mul_(0.02)
     settings: Any = {"sparsity": 0.8, "batches": models.make_batches(4), "loss_fn": models.loss_fn}
     texts = warned(module, SNIP(), **settings)[1]
     assert texts[0].startswith("Layer collapse: no weight is left in ")
@@ -452,3 +452,99 @@ def test_every_score_is_zero(module: nn.Module, named: str, method: Any) -> None
     batch = torch.randn(8, 4), torch.randint(3, (8,))
     with pytest.raises(ValueError, match=f"Every score is zero.*{named}"):
         find_masks(module, method, sparsity=0.5, batches=[batch], loss_fn=models.loss_fn)
+
+
+class PerHead(ReZero):
+    """A factor of two dimensions."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__(width, init)
+        self.alpha = nn.Parameter(torch.full((2, width // 2), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.alpha.flatten() * self.net(x)
+
+
+class Depthwise(ReZero):
+    """The factor is a depthwise convolution, prunable itself."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__(width, init)
+        del self.alpha
+        self.alpha = nn.Conv1d(width, width, 1, groups=width, bias=False)
+        nn.init.constant_(self.alpha.weight, init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.alpha(self.net(x)[..., None])[..., 0]
+
+
+class SmallLast(ReZero):
+    """The last layer of a branch begins with tiny weights, or had zeros that a short warm-up has moved."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__(width, 1.0)
+        if init != 1:
+            nn.init.uniform_(self.net[2].weight, -init, init)
+
+
+@pytest.mark.parametrize(
+    ("block", "named"), [(PerHead, "'1.alpha'"), (Depthwise, "'1.alpha.weight'"), (SmallLast, "'1.net.2.weight'")]
+)
+@pytest.mark.parametrize("init", [1e-6, 1e-4])
+@pytest.mark.parametrize("method", [SNIP(), DRIVE(rounds=20)], ids=["snip", "drive"])
+def test_factors__of_other_shapes(
+    block: Callable[[int, float], nn.Module], named: str, init: float, method: Any
+) -> None:
+    settings: Any = {"sparsity": 0.9, "batches": models.make_batches(4, count=5), "loss_fn": models.loss_fn}
+    texts = warned(stack(block, init), method, **settings)[1]
+    (text,) = [text for text in texts if "score that much lower than others" in text]
+    assert named in text.partition(" are at most ")[0].partition(" multiply ")[0]
+    assert not any("More rounds" in text for text in texts)
+    assert not any("much lower" in text for text in warned(stack(block, 1.0), method, **settings)[1])
+
+
+def test_factors__wide_layers_are_not_tiny() -> None:
+    """Their weights are small, and should be: they are not what makes another layer collapse."""
+    module = nn.Sequential(nn.Linear(4, 150_000), nn.ReLU(), nn.Linear(150_000, 3))
+    settings: Any = {"sparsity": 0.9999, "batches": models.make_batches(4), "loss_fn": models.loss_fn}
+    assert not any("before pruning" in text for text in warned(module, SNIP(), **settings)[1])
+
+
+class TermOfZero(nn.Module):
+    """Only `main` moves the loss."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.main, self.head, self.how = nn.Linear(4, 6), nn.Linear(6, 3), how
+        self.other = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6))
+        nn.init.constant_(self.other[0].bias, -100.0 if how == "dead" else 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "dead":
+            return self.head(self.main(x)) + self.other[2].bias.sum() + 0 * x.sum() + self.other(x).sum() * 1
+        return self.head(self.main(x) + (0.0 if self.how == "times 0" else torch.zeros(6)) * self.other(x))
+
+
+@pytest.mark.parametrize("how", ["times 0", "gate of zeros", "dead"])
+@pytest.mark.parametrize("method", [SNIP(), DRIVE(rounds=5)], ids=["snip", "drive"])
+def test_silent(how: str, method: Any) -> None:
+    """A gradient of 0 is named as such, and no rounds are advised."""
+    settings: Any = {"sparsity": 0.7, "batches": models.make_batches(4, count=5), "loss_fn": models.loss_fn}
+    texts = warned(TermOfZero(how), method, **settings)[1]
+    [text] = [text for text in texts if "scored 0 throughout before anything was pruned" in text]
+    assert "'other.0.weight'" in text
+    assert "exclude=['other" in text
+    assert not any("More rounds" in text for text in texts)
+    excluded = warned(TermOfZero(how), method, exclude=["other.*"], **settings)[1]
+    assert not any("scored 0 throughout" in text for text in excluded)
+
+
+@pytest.mark.parametrize("method", [SNIP(), SNIP(rounds=3)], ids=["one", "rounds"])
+@pytest.mark.parametrize("scope", ["global", "layerwise"])
+def test_every_score_is_zero__names_the_zeros(scope: Any, method: Any) -> None:
+    """A last layer of zeros, as torchvision's vision transformers have it, leaves no gradient to any layer."""
+    module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    nn.init.zeros_(module[2].weight)
+    settings: Any = {"sparsity": 0.9, "batches": models.make_batches(4), "loss_fn": models.loss_fn}
+    with pytest.raises(ValueError, match=r"The weights of '2\.weight' are 0 throughout"):
+        find_masks(module, method, scope=scope, **settings)

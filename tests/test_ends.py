@@ -87,7 +87,8 @@ def warned(tmp_path: Path, *callbacks: pl.Callback, module: Any = None, data: An
 
 
 def is_ours(text: str) -> bool:
-    return text.startswith(("Training ended", "EarlyStopping(", "The training data have no known length"))
+    starts = "Training ended", "Training is likely to end", "EarlyStopping(", "The training data have no known length"
+    return text.startswith(starts)
 
 
 # EarlyStopping.
@@ -261,6 +262,73 @@ def test_unknown_length__nothing_to_say(tmp_path: Path, name: str, settings: dic
 def test_known_length__refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(MisconfigurationException, match=r"Raise `max_steps`"):
         fits.trainer(tmp_path, CALLBACKS[name](), max_epochs=-1, max_steps=9).fit(ConvModule(), fits.loader())
+
+
+class TwoOptimizers(ConvModule):
+    """Takes two steps for every batch, or one in two batches."""
+
+    def __init__(self, accumulate: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization, self.accumulate = False, accumulate
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        optimizers: Any = self.optimizers()
+        self.manual_backward(loss)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            if not self.accumulate or batch_idx == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        parts = [self.parameters()] if self.accumulate else [self.features.parameters(), self.head.parameters()]
+        return [torch.optim.SGD(each, 0.05) for each in parts]
+
+
+def loss_fn(module: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+MANUAL: dict[str, Callable[[], PruningCallback]] = {
+    "DRIVE": lambda: DRIVEPruningCallback(sparsity=0.5, rounds=2, warmup_epochs=2, loss_fn=loss_fn),
+    "SNIP": lambda: SNIPPruningCallback(sparsity=0.5, warmup_epochs=2, loss_fn=loss_fn),
+    "IMP": lambda: IMPPruningCallback(sparsity=0.5, cycles=2, epochs_per_cycle=1),
+    "steps": lambda: SNIPPruningCallback(sparsity=0.5, warmup_steps=12, loss_fn=loss_fn),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {"max_steps": 12, "max_epochs": 9}) for name in ("DRIVE", "SNIP", "IMP")),
+        ("steps", {"max_epochs": 2}),
+    ],
+)
+def test_manual_optimization(tmp_path: Path, name: str, settings: Any) -> None:
+    """Steps are counted by optimizers: training is likely to end before, which is said before the first step."""
+    before, after = warned(tmp_path, MANUAL[name](), module=TwoOptimizers(), **settings)
+    assert len(before) == len(after) == 1
+    assert "Training is likely to end before the network is pruned " in before[0]
+    assert "6 steps in an epoch (one of each of its 2 optimizers for every batch)" in before[0]
+    assert f"Raise `{next(iter(settings))}`" in before[0]
+
+
+@pytest.mark.parametrize("name", MANUAL)
+def test_manual_optimization__in_time(tmp_path: Path, name: str) -> None:
+    settings = {"max_epochs": 4, **({} if name == "steps" else {"max_steps": 14})}
+    callback = MANUAL[name]()
+    assert warned(tmp_path, callback, module=TwoOptimizers(), **settings) == ([], [])
+    assert callback._finished
+
+
+@pytest.mark.parametrize("name", ["DRIVE", "SNIP", "IMP"])
+def test_manual_optimization__that_accumulates(tmp_path: Path, name: str) -> None:
+    """It takes fewer steps than there are batches, so `max_steps` may well be enough: no reason to refuse it."""
+    callback = MANUAL[name]()
+    before, after = warned(tmp_path, callback, module=TwoOptimizers(True), max_epochs=4, max_steps=6)
+    assert callback._finished
+    assert len(before) == 1
+    assert after == []
 
 
 # What is said at the end.

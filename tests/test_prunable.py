@@ -3,15 +3,27 @@
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import fits
+import lightning.pytorch as pl
 import models
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, Magnitude, Random, find_masks, finding, prunable
+from lightning_drive import (
+    SNIP,
+    DRIVEPruningCallback,
+    IMPPruningCallback,
+    Magnitude,
+    Random,
+    find_masks,
+    finding,
+    prunable,
+)
 
 
 class Zoo(nn.Module):
@@ -614,3 +626,65 @@ def test_what_a_weight_is_computed_from_is_excluded_with_it(compute: Any) -> Non
     selected = prunable.prunable_parameters(net, exclude=exclude)
     assert list(selected) == ["1.weight", "3.weight"]
     assert finding.dense_matrices(net, selected, exclude) == []
+
+
+class Spectral(nn.Module):
+    """Mixes channels by frequency, as Fourier neural operators do; the first parameter is a complex one."""
+
+    def __init__(self, raw: bool = False) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(4, 4, 9, dtype=torch.complex64))
+        self.lift, self.head = nn.Linear(1, 4), nn.Linear(4, 3)
+        if raw:
+            self.raw = nn.Parameter(torch.randn(4, 4) / 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.lift(x[..., None]).mT
+        x = torch.fft.irfft(torch.einsum("bif,iof->bof", torch.fft.rfft(x), self.mix), x.shape[-1]).relu().mean(-1)
+        return self.head(x @ self.raw if hasattr(self, "raw") else x)
+
+
+class FourierModule(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix = nn.Parameter(torch.randn(2, 2, dtype=torch.complex64))
+        self.net = Spectral()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return models.loss_fn(self.net, batch)
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(models.make_batches(16, count=4), batch_size=None)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_complex_weights_stay_dense__find_masks(raw: bool) -> None:
+    """They are named as what stays dense; the way that is offered to prune the rest leaves them out."""
+    torch.manual_seed(0)
+    settings: Any = {"sparsity": 0.5, "batches": models.make_batches(16), "loss_fn": models.loss_fn}
+    with pytest.warns(UserWarning, match=r"The largest that stay dense are 'mix' \(144\)") as caught:
+        find_masks(Spectral(raw), SNIP(), **settings)
+    [text] = [str(each.message) for each in caught]
+    if raw:
+        assert text.endswith("by `include=[\"*\"], exclude=['mix']`.")
+        assert "raw" in find_masks(Spectral(raw), SNIP(), include=["*"], exclude=["mix"], **settings)
+    else:
+        assert text.endswith("Complex weights cannot be pruned: scores are defined for real ones.")
+    assert "mix" not in find_masks(Spectral(raw), SNIP(), exclude=["mix"], **settings)
+
+
+@pytest.mark.parametrize("method", ["DRIVE", "IMP"])
+def test_complex_weights_stay_dense__callback(tmp_path: Path, method: str) -> None:
+    """The precision of the module is that of the real numbers."""
+    pruning: Any = (
+        DRIVEPruningCallback(sparsity=0.5, warmup_epochs=1, rounds=2)
+        if method == "DRIVE"
+        else IMPPruningCallback(sparsity=0.5, cycles=1, epochs_per_cycle=1)
+    )
+    with pytest.warns(UserWarning, match=r"The largest that stay dense are 'net.mix' \(144\), 'mix' \(4\)\. Complex"):
+        fits.trainer(tmp_path, pruning, max_epochs=2).fit(FourierModule())
+    assert list(pruning.masks) == ["net.lift.weight", "net.head.weight"]

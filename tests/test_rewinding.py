@@ -40,6 +40,18 @@ def test_rewind_(dtype: torch.dtype) -> None:
     assert all(one is two for one, two in zip(objects, [*module.parameters(), *module.buffers()], strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_rewind___torchscript() -> None:
+    """A part of TorchScript keeps its buffers in an object of its own."""
+    script = torch.jit.trace(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(), torch.randn(2, 3))
+    module = nn.Sequential(nn.Linear(3, 3), script)
+    before = tensors_of(module)
+    snapshot = Snapshot.take(module)
+    disturb(module)
+    snapshot.rewind_(module)
+    assert all(each.equal(before[name]) for name, each in tensors_of(module).items())
+
+
 def test_rewind___under_masks() -> None:
     """Survivors return to their values, pruned weights to exactly +0.0, parameters without a mask as a whole."""
     module = models.InnerProduct(4)

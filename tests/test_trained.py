@@ -503,6 +503,17 @@ def test_zeros_that_arrive(tmp_path: Path, make: Any, method: str) -> None:
     assert "`ckpt_path`" in text
 
 
+def test_zeros_that_arrive__by_a_hook_of_the_module(tmp_path: Path) -> None:
+    """Hooks of the module come after those of callbacks; said once, before the first step."""
+
+    class Loads(Classifier):
+        def on_train_start(self) -> None:
+            sparse(self)
+
+    [text] = zeros_said(tmp_path, Loads(), METHODS["IMP"]())
+    assert "these zeros will be trained" in text
+
+
 @pytest.mark.parametrize("left", ["nothing", "renamed"])
 def test_zeros_that_arrive__checkpoint_without_state(tmp_path: Path, left: str) -> None:
     module, pruning = Classifier(), METHODS["SNIP"]()
