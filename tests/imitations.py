@@ -300,6 +300,42 @@ class GraphNetwork(Trained):
         return DataLoader([Graphs.random(seed) for seed in range(3)], batch_size=None)  # type: ignore[arg-type]
 
 
+class SparseGraphNetwork(Classifier):
+    """As Kipf and Welling have it: `forward` takes the nodes and a sparse matrix of who is whose neighbour."""
+
+    def __init__(self, layout: torch.layout = torch.sparse_coo) -> None:
+        super().__init__()
+        self.layout = layout
+        self.first, self.second = nn.Linear(8, 24), nn.Linear(24, NUM_CLASSES)
+
+    def forward(self, nodes: Tensor, neighbours: Tensor) -> Tensor:
+        return self.second(torch.sparse.mm(neighbours, self.first(torch.sparse.mm(neighbours, nodes)).relu()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        nodes, neighbours, labels = batch
+        return F.cross_entropy(self(nodes, neighbours), labels)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(0)
+        neighbours = (torch.rand(12, 12, generator=generator) > 0.7).float() + torch.eye(12)
+        nodes, labels = torch.randn(12, 8, generator=generator), torch.randint(NUM_CLASSES, (12,), generator=generator)
+        return DataLoader([(nodes, neighbours.to_sparse(layout=self.layout), labels)] * 3, batch_size=None)  # type: ignore[arg-type]
+
+
+class Fourier(Classifier):
+    """As Fourier neural operators: the first parameter is complex, and the layers between are of real numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.first, self.second = nn.Linear(8, 24), nn.Linear(24, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        modes = torch.fft.rfft(x)[:, :3] * self.modes
+        return self.second(x + torch.fft.irfft(modes, n=24))
+
+
 # Mixtures of experts.
 
 

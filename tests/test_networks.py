@@ -215,6 +215,43 @@ def test_graph__synflow(tmp_path: Path) -> None:
     assert_pruned(module, callback, *GRAPH)
 
 
+@EACH
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_graph__neighbours_in_a_sparse_matrix(tmp_path: Path, layout: Any, precision: str, make: Any) -> None:
+    module, callback = imitations.SparseGraphNetwork(layout), make(scope="layerwise")
+    fitted = fit(tmp_path, module, callback, precision=precision)
+    assert_pruned(module, callback, "first.weight", "second.weight")
+    assert_measured(fitted.report)
+    assert fitted.report.other_multiply_adds is None
+    assert [text for text in fitted.said if "sparse_addmm" in text]
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_graph__neighbours_in_a_sparse_matrix__synflow(tmp_path: Path, layout: Any) -> None:
+    module, callback = (
+        imitations.SparseGraphNetwork(layout),
+        SynFlowPruningCallback(sparsity=SPARSITY, rounds=4, scope="layerwise"),
+    )
+    assert_measured(fit(tmp_path, module, callback).report)
+    assert_pruned(module, callback, "first.weight", "second.weight")
+
+
+# Complex numbers.
+
+
+@EACH
+def test_fourier__a_complex_parameter_comes_first(tmp_path: Path, make: Any) -> None:
+    module, callback = imitations.Fourier(), make(scope="layerwise")
+    fitted = fit(tmp_path, module, callback)
+    assert_pruned(module, callback, "first.weight", "second.weight")
+    assert_measured(fitted.report)
+    assert fitted.report.other_multiply_adds is None
+    assert [text for text in fitted.said if "`aten::_fft_r2c`" in text]
+
+
 # Mixtures of experts.
 
 ROUTERS = ("net.0.weight", "net.1.gate.weight", "net.2.weight")
