@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_drive import passage, shards
-from lightning_drive.messages import listed
+from lightning_drive.messages import listed, shown_error
 from lightning_drive.passage import Passage
 from lightning_drive.undisturbed import in_mode
 
@@ -71,7 +71,7 @@ def measure(
         ):
             way.run(module, passage.as_input_of(module))
     except Exception as error:  # the module's own `forward`, called in a way it may not be made for
-        return Costs(itemsizes, unknown, None, f"{type(error).__name__}: {error}")
+        return Costs(itemsizes, unknown, None, shown_error(error))
     size = 2 * (way.batch_size or 1)
     found = {name: None if name in look.uncounted else look.flops[name] // size for name in parameters}
     others = (counter.get_total_flops() - sum(look.flops[name] for name in parameters)) // size

@@ -183,7 +183,9 @@ def _path_value(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Te
         return masks[name].float().requires_grad_()
     if not parameter.is_floating_point():
         return parameter
-    value = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+    if parameter.layout != torch.strided:  # such as which nodes of a graph are neighbours
+        return parameter.detach().float()
+    value = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
     if _is_bias(name):
         return value
     generator = torch.Generator(value.device).manual_seed(crc32(name.encode()))

@@ -306,10 +306,11 @@ class SparseGraphNetwork(Classifier):
     def __init__(self, layout: torch.layout = torch.sparse_coo) -> None:
         super().__init__()
         self.layout = layout
-        self.first, self.second = nn.Linear(8, 24), nn.Linear(24, NUM_CLASSES)
+        self.net = mlp(8, 24, NUM_CLASSES)
 
     def forward(self, nodes: Tensor, neighbours: Tensor) -> Tensor:
-        return self.second(torch.sparse.mm(neighbours, self.first(torch.sparse.mm(neighbours, nodes)).relu()))
+        hidden = self.net[0](torch.sparse.mm(neighbours, nodes)).relu()
+        return self.net[2](torch.sparse.mm(neighbours, hidden))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         nodes, neighbours, labels = batch
@@ -328,12 +329,34 @@ class Fourier(Classifier):
     def __init__(self) -> None:
         super().__init__()
         self.modes = nn.Parameter(torch.randn(3, dtype=torch.complex64))
-        self.first, self.second = nn.Linear(8, 24), nn.Linear(24, NUM_CLASSES)
+        self.net = mlp(8, 24, NUM_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
+        x = self.net[0](x)
         modes = torch.fft.rfft(x)[:, :3] * self.modes
-        return self.second(x + torch.fft.irfft(modes, n=24))
+        return self.net[2](x + torch.fft.irfft(modes, n=24))
+
+
+STORED: dict[str, Any] = {
+    "float8_e4m3fn": lambda weight: weight.to(torch.float8_e4m3fn),
+    "float8_e5m2": lambda weight: weight.to(torch.float8_e5m2),
+    "sparse_coo": lambda weight: weight.to_sparse(),
+    "sparse_csr": lambda weight: weight.to_sparse_csr(),
+}
+
+
+class Stored(Classifier):
+    """Its first matrix is frozen, and in float8 or sparse."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        weight = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+        self.stored = nn.Parameter(STORED[kind](weight), requires_grad=False)
+        self.net = mlp(8, 24, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stored = self.stored if self.stored.layout != torch.strided else self.stored.to(x.dtype)
+        return self.net((stored @ x.T).T)
 
 
 # Mixtures of experts.

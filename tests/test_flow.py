@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from lightning_drive import SNIP, Masks, SynFlow, find_masks, flow, prunable, scores
+from lightning_drive import SNIP, Magnitude, Masks, SynFlow, find_masks, flow, prunable, scores
 
 RESIDUAL_CUTS = {
     "stem": ["stem.weight"],
@@ -1257,3 +1257,18 @@ def test_active_masks__names_what_cannot_be_followed(function: Any, name: str) -
     module = Between(lambda x: function(x.mT @ x + torch.eye(6)) @ x.mT, torch.float32)
     with pytest.raises(RuntimeError, match=f"^in `{name}`: "):
         flow.active_masks(module, dense_masks(module), torch.zeros(3, 4))
+
+
+def test_errors_of_torch_are_cut_short() -> None:
+    """Torch lists all its backends where an operation has no kernel, on a hundred lines."""
+    text = "Could not run 'aten::x'. " + "It is available for: [CPU]. " * 50 + "\nregistered at a.cpp\n" * 100
+
+    def fail(x: Tensor) -> Tensor:
+        raise NotImplementedError(text)
+
+    module = Between(fail, torch.float32)
+    with pytest.warns(UserWarning, match="paths could not be followed") as caught:
+        find_masks(module, Magnitude(), sparsity=0.5, example_input=torch.zeros(1, 4))
+    said = [str(each.message) for each in caught]
+    assert max(map(len, said)) < 600
+    assert "registered" not in " ".join(said)

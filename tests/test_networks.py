@@ -21,8 +21,10 @@ from lightning_drive import (
     SNIP,
     DRIVEPruningCallback,
     IMPPruningCallback,
+    Magnitude,
     PruningReport,
     SNIPPruningCallback,
+    SynFlow,
     SynFlowPruningCallback,
     find_masks,
 )
@@ -222,7 +224,7 @@ def test_graph__synflow(tmp_path: Path) -> None:
 def test_graph__neighbours_in_a_sparse_matrix(tmp_path: Path, layout: Any, precision: str, make: Any) -> None:
     module, callback = imitations.SparseGraphNetwork(layout), make(scope="layerwise")
     fitted = fit(tmp_path, module, callback, precision=precision)
-    assert_pruned(module, callback, "first.weight", "second.weight")
+    assert_pruned(module, callback, "net.0.weight", "net.2.weight")
     assert_measured(fitted.report)
     assert fitted.report.other_multiply_adds is None
     assert [text for text in fitted.said if "sparse_addmm" in text]
@@ -236,7 +238,7 @@ def test_graph__neighbours_in_a_sparse_matrix__synflow(tmp_path: Path, layout: A
         SynFlowPruningCallback(sparsity=SPARSITY, rounds=4, scope="layerwise"),
     )
     assert_measured(fit(tmp_path, module, callback).report)
-    assert_pruned(module, callback, "first.weight", "second.weight")
+    assert_pruned(module, callback, "net.0.weight", "net.2.weight")
 
 
 # Complex numbers.
@@ -246,10 +248,36 @@ def test_graph__neighbours_in_a_sparse_matrix__synflow(tmp_path: Path, layout: A
 def test_fourier__a_complex_parameter_comes_first(tmp_path: Path, make: Any) -> None:
     module, callback = imitations.Fourier(), make(scope="layerwise")
     fitted = fit(tmp_path, module, callback)
-    assert_pruned(module, callback, "first.weight", "second.weight")
+    assert_pruned(module, callback, "net.0.weight", "net.2.weight")
     assert_measured(fitted.report)
     assert fitted.report.other_multiply_adds is None
     assert [text for text in fitted.said if "`aten::_fft_r2c`" in text]
+
+
+# Frozen parameters of kinds that cannot be trained, before what is.
+
+
+@EACH
+@pytest.mark.parametrize("kind", imitations.STORED)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_stored__frozen_first_layer(tmp_path: Path, kind: str, make: Any) -> None:
+    module, callback = imitations.Stored(kind), make(scope="layerwise")
+    fitted = fit(tmp_path, module, callback)
+    assert sorted(callback.masks) == ["net.0.weight", "net.2.weight"]
+    assert zeros([module.net[0].weight, module.net[2].weight]) == pytest.approx(SPARSITY, abs=0.01)
+    assert_measured(fitted.report)
+
+
+@pytest.mark.parametrize("kind", imitations.STORED)
+@pytest.mark.parametrize("method", [SNIP(), SynFlow(rounds=2), Magnitude()], ids=lambda method: type(method).__name__)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_stored__find_masks(kind: str, method: Any) -> None:
+    module, batch = imitations.Stored(kind), (torch.randn(4, 8), torch.zeros(4, dtype=torch.long))
+    masks = find_masks(
+        module, method, sparsity=0.5, batches=[batch], loss_fn=lambda net, part: F.cross_entropy(net(part[0]), part[1])
+    )
+    assert sorted(masks) == ["net.0.weight", "net.2.weight"]
+    assert masks.num_kept == masks.num_prunable // 2
 
 
 # Mixtures of experts.
