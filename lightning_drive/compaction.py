@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_drive import channels, shards, undisturbed
+from lightning_drive import channels, plain, shards, undisturbed
 from lightning_drive.messages import listed
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -319,6 +319,11 @@ def _check(module: nn.Module, example_input: Any) -> None:
             )
         if value.is_meta:
             raise ValueError(f"{name!r} is on the meta device and has no values. Load the weights first.")
+        if plain.is_own_kind(value):
+            raise TypeError(
+                f"{name!r} is {plain.described(value)}, whose rows and columns cannot be taken out. Compact the module"
+                " before its weights are quantised or converted."
+            )
     if not any(parameter.is_floating_point() for parameter in module.parameters()):
         raise ValueError("`module` must have parameters, and has none.")
     tensors = [leaf for leaf in tree_leaves(example_input) if isinstance(leaf, Tensor)]

@@ -282,7 +282,8 @@ def _nbytes_in(container: Any, depth: int = 4) -> int:
     found = 0
     for each in container.values() if isinstance(container, dict) else container:
         if isinstance(each, (Tensor, np.ndarray)):
-            nbytes = each.nbytes
+            is_copied = isinstance(each, np.ndarray) or each.layout == torch.strided
+            nbytes = each.nbytes if is_copied else 0
         else:
             nbytes = _nbytes_in(each, depth - 1) if depth and type(each) in _CONTAINERS and len(each) <= _MANY else 0
         found += nbytes if nbytes <= _LARGE else 0

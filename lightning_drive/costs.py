@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_drive import passage, shards
-from lightning_drive.messages import listed
+from lightning_drive.messages import listed, shown_error
 from lightning_drive.passage import Passage
 from lightning_drive.undisturbed import in_mode
 
@@ -71,7 +71,7 @@ def measure(
         ):
             way.run(module, passage.as_input_of(module))
     except Exception as error:  # the module's own `forward`, called in a way it may not be made for
-        return Costs(itemsizes, unknown, None, f"{type(error).__name__}: {error}")
+        return Costs(itemsizes, unknown, None, shown_error(error))
     size = 2 * (way.batch_size or 1)
     found = {name: None if name in look.uncounted else look.flops[name] // size for name in parameters}
     others = (counter.get_total_flops() - sum(look.flops[name] for name in parameters)) // size
@@ -79,20 +79,25 @@ def measure(
     return Costs(
         itemsizes,
         found,
-        None if look.uncounted else others,
-        warnings=tuple(_remarks(unused, list(look.uncounted), way.batch_size)),
+        None if look.uncounted or look.uncounted_calls else others,
+        warnings=tuple(_remarks(unused, list(look.uncounted), list(look.uncounted_calls), way.batch_size)),
         in_products=tuple(look.in_products),
         dense_again=tuple(look.dense_again),
     )
 
 
-def _remarks(unused: list[str], uncounted: list[str], batch_size: int | None) -> Iterator[str]:
+def _remarks(unused: list[str], uncounted: list[str], calls: list[str], batch_size: int | None) -> Iterator[str]:
     if unused:
         yield f"`forward` did not use {listed(map(repr, unused))} in eval mode, so it counts as no multiply-adds."
     if uncounted:
         yield (
             f"The multiply-adds of {listed(map(repr, uncounted))} are not known: torch's flop counter has no formula"
             " for the operation that `forward` uses it in."
+        )
+    if calls:
+        yield (
+            f"The multiply-adds of {listed(f'`{name}`' for name in calls)} are not known, so those of the whole network"
+            " are not, either: torch's flop counter has no formula for what `forward` calls."
         )
     if batch_size is None:
         yield "Multiply-adds are those of a whole batch, since it is not known how many samples it has."
@@ -131,6 +136,10 @@ _MOVING = ("cat", "stack", "copy", "scatter", "index_put", "where", "norm", "pad
 """Parts of the names of operations that take a parameter and activations without multiplying them as matrices."""
 
 
+_COSTLY = ("fft_", "linalg", "cdist", "pdist", "trilinear", "sparse_mm", "sparse_addmm", "cholesky", "matrix_exp")
+"""Parts of the names of operations of torch that multiply, and for which there is no formula."""
+
+
 @dataclass
 class _Origin:
     """What a tensor was computed from, if from parameters, buffers and constants alone."""
@@ -158,14 +167,16 @@ class _Look(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._num_pruned = {name: mask.numel() - int(mask.count_nonzero()) for name, mask in masks.items()}
         self._places: dict[int, list[tuple[int, int, str]]] = {}
         for name, each in parameters.items():
-            start = each.data_ptr()
-            self._places.setdefault(_memory(each), []).append((start, start + each.nbytes, name))
+            if each.layout == torch.strided:
+                start = each.data_ptr()
+                self._places.setdefault(_memory(each), []).append((start, start + each.nbytes, name))
         self._origins = {_memory(each): _Origin() for each in buffers.values()}
         self.flops = dict.fromkeys(parameters, 0)
         self.used: dict[str, None] = {}
         self.in_products: dict[str, None] = {}
         self.dense_again: dict[str, None] = {}
         self.uncounted: dict[str, None] = {}
+        self.uncounted_calls: dict[str, None] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -185,6 +196,8 @@ class _Look(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.uncounted.update(dict.fromkeys(names))
             self.in_products.update(dict.fromkeys(names))
             self._see(origins)
+        elif not taken and _is_costly(func, given):
+            self.uncounted_calls[func._schema.name] = None
         if func.overloadpacket in _CHOOSING and given[0].ndim > 2:  # one matrix of several, as mixtures of experts do
             given, origins = given[:1], origins[:1]
         if None not in origins:
@@ -216,8 +229,11 @@ class _Look(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops[max(owners, key=lambda name: self._parameters[name].nbytes)] += flops
 
     def _direct(self, tensor: Tensor) -> list[str]:
-        memory, place = _memory(tensor), tensor.data_ptr()
-        return [name for start, end, name in self._places.get(memory, ()) if start <= place < end]
+        memory = _memory(tensor)
+        if memory not in self._places:  # sparse ones have no place
+            return []
+        place = tensor.data_ptr()
+        return [name for start, end, name in self._places[memory] if start <= place < end]
 
     def _see(self, origins: list[_Origin | None]) -> None:
         for origin in origins:
@@ -274,6 +290,15 @@ class _Look(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+
+
+def _is_costly(func: Any, given: list[Tensor]) -> bool:
+    """Whether an operation without a formula multiplies activations, as far as can be told."""
+    kind, name = func._schema.name.split("::")
+    if kind == "aten":
+        return any(each in name for each in _COSTLY) and not any(each in name for each in ("norm", "check"))
+    numbers = [tensor for tensor in given if tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel()]
+    return kind not in ("prims", "torchvision") and len(numbers) > 1
 
 
 def _mixes(func: Any, given: list[Tensor], origins: list[_Origin | None]) -> bool:

@@ -29,7 +29,7 @@ from lightning_drive.costs import Costs
 from lightning_drive.diagnosis import Causes
 from lightning_drive.gradients import LossFunction
 from lightning_drive.masking import Masks
-from lightning_drive.messages import listed
+from lightning_drive.messages import listed, shown_error
 from lightning_drive.methods import Method, Network
 from lightning_drive.passage import Passage
 from lightning_drive.ranks import ALONE, Ranks
@@ -572,7 +572,7 @@ def _active(module: nn.Module, masks: Masks, way: Passage) -> tuple[Masks | None
         except Exception as error:  # the module's own `forward`, called in a way it may not be made for
             could_help = way.is_guess and "cannot be followed" not in str(error)
             remedy = " Set `example_input_array` on the module to what `forward` takes." if could_help else ""
-            errors.append(f"{way.source}: {type(error).__name__}: {error}.{remedy}".replace("..", "."))
+            errors.append(f"{way.source}: {shown_error(error)}.{remedy}")
             continue
         found.append((unknown, active))
         if not unknown:

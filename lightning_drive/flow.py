@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lightning_drive import growth
 from lightning_drive.gradients import add_history
 from lightning_drive.growth import WithoutFlow
-from lightning_drive.passage import Passage
+from lightning_drive.modes import InPrecision
+from lightning_drive.passage import Passage, precision_of
 from lightning_drive.paths import Paths
 from lightning_drive.replicas import Replica
 from lightning_drive.signals import begin
@@ -82,7 +83,9 @@ class SynapticFlow:
             weight.copy_(self._parameters[name].detach()).abs_()
         for name, (value, twin) in self._others.items():
             twin.copy_(_flow_value(name, value))
-        total = _sum(Passage.of(example_input).run(self._replica.module, _ones(torch.float64)))
+        with InPrecision(torch.float64):
+            outputs = Passage.of(example_input).run(self._replica.module, _ones(torch.float64))
+        total = _sum(outputs)
         if not total.requires_grad:
             return {name: torch.zeros_like(weight) for name, weight in self.weights.items()}, total.item()
         gradients = torch.autograd.grad(total, list(self._leaves.values()), allow_unused=True)
@@ -107,7 +110,7 @@ def layers_without_flow(module: nn.Module, example_input: Any) -> list[WithoutFl
 
     """
     watch = growth.Watch(growth.WITHOUT_FLOW, module)
-    ones = _ones(next(module.parameters()).dtype.to_real())
+    ones = _ones(precision_of(module))
     with growth.module_names(module, watch.path), watch:
         for output in Passage.of(example_input).run(module, lambda tensor: growth.begin(ones(tensor))):
             watch.end(output)
@@ -180,7 +183,9 @@ def _path_value(name: str, parameter: Tensor, masks: Mapping[str, Tensor]) -> Te
         return masks[name].float().requires_grad_()
     if not parameter.is_floating_point():
         return parameter
-    value = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+    if parameter.layout != torch.strided:  # such as which nodes of a graph are neighbours
+        return parameter.detach().float()
+    value = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
     if _is_bias(name):
         return value
     generator = torch.Generator(value.device).manual_seed(crc32(name.encode()))

@@ -19,3 +19,19 @@ def listed(items: Iterable[object], most: int = 8) -> str:
     if len(texts) <= most:
         return ", ".join(texts) or "none"
     return f"{', '.join(texts[:most])} and {len(texts) - most} more"
+
+
+def shown_error(error: BaseException, most: int = 300) -> str:
+    r"""Say what an error is in one line of at most so many letters: those of torch may list every backend there is.
+
+    Args:
+        error: The error.
+        most: How many letters of its first line to show.
+
+    Example:
+        >>> shown_error(ValueError("It is wrong.\nHere is more about it")), shown_error(ValueError("wrong"), most=3)
+        ('ValueError: It is wrong', 'ValueError: wro...')
+
+    """
+    line = next(iter(str(error).splitlines()), "").rstrip(".")
+    return f"{type(error).__name__}: {line if len(line) <= most else line[:most] + '...'}"

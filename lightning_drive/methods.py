@@ -12,7 +12,7 @@ from lightning_drive import flow, gradients, modes, passage, scores, shards, tre
 from lightning_drive.arguments import check_choice, check_count
 from lightning_drive.gradients import LossFunction, Passes
 from lightning_drive.masking import Masks
-from lightning_drive.messages import listed
+from lightning_drive.messages import listed, shown_error
 from lightning_drive.passage import Passage
 from lightning_drive.ranks import ALONE, Ranks
 from lightning_drive.undisturbed import Mode, in_mode, preserved_rng
@@ -205,7 +205,7 @@ class Network:
         try:
             layers = flow.layers_without_flow(self.module, way)
         except Exception as error:  # the module's own `forward`, called in a way it may not be made for
-            reason = f"{type(error).__name__}: {error}".rstrip(".")
+            reason = shown_error(error)
             raise ValueError(
                 f"SynFlow could not run the network on {way.source}: {reason}. {self._remedy()}"
             ) from error

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils._pytree import tree_map
 from typing_extensions import Self
 
 
@@ -46,6 +47,46 @@ class FunctionMode(TorchFunctionMode):
 
         """
         return func(*args, **kwargs)
+
+
+class InPrecision(FunctionMode):
+    """Keeps all floating-point numbers in one type, whatever type ``forward`` makes them in or converts them to.
+
+    Args:
+        dtype: The type.
+
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function of torch, and convert what it returns.
+
+        Args:
+            func: The function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        """
+        return converted(func(*args, **kwargs), self._dtype)
+
+
+def converted(result: Any, dtype: torch.dtype) -> Any:
+    """Return what a function of torch returned, with its floating-point numbers in one type.
+
+    Args:
+        result: A tensor, or several, or something else.
+        dtype: The type.
+
+    """
+
+    def convert(value: Any) -> Any:
+        is_other = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype
+        return value.to(dtype).as_subclass(type(value)) if is_other else value
+
+    return tree_map(convert, result) if isinstance(result, tuple | list) else convert(result)
 
 
 @contextmanager

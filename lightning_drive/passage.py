@@ -125,6 +125,8 @@ class Passage:
         returned: list[Any] = []
 
         def started(tensor: Tensor) -> Tensor:
+            if tensor.layout != torch.strided:  # such as which nodes of a graph are neighbours
+                return tensor.to(begin(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).dtype)
             return begin(tensor.detach()) if tensor.is_floating_point() and not tensor.requires_grad else tensor
 
         def start(_: str, arguments: Arguments) -> Arguments:
@@ -206,8 +208,19 @@ def as_input_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
         module: The network.
 
     """
-    first = next(module.parameters())
-    return lambda tensor: tensor.to(first.device, torch.promote_types(tensor.dtype, first.dtype.to_real()))
+    device, precision = next(module.parameters()).device, precision_of(module)
+    return lambda tensor: tensor.to(device, torch.promote_types(tensor.dtype, precision))
+
+
+def precision_of(module: nn.Module) -> torch.dtype:
+    """Return the type of the numbers that a network computes with: of its first parameter of real numbers.
+
+    Args:
+        module: The network.
+
+    """
+    kinds = (each.dtype for each in module.parameters() if each.is_floating_point() and each.dtype.itemsize > 1)
+    return next(kinds, torch.float32)
 
 
 class _KeepsAll(FunctionMode):
@@ -289,7 +302,9 @@ def _batch_size(parts: list[Any]) -> int | None:
 
 def _sizes(part: Any) -> set[tuple[int, ...]]:
     """Return the length of a list of samples, or the first dimensions of all tensors."""
-    return {(len(part),)} if _is_list_of_samples(part) else {tuple(each.shape[:1]) for each in trees.leaves(part)}
+    if _is_list_of_samples(part):
+        return {(len(part),)}
+    return {tuple(each.shape[:1]) if each.layout == torch.strided else () for each in trees.leaves(part)}
 
 
 def _first_sample(part: Any) -> Any:

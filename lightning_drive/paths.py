@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lightning_drive import recurrence
-from lightning_drive.modes import FunctionMode
+from lightning_drive.modes import FunctionMode, converted
 from lightning_drive.signals import arrives, begin, heard, is_signal
 
 _PASSED_THROUGH = {
@@ -107,11 +107,15 @@ class Paths(FunctionMode):
 
         """
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not given:  # such as what `no_grad` does when it begins
-            return func(*args, **kwargs)
-        with torch.inference_mode(False), torch.enable_grad():  # parts that do not train pass signals on, too
-            result = _meaning(func, args, kwargs, given)
         name = getattr(func, "__name__", "")
+        if not given:  # such as what `no_grad` does when it begins
+            return converted(func(*args, **kwargs), torch.float32)
+        with torch.inference_mode(False), torch.enable_grad():  # parts that do not train pass signals on, too
+            try:
+                result = converted(_meaning(func, args, kwargs, given), torch.float32)
+            except RuntimeError as error:
+                error.args = (f"in `{name}`: {error}",)
+                raise
         if any(is_signal(each) or _is_undecided(each) for each in given) and "_like" not in name and "new_" not in name:
             is_number = not any(_is_undecided(each) for each in given)
             for leaf in tree_leaves(result):
@@ -166,7 +170,7 @@ def _is_pointwise(name: str) -> bool:
 
 def _shares_memory(result: Any, given: list[Tensor]) -> bool:
     """Whether a function only looked at one of its arguments in another way, or wrote to it."""
-    places = {(each.untyped_storage().data_ptr(), each.is_complex()) for each in given if not each.is_sparse}
+    places = {(each.untyped_storage().data_ptr(), each.is_complex()) for each in given if each.layout == torch.strided}
     tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     return all((each.untyped_storage().data_ptr(), each.is_complex()) in places for each in tensors)
 

@@ -22,9 +22,18 @@ def is_plain(tensor: Tensor) -> bool:
         (True, False)
 
     """
-    is_own_kind = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     has_numbers = tensor.layout == torch.strided and not tensor.is_meta
-    return has_numbers and not (is_own_kind or tensor.is_quantized or tensor.is_nested)
+    return has_numbers and not (is_own_kind(tensor) or tensor.is_quantized or tensor.is_nested)
+
+
+def is_own_kind(tensor: Tensor) -> bool:
+    """Whether a tensor is of a subclass that computes in its own way, as quantised weights of torchao are.
+
+    Args:
+        tensor: Any tensor.
+
+    """
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def numbers(tensor: Tensor, name: str) -> Tensor:
@@ -53,8 +62,8 @@ def numbers(tensor: Tensor, name: str) -> Tensor:
         if type(dense) is Tensor and is_plain(dense) and dense.shape == tensor.shape:
             return dense
     raise TypeError(
-        f"{name!r} is {_kind(tensor)}, and neither its `dequantize()` nor its `to_dense()` gives the numbers that it"
-        " stands for. Look at the weights before they are converted."
+        f"{name!r} is {described(tensor)}, and neither its `dequantize()` nor its `to_dense()` gives the numbers that"
+        " it stands for. Look at the weights before they are converted."
     )
 
 
@@ -98,7 +107,7 @@ def not_maskable(tensor: Tensor, name: str) -> TypeError:
 
     """
     return TypeError(
-        f"{name!r} is {_kind(tensor)}, into which zeros cannot be written one by one. Put the masks on"
+        f"{name!r} is {described(tensor)}, into which zeros cannot be written one by one. Put the masks on"
         " before the weights are quantised or converted: `masks.apply_(module)`, then convert."
     )
 
@@ -117,7 +126,13 @@ def _places(tensor: Tensor) -> Tensor:
     return places.to_dense().long()
 
 
-def _kind(tensor: Tensor) -> str:
+def described(tensor: Tensor) -> str:
+    """Say what kind of tensor something is.
+
+    Args:
+        tensor: Any tensor.
+
+    """
     own = "" if type(tensor) in (Tensor, torch.nn.Parameter) else f"a {type(tensor).__name__} of "
     layout = "" if tensor.layout == torch.strided else f" with the layout {tensor.layout}"
     return f"{own or 'a tensor of '}{tensor.dtype}{layout}"

@@ -451,11 +451,15 @@ class PruningReport:
                 f" {self.num_weights / (self.num_parameters or 1):.2%} of them are prunable"
             )
         if self.multiply_adds is not None:
-            others = f", and {tables.count(self.other_multiply_adds)} without prunable weights"
+            others = ""
+            if self.other_multiply_adds is None:
+                others = "; how many there are without prunable weights is not known"
+            elif self.other_multiply_adds:
+                others = f", and {tables.count(self.other_multiply_adds)} without prunable weights"
             yield (
                 f"multiply-adds of one sample (MACs; one is 2 FLOPs): {tables.count(self.multiply_adds)} dense,"
                 f" {tables.count(self.nonzero_multiply_adds)} by non-zero weights"
-                f"{others if self.other_multiply_adds else ''}"
+                f"{others}"
             )
         if self.dense_bytes is not None:
             yield (

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from lightning_drive import gradients, trees
+from lightning_drive import gradients, passage, trees
 from lightning_drive.ranks import ALONE, Ranks
 from lightning_drive.undisturbed import Mode, undisturbed
 
@@ -275,7 +275,7 @@ def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: Mode = "tr
         with undisturbed(pl_module, mode, {id(trainer): quiet}) as scored:
             module: Any = scored.module
             _connect(quiet, module, scored.of)
-            torch.set_default_dtype(torch.promote_types(next(pl_module.parameters()).dtype, torch.float32).to_real())
+            torch.set_default_dtype(torch.promote_types(passage.precision_of(pl_module), torch.float32))
             yield Sandbox(quiet, module, scored.of)
     finally:
         torch.set_default_dtype(dtype)

@@ -9,9 +9,15 @@ from torch import Tensor
 class _Arrives(torch.autograd.Function):
     """Reduces a signal to zeros and ones, forwards and backwards."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, signal: Tensor) -> Tensor:
+    def forward(signal: Tensor) -> Tensor:
         return _is_above_zero(signal).to(signal.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

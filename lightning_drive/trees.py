@@ -1,9 +1,10 @@
 """The tensors in a batch, or in what a network takes and returns, whatever holds them."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -81,13 +82,33 @@ def _is_container(thing: object) -> bool:
 
 def _copied(function: Callable[[Tensor], Tensor], thing: Any) -> Any:
     """Copy a container with the tensors in it replaced."""
-    with suppress(Exception), _OnCopy(function):  # whatever stands against a copy
-        return copy.deepcopy(thing)
+    on_copy = _OnCopy(function)
+    with suppress(Exception), on_copy:  # whatever stands against a copy
+        twin = copy.deepcopy(thing)
+        if on_copy.has_met_any or not hasattr(type(thing), "__deepcopy__"):  # TensorDict copies in a way of its own
+            return twin
     with suppress(Exception):  # a lock among the attributes, say, or a `__getattr__` that loops in an empty object
         twin = object.__new__(type(thing))
         vars(twin).update({name: mapped(function, value) for name, value in vars(thing).items()})
         return twin
+    with suppress(Exception):
+        return _made_anew(function, thing)
     return thing
+
+
+def _made_anew(function: Callable[[Tensor], Tensor], thing: Any) -> Any:
+    """Make a container out of its entries, as Lightning does: copying looks for methods in some that are entries."""
+    kind: Any = type(thing)
+    if isinstance(thing, Mapping):
+        entries = {key: mapped(function, each) for key, each in thing.items()}
+        return kind(thing.default_factory, entries) if isinstance(thing, defaultdict) else kind(entries)
+    if isinstance(thing, Sequence):
+        parts = [mapped(function, each) for each in thing]
+        return kind(*parts) if hasattr(thing, "_fields") else kind(parts)
+    twin = copy.copy(thing)
+    for each in fields(thing):  # a dataclass with slots
+        object.__setattr__(twin, each.name, mapped(function, getattr(thing, each.name)))
+    return twin
 
 
 class _OnCopy(FunctionMode):
@@ -96,6 +117,10 @@ class _OnCopy(FunctionMode):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._function = function
+        self.has_met_any = False
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._function(args[0]) if func is Tensor.__deepcopy__ else func(*args, **kwargs)
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **kwargs)
+        self.has_met_any = True
+        return self._function(args[0])

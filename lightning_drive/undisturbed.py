@@ -152,7 +152,8 @@ def _scorable(name: str, value: Tensor) -> Tensor:
     if value.layout == torch.strided and is_expanded(value):
         return value
     twin = value.detach()
-    dtype = torch.promote_types(twin.dtype, torch.float32) if twin.is_floating_point() else twin.dtype
+    is_promoted = twin.is_floating_point() and twin.itemsize > 1  # float8 is a way to store numbers
+    dtype = torch.promote_types(twin.dtype, torch.float32) if is_promoted else twin.dtype
     twin = twin.clone() if dtype == twin.dtype else twin.to(dtype)
     if not isinstance(value, nn.Parameter):
         return twin

@@ -300,6 +300,65 @@ class GraphNetwork(Trained):
         return DataLoader([Graphs.random(seed) for seed in range(3)], batch_size=None)  # type: ignore[arg-type]
 
 
+class SparseGraphNetwork(Classifier):
+    """As Kipf and Welling have it: `forward` takes the nodes and a sparse matrix of who is whose neighbour."""
+
+    def __init__(self, layout: torch.layout = torch.sparse_coo) -> None:
+        super().__init__()
+        self.layout = layout
+        self.net = mlp(8, 24, NUM_CLASSES)
+
+    def forward(self, nodes: Tensor, neighbours: Tensor) -> Tensor:
+        hidden = self.net[0](torch.sparse.mm(neighbours, nodes)).relu()
+        return self.net[2](torch.sparse.mm(neighbours, hidden))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        nodes, neighbours, labels = batch
+        return F.cross_entropy(self(nodes, neighbours), labels)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(0)
+        neighbours = (torch.rand(12, 12, generator=generator) > 0.7).float() + torch.eye(12)
+        nodes, labels = torch.randn(12, 8, generator=generator), torch.randint(NUM_CLASSES, (12,), generator=generator)
+        return DataLoader([(nodes, neighbours.to_sparse(layout=self.layout), labels)] * 3, batch_size=None)  # type: ignore[arg-type]
+
+
+class Fourier(Classifier):
+    """As Fourier neural operators: the first parameter is complex, and the layers between are of real numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.net = mlp(8, 24, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.net[0](x)
+        modes = torch.fft.rfft(x)[:, :3] * self.modes
+        return self.net[2](x + torch.fft.irfft(modes, n=24))
+
+
+STORED: dict[str, Any] = {
+    "float8_e4m3fn": lambda weight: weight.to(torch.float8_e4m3fn),
+    "float8_e5m2": lambda weight: weight.to(torch.float8_e5m2),
+    "sparse_coo": lambda weight: weight.to_sparse(),
+    "sparse_csr": lambda weight: weight.to_sparse_csr(),
+}
+
+
+class Stored(Classifier):
+    """Its first matrix is frozen, and in float8 or sparse."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        weight = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+        self.stored = nn.Parameter(STORED[kind](weight), requires_grad=False)
+        self.net = mlp(8, 24, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stored = self.stored if self.stored.layout != torch.strided else self.stored.to(x.dtype)
+        return self.net((stored @ x.T).T)
+
+
 # Mixtures of experts.
 
 

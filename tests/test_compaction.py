@@ -725,7 +725,27 @@ def infinite() -> nn.Module:
     return module
 
 
+class Coded(Tensor):
+    """Has no numbers of its own, as a quantised weight."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> "Coded":
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)  # type: ignore[attr-defined, no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is torch.ops.aten.detach.default
+        return cls(args[0])
+
+
+def coded() -> nn.Module:
+    module = MLP(4, 3, 2)
+    module.get_submodule("2").weight = nn.Parameter(Coded(torch.zeros(2, 3)), requires_grad=False)
+    return module
+
+
 REFUSED: list[Any] = [
+    pytest.param(coded, TypeError, r"'2.weight' is a Coded of torch.float32.*before its weights", id="coded"),
     pytest.param(lambda: "net", TypeError, r"`module` must be a torch module, got str", id="no_module"),
     pytest.param(lambda: torch.compile(MLP(4, 3)), TypeError, r"`module` is compiled.*`_orig_mod`", id="compiled"),
     pytest.param(

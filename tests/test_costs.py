@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_drive import costs, prunable
 from lightning_drive.costs import Costs
+from lightning_drive.passage import Passage
 from lightning_drive.undisturbed import undisturbed
 
 
@@ -460,3 +461,56 @@ def test_products_with_a_vector(product: Any) -> None:
     found = costs.measure(OneByOne(), prunable.prunable_parameters(OneByOne(), ["*"]), torch.zeros(1, 4))
     assert found.multiply_adds == {"weight": 12}
     assert found.others == 0
+
+
+@torch.library.custom_op("lightning_drive_tests::attention", mutates_args=())
+def attention(query: Tensor, key: Tensor) -> Tensor:
+    """Compute what no formula is known for, as a kernel of another library does."""
+    return (query @ key.mT).softmax(-1) @ key
+
+
+UNKNOWN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "custom": (lambda x: attention(x, x), "lightning_drive_tests::attention"),
+    "fft": (lambda x: torch.fft.fft2(x).real, "aten::_fft_c2c"),
+    "cdist": (lambda x: torch.cdist(x, x) @ x, "aten::_cdist_forward"),
+    "solve": (lambda x: torch.linalg.solve(x.mT @ x + torch.eye(4), x.mT).mT, "aten::_linalg_solve_ex"),
+    "sparse": (lambda x: torch.sparse.mm(torch.eye(3).to_sparse(), x[0])[None], "aten::_sparse_addmm"),
+}
+
+
+@pytest.mark.parametrize(("function", "name"), UNKNOWN.values(), ids=UNKNOWN)
+def test_products_without_a_formula_are_named(function: Callable[[Tensor], Tensor], name: str) -> None:
+    """No parameter takes part in them, so only the total of all others is unknown."""
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(function(x))
+
+    found = measure(Products(), torch.randn(1, 3, 4))
+    assert (found.multiply_adds, found.others) == ({"head.weight": 24}, None)
+    assert [f"`{name}`" in text for text in found.warnings] == [True]
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo], ids=str)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_constants(layout: torch.layout) -> None:
+    """They have no place in memory to look for parameters at."""
+
+    class Neighbours(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+            self.neighbours = nn.Parameter(torch.eye(3).to_sparse(layout=layout), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.neighbours @ self.head(x)
+
+    module = Neighbours()
+    nodes = Passage.of(torch.randn(3, 4), whole=True)
+    found = costs.measure(module, {"head.weight": module.head.weight}, nodes)
+    assert found.error is None
+    assert found.multiply_adds["head.weight"]

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from lightning_drive import SNIP, Masks, SynFlow, find_masks, flow, prunable, scores
+from lightning_drive import SNIP, Magnitude, Masks, SynFlow, find_masks, flow, prunable, scores
 
 RESIDUAL_CUTS = {
     "stem": ["stem.weight"],
@@ -1180,3 +1180,95 @@ def test_active_masks__chosen_values_are_written_to(function: Callable[[Tensor],
     module = nn.Sequential(nn.Linear(4, 4), Calls(function), nn.Linear(4, 2))
     masks = dense_masks(module)
     assert all(mask.all() for mask in flow.active_masks(module, masks, torch.zeros(1, 3, 4)).values())
+
+
+class Between(nn.Module):
+    """Two layers, and something between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6, dtype=dtype), nn.Linear(6, 3, dtype=dtype)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x)))
+
+
+def _padded(x: Tensor) -> Tensor:
+    whole = torch.zeros(x.shape, dtype=torch.get_default_dtype())
+    whole[:, :5] = x[:, 1:]
+    return whole
+
+
+CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "written into a new tensor": _padded,
+    "multiplied with a new matrix": lambda x: x @ torch.ones(6, 6, dtype=torch.get_default_dtype()),
+    "converted": lambda x: x.to(torch.get_default_dtype()),
+    "in bfloat16": lambda x: x.bfloat16(),
+    "in float32": lambda x: x.float(),
+}
+
+
+@pytest.mark.parametrize("between", CONVERSIONS.values(), ids=CONVERSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_constants_and_conversions_in_forward(between: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    """What `forward` makes or converts has the precision of what is sent through, whatever that is."""
+    module = Between(between, dtype)
+    masks = dense_masks(module)
+    torch.set_default_dtype(dtype)
+    try:
+        active = flow.active_masks(module, masks, torch.zeros(1, 4))
+        found, total = flow.SynapticFlow(module, dict(module.named_parameters())).gradients(torch.zeros(1, 4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    num_unused = 4 if between is _padded else 0
+    assert sum(int(mask.logical_not().sum()) for mask in active.values()) == num_unused + 3 * bool(num_unused)
+    assert total > 0
+    assert {gradient.dtype for gradient in found.values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_active_masks__vmap(times: int) -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            layer: Any = self.first
+            for _ in range(times):
+                layer = torch.vmap(layer)
+            return self.second(layer(x).relu())
+
+    module = Mapped()
+    masks = dense_masks(module)
+    masks["first.weight"][2] = False
+    active = flow.active_masks(module, masks, torch.zeros(2, 5, 4))
+    assert not active["second.weight"][:, 2].any()
+    assert int(active["second.weight"].sum()) == 15
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(torch.linalg.inv, "linalg_inv"), (torch.linalg.cholesky, "linalg_cholesky"), (torch.inverse, "inverse")],
+    ids=["inv", "cholesky", "inverse"],
+)
+def test_active_masks__names_what_cannot_be_followed(function: Any, name: str) -> None:
+    module = Between(lambda x: function(x.mT @ x + torch.eye(6)) @ x.mT, torch.float32)
+    with pytest.raises(RuntimeError, match=f"^in `{name}`: "):
+        flow.active_masks(module, dense_masks(module), torch.zeros(3, 4))
+
+
+def test_errors_of_torch_are_cut_short() -> None:
+    """Torch lists all its backends where an operation has no kernel, on a hundred lines."""
+    text = "Could not run 'aten::x'. " + "It is available for: [CPU]. " * 50 + "\nregistered at a.cpp\n" * 100
+
+    def fail(x: Tensor) -> Tensor:
+        raise NotImplementedError(text)
+
+    module = Between(fail, torch.float32)
+    with pytest.warns(UserWarning, match="paths could not be followed") as caught:
+        find_masks(module, Magnitude(), sparsity=0.5, example_input=torch.zeros(1, 4))
+    said = [str(each.message) for each in caught]
+    assert max(map(len, said)) < 600
+    assert "registered" not in " ".join(said)

@@ -21,8 +21,10 @@ from lightning_drive import (
     SNIP,
     DRIVEPruningCallback,
     IMPPruningCallback,
+    Magnitude,
     PruningReport,
     SNIPPruningCallback,
+    SynFlow,
     SynFlowPruningCallback,
     find_masks,
 )
@@ -213,6 +215,69 @@ def test_graph__synflow(tmp_path: Path) -> None:
     module, callback = imitations.GraphNetwork(), SynFlowPruningCallback(sparsity=SPARSITY, rounds=4)
     fit(tmp_path, module, callback)
     assert_pruned(module, callback, *GRAPH)
+
+
+@EACH
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_graph__neighbours_in_a_sparse_matrix(tmp_path: Path, layout: Any, precision: str, make: Any) -> None:
+    module, callback = imitations.SparseGraphNetwork(layout), make(scope="layerwise")
+    fitted = fit(tmp_path, module, callback, precision=precision)
+    assert_pruned(module, callback, "net.0.weight", "net.2.weight")
+    assert_measured(fitted.report)
+    assert fitted.report.other_multiply_adds is None
+    assert [text for text in fitted.said if "sparse_addmm" in text]
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_graph__neighbours_in_a_sparse_matrix__synflow(tmp_path: Path, layout: Any) -> None:
+    module, callback = (
+        imitations.SparseGraphNetwork(layout),
+        SynFlowPruningCallback(sparsity=SPARSITY, rounds=4, scope="layerwise"),
+    )
+    assert_measured(fit(tmp_path, module, callback).report)
+    assert_pruned(module, callback, "net.0.weight", "net.2.weight")
+
+
+# Complex numbers.
+
+
+@EACH
+def test_fourier__a_complex_parameter_comes_first(tmp_path: Path, make: Any) -> None:
+    module, callback = imitations.Fourier(), make(scope="layerwise")
+    fitted = fit(tmp_path, module, callback)
+    assert_pruned(module, callback, "net.0.weight", "net.2.weight")
+    assert_measured(fitted.report)
+    assert fitted.report.other_multiply_adds is None
+    assert [text for text in fitted.said if "`aten::_fft_r2c`" in text]
+
+
+# Frozen parameters of kinds that cannot be trained, before what is.
+
+
+@EACH
+@pytest.mark.parametrize("kind", imitations.STORED)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_stored__frozen_first_layer(tmp_path: Path, kind: str, make: Any) -> None:
+    module, callback = imitations.Stored(kind), make(scope="layerwise")
+    fitted = fit(tmp_path, module, callback)
+    assert sorted(callback.masks) == ["net.0.weight", "net.2.weight"]
+    assert zeros([module.net[0].weight, module.net[2].weight]) == pytest.approx(SPARSITY, abs=0.01)
+    assert_measured(fitted.report)
+
+
+@pytest.mark.parametrize("kind", imitations.STORED)
+@pytest.mark.parametrize("method", [SNIP(), SynFlow(rounds=2), Magnitude()], ids=lambda method: type(method).__name__)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_stored__find_masks(kind: str, method: Any) -> None:
+    module, batch = imitations.Stored(kind), (torch.randn(4, 8), torch.zeros(4, dtype=torch.long))
+    masks = find_masks(
+        module, method, sparsity=0.5, batches=[batch], loss_fn=lambda net, part: F.cross_entropy(net(part[0]), part[1])
+    )
+    assert sorted(masks) == ["net.0.weight", "net.2.weight"]
+    assert masks.num_kept == masks.num_prunable // 2
 
 
 # Mixtures of experts.

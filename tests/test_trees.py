@@ -88,6 +88,56 @@ class Held:
         self.x = x
 
 
+class ByDot(dict[str, Any]):
+    """Looks for all attributes among its entries, `__deepcopy__` as well."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Unchanging(OrderedDict[str, Any]):
+    """Is filled once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.is_full = False
+        super().__init__(*args, **kwargs)
+        self.is_full = True
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if self.is_full:
+            raise TypeError("read only")
+        super().__setitem__(name, value)
+
+
+@dataclass(slots=True)
+class Slots:
+    x: Any
+    lock: Any = field(default_factory=threading.Lock)
+
+
+class Tied(NamedTuple):
+    x: Any
+    lock: Any
+
+
+class Columns(Mapping[str, Any]):
+    """Copies in a way of its own, as TensorDict does."""
+
+    def __init__(self, **columns: Any) -> None:
+        self.columns = columns
+
+    def __getitem__(self, name: str) -> Any:
+        return self.columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __deepcopy__(self, memo: Any) -> "Columns":
+        return Columns(**{name: value.clone() for name, value in self.columns.items()})
+
+
 class Graphs(SimpleNamespace):
     """A batch that is no container, but moves to a device."""
 
@@ -113,6 +163,12 @@ CONTAINERS = [
     Locked([ONE]),
     Held(ONE),
     pack_sequence([ONE]),
+    ByDot(x=ONE),
+    Unchanging(x=ONE),
+    Slots(ONE),
+    Tied(ONE, threading.Lock()),
+    defaultdict(list, x=ONE, lock=threading.Lock()),
+    Columns(x=ONE),
     [Plain(Features(x=ONE))],
 ]
 
