@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import Self
 
 
@@ -50,7 +50,9 @@ class FunctionMode(TorchFunctionMode):
 
 
 class InPrecision(FunctionMode):
-    """Keeps all floating-point numbers in one type, whatever type ``forward`` makes them in or converts them to.
+    """Keeps floating-point numbers in one type, whatever type ``forward`` makes others in or converts them to.
+
+    Numbers that have nothing to do with those stay as they are: a signal handler may save or load a checkpoint.
 
     Args:
         dtype: The type.
@@ -62,7 +64,7 @@ class InPrecision(FunctionMode):
         self._dtype = dtype
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a function of torch, and convert what it returns.
+        """Run a function of torch on numbers of one type, and convert what it returns.
 
         Args:
             func: The function.
@@ -70,6 +72,14 @@ class InPrecision(FunctionMode):
             kwargs: Its keyword arguments.
 
         """
+        kinds = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        if kinds and self._dtype not in kinds:
+            return func(*args, **kwargs)
+        if any(kind.is_floating_point for kind in kinds - {self._dtype}):
+            args, kwargs = (
+                converted(args, self._dtype),
+                {key: converted(each, self._dtype) for key, each in kwargs.items()},
+            )
         return converted(func(*args, **kwargs), self._dtype)
 
 
@@ -84,6 +94,7 @@ def converted(result: Any, dtype: torch.dtype) -> Any:
 
     def convert(value: Any) -> Any:
         is_other = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype
+        is_other = is_other and value.numel() > 0  # an empty one may be what `torch.load` is going to fill
         return value.to(dtype).as_subclass(type(value)) if is_other else value
 
     return tree_map(convert, result) if isinstance(result, tuple | list) else convert(result)

@@ -108,8 +108,15 @@ class Paths(FunctionMode):
         """
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = getattr(func, "__name__", "")
+        kinds = {each.dtype for each in given if each.is_floating_point()}
+        if kinds and torch.float32 not in kinds:  # not of this network, but of a signal handler that saves, say
+            return func(*args, **kwargs)
         if not given:  # such as what `no_grad` does when it begins
             return converted(func(*args, **kwargs), torch.float32)
+        if len(kinds) > 1:
+            args = converted(args, torch.float32)
+            kwargs = {key: converted(each, torch.float32) for key, each in kwargs.items()}
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         with torch.inference_mode(False), torch.enable_grad():  # parts that do not train pass signals on, too
             try:
                 result = converted(_meaning(func, args, kwargs, given), torch.float32)
