@@ -6,7 +6,7 @@ itself is taken, and only where each index is where it must be.
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_drive import trees
 from lightning_drive.messages import listed
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -376,8 +376,8 @@ def trace(library: Any, module: nn.Module, inputs: Sequence[Any]) -> tuple[Any, 
     outputs: list[Tensor] = []
 
     def forward(module: nn.Module, given: Any) -> list[Tensor]:
-        found = tree_leaves(call(module, tree_map(_begin, given)))
-        outputs.extend(_Border.apply(leaf) for leaf in found if isinstance(leaf, Tensor) and leaf.requires_grad)
+        found = trees.leaves(call(module, trees.mapped(_begin, given)))
+        outputs.extend(_Border.apply(leaf) for leaf in found if leaf.requires_grad)
         if not outputs:
             raise ValueError(
                 "`forward` must return what is computed from parameters, with autograd: that is how it is followed. It"
@@ -460,10 +460,8 @@ def _stop(indices: Sequence[Any]) -> Sequence[Any]:
     return indices
 
 
-def _begin(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return _Border.apply(value.detach().requires_grad_())
-    return value
+def _begin(value: Tensor) -> Tensor:
+    return _Border.apply(value.detach().requires_grad_()) if value.is_floating_point() else value
 
 
 def _check_used(module: nn.Module, outputs: Iterable[Tensor]) -> None:
@@ -535,6 +533,5 @@ def call(module: nn.Module, given: Any) -> Any:
         given: Its argument, a tuple of its arguments, or a mapping of its keyword arguments.
 
     """
-    if isinstance(given, Mapping):
-        return module(**given)
-    return module(*given) if isinstance(given, tuple) else module(given)
+    args, kwargs = trees.arguments(given)
+    return module(*args, **kwargs)

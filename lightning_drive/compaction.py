@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_drive import channels, plain, shards, undisturbed
+from lightning_drive import channels, plain, shards, trees, undisturbed
 from lightning_drive.messages import listed
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -326,7 +325,7 @@ def _check(module: nn.Module, example_input: Any) -> None:
             )
     if not any(parameter.is_floating_point() for parameter in module.parameters()):
         raise ValueError("`module` must have parameters, and has none.")
-    tensors = [leaf for leaf in tree_leaves(example_input) if isinstance(leaf, Tensor)]
+    tensors = trees.leaves(example_input)
     if not tensors:
         raise ValueError(f"`example_input` must hold a tensor, got {type(example_input).__name__}.")
     devices = {parameter.device for parameter in module.parameters()}
@@ -365,9 +364,7 @@ def _in_float64(module: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, _E
 
 
 def _as_float64(value: Any) -> Any:
-    return tree_map(
-        lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, value
-    )
+    return trees.mapped(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, value)
 
 
 def _restore_(small: nn.Module, module: nn.Module) -> None:
@@ -397,11 +394,12 @@ def _inputs(module: nn.Module, example_input: Any) -> list[Any]:
     The other one holds the example, too, where the module takes larger batches.
     """
     generator = torch.Generator().manual_seed(0)
-    example = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, example_input)
-    other = tree_map(lambda leaf: _random_like(leaf, generator) if isinstance(leaf, Tensor) else leaf, example)
+    example = trees.mapped(Tensor.detach, example_input)
+    other = trees.mapped(lambda leaf: _random_like(leaf, generator), example)
     candidates = [other]
-    if all(leaf.ndim for leaf in tree_leaves(example) if isinstance(leaf, Tensor)):
-        both = tree_map(lambda one, two: torch.cat([one, two]) if isinstance(one, Tensor) else one, example, other)
+    if all(leaf.ndim for leaf in trees.leaves(example)):
+        others = iter(trees.leaves(other))
+        both = trees.mapped(lambda leaf: torch.cat([leaf, next(others)]), example)
         candidates = [both, other]
     return [example, *[each for each in candidates if _is_taken(module, each)][:1]]
 
@@ -436,7 +434,7 @@ def _reference(module: nn.Module, inputs: Sequence[Any]) -> list[list[Tensor]]:
 
 def _outputs(module: nn.Module, given: Any) -> list[Tensor]:
     with torch.no_grad():
-        return [leaf.detach().clone() for leaf in tree_leaves(channels.call(module, given)) if isinstance(leaf, Tensor)]
+        return [leaf.detach().clone() for leaf in trees.leaves(channels.call(module, given))]
 
 
 def _finite(outputs: Iterable[Tensor]) -> bool:
@@ -462,7 +460,7 @@ def _close_pair(found: Tensor, expected: Tensor, rough: bool) -> bool:
 @contextmanager
 def _no_autocast(example_input: Any) -> Iterator[None]:
     with ExitStack() as stack:
-        for device in {leaf.device.type for leaf in tree_leaves(example_input) if isinstance(leaf, Tensor)} | {"cpu"}:
+        for device in {leaf.device.type for leaf in trees.leaves(example_input)} | {"cpu"}:
             if torch.amp.is_autocast_available(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield

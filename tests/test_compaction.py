@@ -3,10 +3,12 @@
 import copy
 import re
 import sys
+from collections import UserDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import fits
 import pytest
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from models import MLP, Attention, ConvNet, ResidualNet, changes, fingerprint, randomised
 from torch import Tensor, nn
 
-from lightning_drive import compact, compaction, flow, load_sparse, save_sparse
+from lightning_drive import compact, compaction, flow, load_sparse, save_sparse, trees
 
 IMAGES = (2, 8, 8)
 
@@ -896,3 +898,48 @@ def test_compact__library_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-drive\[compact\]'"):
         compact(MLP(4, 3), numbers(2, 4))
+
+
+# --- what forward returns and takes, in whatever container
+
+
+@dataclass
+class Output:
+    """As networks of other libraries return it."""
+
+    logits: Tensor
+
+
+class Named(NamedTuple):
+    logits: Tensor
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Output, Named, lambda y: UserDict(logits=y), lambda y: {"logits": [y]}],
+    ids=["dataclass", "namedtuple", "mapping", "nested"],
+)
+@pytest.mark.parametrize(
+    "container", [lambda x: x, lambda x: {"x": x}, lambda x: UserDict(x=x)], ids=["x", "dict", "map"]
+)
+def test_compact__containers(kind: Callable[[Tensor], Any], container: Callable[[Tensor], Any]) -> None:
+    """Tensors are found in all containers that batches may be, so outputs are compared, and are equal."""
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x: Tensor) -> Any:
+            return kind(self.net(x))
+
+    torch.manual_seed(0)
+    module, x = Wrapped(), torch.randn(2, 4)
+    with torch.no_grad():
+        module.net[0].weight[::2] = 0
+        module.net[0].bias[::2] = 0
+    small = compact(module, container(x))
+    assert small.net[0].out_features == 4
+    (found,), (expected,) = trees.leaves(small(x)), trees.leaves(module(x))
+    assert type(small(x)) is type(module(x))
+    torch.testing.assert_close(found, expected)
