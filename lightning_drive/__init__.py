@@ -25,24 +25,28 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lightning_drive.callbacks import DRIVEPruningCallback, SNIPPruningCallback, SynFlowPruningCallback
-    from lightning_drive.compaction import compact
-    from lightning_drive.files import load_sparse, save_sparse
-    from lightning_drive.finding import find_masks
-    from lightning_drive.lottery import IMPPruningCallback
-    from lightning_drive.masking import Masks
-    from lightning_drive.methods import DRIVE, SNIP, Magnitude, Random, SynFlow
-    from lightning_drive.report import PruningReport
+    from lightning_drive.callbacks.drive import DRIVEPruningCallback
+    from lightning_drive.callbacks.imp import IMPPruningCallback
+    from lightning_drive.callbacks.snip import SNIPPruningCallback
+    from lightning_drive.callbacks.synflow import SynFlowPruningCallback
+    from lightning_drive.compaction.compact import compact
+    from lightning_drive.core.masks import Masks
+    from lightning_drive.export.sparse_files import load_sparse, save_sparse
+    from lightning_drive.report.pruning_report import PruningReport
+    from lightning_drive.search.find import find_masks
+    from lightning_drive.search.methods import DRIVE, SNIP, Magnitude, Random, SynFlow
 
 _HOMES = {
-    "callbacks": ("DRIVEPruningCallback", "SNIPPruningCallback", "SynFlowPruningCallback"),
-    "compaction": ("compact",),
-    "files": ("load_sparse", "save_sparse"),
-    "finding": ("find_masks",),
-    "lottery": ("IMPPruningCallback",),
-    "masking": ("Masks",),
-    "methods": ("DRIVE", "SNIP", "Magnitude", "Random", "SynFlow"),
-    "report": ("PruningReport",),
+    "callbacks.drive": ("DRIVEPruningCallback",),
+    "callbacks.imp": ("IMPPruningCallback",),
+    "callbacks.snip": ("SNIPPruningCallback",),
+    "callbacks.synflow": ("SynFlowPruningCallback",),
+    "compaction.compact": ("compact",),
+    "core.masks": ("Masks",),
+    "export.sparse_files": ("load_sparse", "save_sparse"),
+    "report.pruning_report": ("PruningReport",),
+    "search.find": ("find_masks",),
+    "search.methods": ("DRIVE", "SNIP", "Magnitude", "Random", "SynFlow"),
 }
 """Module to the public names that are in it."""
 
@@ -63,5 +67,6 @@ def __dir__() -> list[str]:
 
 # Where Lightning is there already, its command line can find the callbacks by their short names.
 if "lightning.pytorch" in sys.modules:
-    for _name in (*_HOMES["callbacks"], *_HOMES["lottery"]):
-        __getattr__(_name)
+    for _name, _home in _HOME_OF.items():
+        if _home.startswith("callbacks."):
+            __getattr__(_name)

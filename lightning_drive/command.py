@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lightning_drive import __version__
 
 if TYPE_CHECKING:
-    from lightning_drive.report import PruningReport
+    from lightning_drive.report.pruning_report import PruningReport
 
 _VERSION = "pytorch-lightning_version"
 
@@ -193,13 +193,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compress(checkpoint: Path, out: Path, overwrite: bool, trust_pickle: bool) -> None:
-    from lightning_drive import checkpoints, files
+    from lightning_drive.export import checkpoints, sparse_files
 
     _check_free(out, checkpoint, overwrite)
     content = _loaded(checkpoint, trust_pickle)
     state_dict = checkpoints.state_dict_of(content, checkpoint)
     rest = checkpoints.packed(content)
-    files.save_sparse(state_dict, out, metadata=rest.metadata)
+    sparse_files.save_sparse(state_dict, out, metadata=rest.metadata)
 
     weights = sum({tensor.data_ptr(): tensor.nbytes for tensor in state_dict.values()}.values())
     size = out.stat().st_size
@@ -225,13 +225,13 @@ def _compress(checkpoint: Path, out: Path, overwrite: bool, trust_pickle: bool) 
 def _expand(sparse: Path, out: Path, overwrite: bool) -> None:
     import torch
 
-    from lightning_drive import checkpoints, files
+    from lightning_drive.export import checkpoints, sparse_files
 
     _check_free(out, sparse, overwrite)
-    state_dict, metadata = files.load_with_metadata(sparse)
+    state_dict, metadata = sparse_files.load_with_metadata(sparse)
     checkpoint = checkpoints.unpacked(metadata, sparse)
     checkpoint[_VERSION] = _current(checkpoint.get(_VERSION))
-    with files.replacing(out) as temporary:
+    with sparse_files.replacing(out) as temporary:
         torch.save({**checkpoint, "state_dict": state_dict}, temporary)
 
     hyper_parameters = checkpoint.get("hyper_parameters")
@@ -240,11 +240,11 @@ def _expand(sparse: Path, out: Path, overwrite: bool) -> None:
 
 
 def _report(checkpoint: Path, as_json: bool, trust_pickle: bool) -> None:
-    from lightning_drive import checkpoints, files
+    from lightning_drive.export import checkpoints, sparse_files
 
     is_sparse = checkpoints.is_safetensors(checkpoint)
     if is_sparse:
-        content = checkpoints.unpacked(files.read_metadata(checkpoint), checkpoint)
+        content = checkpoints.unpacked(sparse_files.read_metadata(checkpoint), checkpoint)
     else:
         content = _loaded(checkpoint, trust_pickle, needs_weights=False)
     callback, values = checkpoints.pruning_in(content)
@@ -252,7 +252,9 @@ def _report(checkpoint: Path, as_json: bool, trust_pickle: bool) -> None:
     zeros: list[dict[str, Any]] = []
     if not report:
         whole = _loaded(checkpoint, trust_pickle) if checkpoint.is_dir() else content  # or say that it is in parts
-        zeros = _zeros(files.load_sparse(checkpoint) if is_sparse else checkpoints.state_dict_of(whole, checkpoint))
+        zeros = _zeros(
+            sparse_files.load_sparse(checkpoint) if is_sparse else checkpoints.state_dict_of(whole, checkpoint)
+        )
     if as_json:
         found = {"callback": callback or None, "report": report.to_dict() if report else None}
         print(json.dumps(found if report else {**found, "tensors": zeros}, indent=2))
@@ -265,7 +267,7 @@ def _report(checkpoint: Path, as_json: bool, trust_pickle: bool) -> None:
 
 
 def _loaded(checkpoint: Path, trust_pickle: bool, *, needs_weights: bool = True) -> dict[str, Any]:
-    from lightning_drive import checkpoints
+    from lightning_drive.export import checkpoints
 
     if not trust_pickle:
         return checkpoints.load(checkpoint, needs_weights=needs_weights)
@@ -281,9 +283,9 @@ def _plan(
     max_epochs: int | None,
     steps_per_epoch: int | None,
 ) -> None:
-    from lightning_drive import callbacks, lottery
+    import lightning_drive
 
-    make: Any = getattr(lottery if method == "imp" else callbacks, _CALLBACKS[method])
+    make: Any = getattr(lightning_drive, _CALLBACKS[method])
     others = [name for name in inspect.signature(make).parameters if name != "sparsity"]
     callback = make(sparsity=sparsity, **dict(_setting(text, _CALLBACKS[method], others) for text in settings))
     print(callback.plan(_module(module), max_epochs=max_epochs, steps_per_epoch=steps_per_epoch))
@@ -353,7 +355,7 @@ def _check_call(make: Callable[..., Any], path: str) -> None:
 
 
 def _report_of(values: Any, path: Path) -> "PruningReport | None":
-    from lightning_drive.report import PruningReport
+    from lightning_drive.report.pruning_report import PruningReport
 
     if values is None:
         return None
@@ -379,7 +381,7 @@ def _num_zeros(name: str, tensor: Any) -> int | None:
     """Count the zeros of a tensor; ``None`` for one of which torch cannot say it."""
     import torch
 
-    from lightning_drive import forms, masking
+    from lightning_drive.core import bits, saved_values
 
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         return None
@@ -387,10 +389,10 @@ def _num_zeros(name: str, tensor: Any) -> int | None:
     stored = tensor  # without what only repeats it
     for dim in repeated:
         stored = stored.narrow(dim, 0, 1)
-    if not forms.has_memory(stored):
+    if not saved_values.has_memory(stored):
         raise ValueError(f"{name!r} claims {tensor.numel():,} numbers, far more than it has in memory.")
     if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
-        stored = stored.view(masking.INTEGERS[tensor.itemsize])
+        stored = stored.view(bits.INTEGERS[tensor.itemsize])
     elif tensor.is_floating_point() and tensor.itemsize == 1:
         stored = stored.float()
     try:
@@ -401,7 +403,7 @@ def _num_zeros(name: str, tensor: Any) -> int | None:
 
 
 def _table(zeros: Sequence[Mapping[str, Any]]) -> list[str]:
-    from lightning_drive import tables
+    from lightning_drive.report import tables
 
     rows = [(each["name"], "x".join(map(str, each["shape"])), each["numbers"], each["zeros"]) for each in zeros]
     counts = [row[3] for row in rows]

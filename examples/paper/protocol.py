@@ -8,9 +8,9 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_drive import Magnitude
+from lightning_drive.callbacks.base import PruningCallback
 from lightning_drive.cli import OneLineErrorsCLI
-from lightning_drive.pruning import PruningCallback
-from lightning_drive.report import Control
+from lightning_drive.core.arguments import Control
 from lightning_drive.warmup import WarmupPruningCallback
 
 CONFIGS = Path(__file__).parent / "configs"

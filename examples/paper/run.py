@@ -47,8 +47,8 @@ from torch import Tensor
 
 import lightning_drive
 from lightning_drive import PruningReport
-from lightning_drive.prunable import prunable_parameters
-from lightning_drive.pruning import PruningCallback
+from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.network.prunable import prunable_parameters
 
 QUIET = (
     *("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"),

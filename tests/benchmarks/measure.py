@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_drive import finding, prunable
-from lightning_drive.methods import Method
+from lightning_drive.network import prunable
+from lightning_drive.search import loop
+from lightning_drive.search.methods import Method
 
 Measure = Callable[[], float]
 
@@ -63,7 +64,7 @@ def rounds_and_passes(
         passes.append(seconds(bare_pass, clock)())
         mark = clock()
 
-    finding.search(
+    loop.search(
         module,
         method,
         sparsity=0.98,

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "examples")]
+sys.path += [
+    str(Path(__file__).parents[1]),
+    str(Path(__file__).parents[1] / "helpers"),
+    str(Path(__file__).parents[2] / "examples"),
+]
 
 import torch
 import torch.distributed as dist
@@ -17,7 +21,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_drive import DRIVE
-from lightning_drive.ranks import ALONE, Ranks
+from lightning_drive.core.processes import ALONE, Ranks
 
 ROUNDS = 6
 

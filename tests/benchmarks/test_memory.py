@@ -11,7 +11,8 @@ from benchmarks.measure import peak_of_tensors
 from benchmarks.page import Figure
 from benchmarks.trainers import Module
 
-from lightning_drive import DRIVEPruningCallback, prunable
+from lightning_drive import DRIVEPruningCallback
+from lightning_drive.network import prunable
 
 
 class Peaks(pl.Callback):

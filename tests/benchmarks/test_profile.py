@@ -11,17 +11,19 @@ from benchmarks import networks
 from benchmarks.measure import rounds_and_passes
 from benchmarks.page import Figure
 
-from lightning_drive import DRIVE, SynFlow, flow, gradients, masking, ranking
-from lightning_drive.methods import Method
+from lightning_drive import DRIVE, SynFlow
+from lightning_drive.core import masks, selection
+from lightning_drive.network import gradients, synflow
+from lightning_drive.search.methods import Method
 
 PARTS = (
     ("the pass", gradients, "loss_gradients"),
-    ("the pass", flow.SynapticFlow, "gradients"),
+    ("the pass", synflow.SynapticFlow, "gradients"),
     ("the method", DRIVE, "score"),
     ("the method", SynFlow, "score"),
-    ("ranking: the threshold", ranking, "_cut"),
-    ("ranking: the masks", ranking, "_masks"),
-    ("setting weights to 0", masking, "zero_"),
+    ("ranking: the threshold", selection, "_cut"),
+    ("ranking: the masks", selection, "_masks"),
+    ("setting weights to 0", masks, "zero_"),
 )
 
 

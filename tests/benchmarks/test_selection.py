@@ -9,13 +9,13 @@ from benchmarks.measure import in_turn, peak_growth, scores, seconds
 from benchmarks.page import Figure
 from torch import Tensor
 
-from lightning_drive import ranking
+from lightning_drive.core import selection
 
 DENSITY = 0.02
 
 
 def ours(values: Tensor) -> Tensor:
-    return ranking.keep_highest({"": values}, num_kept(values)).masks[""]
+    return selection.keep_highest({"": values}, num_kept(values)).masks[""]
 
 
 def kthvalue(values: Tensor) -> Tensor:

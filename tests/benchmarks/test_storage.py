@@ -13,7 +13,7 @@ from benchmarks.measure import in_turn, seconds
 from benchmarks.page import Figure
 from benchmarks.trainers import Module
 
-from lightning_drive import prunable
+from lightning_drive.network import prunable
 
 
 def fitted(*callbacks: pl.Callback) -> pl.Trainer:

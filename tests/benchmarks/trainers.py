@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_drive import SNIPPruningCallback, prunable
+from lightning_drive import SNIPPruningCallback
+from lightning_drive.network import prunable
 
 SPARSITY = 0.98
 

@@ -1,0 +1,167 @@
+"""Every block of code in the README and the documentation runs, in the order of its page, in a folder of its page.
+
+- A block of Python runs in this process. It finds what a reader has: a LightningModule, its data, a checkpoint.
+- A block with a `title` becomes the file of that name, in the page's folder.
+- A block of bash runs in that folder. What it installs is not installed again: its extras must exist.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.metadata import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import mymodel
+import processes
+import pytest
+from packaging.requirements import Requirement
+from sybil import Document, Example, Region, Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LANGUAGES = {"python", "bash", "yaml", "text"}
+BIN = Path(sys.executable).parent
+
+INSTEAD = {
+    "python examples/digits.py": "python examples/digits.py --help",  # `.ci/run` runs it, from a wheel
+    "python examples/compact.py": "python examples/compact.py --help",  # half an hour
+    "python -m pytest": "python -m pytest --version",  # `.ci/run` runs it, and so this test
+    "python -m pytest tests/benchmarks": "python -m pytest tests/benchmarks --collect-only",  # twenty minutes
+}
+"""What runs here in place of commands that take long, by how these begin; the longest beginning counts."""
+
+VIRTUAL_ENVIRONMENT = "python3 -m venv .venv"
+
+
+def reader() -> dict[str, Any]:
+    """Give what a reader has before the first block of a page."""
+    pl.seed_everything(0, verbose=False)
+    data = mymodel.MyData()
+    return {
+        "MyModel": mymodel.MyModel,
+        "model": mymodel.MyModel(),
+        "train_loader": data.train_dataloader(),
+        "val_loader": data.val_dataloader(),
+    }
+
+
+def titled(document: Document) -> Iterable[Region]:
+    """Find the blocks that are files."""
+    pattern = re.compile(r'(?P<language>\w+) title="(?P<title>[^"]+)"\n')
+    for region in RawFencedCodeBlockLexer(info_pattern=pattern)(document):
+        yield Region(region.start, region.end, parsed=region.lexemes, evaluator=write)
+
+
+def write(example: Example) -> None:
+    """Write a block to the file that its title names."""
+    path = Path(example.parsed["title"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(example.parsed["source"], encoding="utf-8")
+
+
+def run(example: Example) -> None:
+    """Run a block of bash, step by step, on the package of this checkout and in this environment."""
+    lines = example.parsed.replace("\\\n", " ").splitlines()
+    for step in [step for line in lines for step in line.split(" && ")]:
+        command = step.partition("  #")[0].strip().replace(".venv/bin/", "")
+        if command == VIRTUAL_ENVIRONMENT or not command:
+            continue
+        if command.startswith("pip install "):
+            check_installable(shlex.split(command)[2:])
+            continue
+        begin = max((begin for begin in INSTEAD if command.startswith(begin)), key=len, default=None)
+        call(INSTEAD[begin] if begin else command)
+
+
+def call(command: str) -> None:
+    """Run one command in the current folder, where a reader of the repository has its parts, and a model."""
+    for name in ("examples", "tests", "pyproject.toml", "tests/helpers/mymodel.py"):
+        if not Path(Path(name).name).exists():
+            Path(Path(name).name).symlink_to(ROOT / name)
+    first, *arguments = shlex.split(command)
+    if first == "python" and arguments[0].endswith(".py"):
+        done = processes.script(*arguments, folder=Path.cwd())
+    elif first == "lightning-drive":
+        done = processes.script(BIN / first, *arguments, folder=Path.cwd())
+    else:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment = {**inherited, "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]])}
+        words = ["bash", "-euo", "pipefail", "-c", command]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def check_installable(arguments: list[str]) -> None:
+    """Check that the package has the extras that are asked for."""
+    [what] = [argument for argument in arguments if not argument.startswith("-")]
+    requirement = Requirement(re.sub(r"^\.", "lightning-drive", what))
+    assert requirement.name == "lightning-drive"
+    assert requirement.extras <= set(metadata("lightning-drive").get_all("Provides-Extra") or [])
+
+
+SYBIL = Sybil([PythonCodeBlockParser(), CodeBlockParser("bash", run), titled])  # type: ignore[list-item]
+DOCUMENTS = {str(page.relative_to(ROOT)): SYBIL.parse(page) for page in PAGES}
+EXAMPLES = [(page, example) for page, document in DOCUMENTS.items() for example in document.examples()]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Give every page a folder and what a reader has."""
+    for document in DOCUMENTS.values():
+        document.namespace.update(reader())
+    return {page: tmp_path_factory.mktemp(Path(page).stem) for page in DOCUMENTS}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:.*tensorboardX.* has been removed:UserWarning",
+    "ignore:The number of training batches .* is smaller than the logging interval",
+    "ignore:You defined a `validation_step` but have no `val_dataloader`",
+    "ignore:Checkpoint directory .* exists and is not empty",
+)
+@pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[f"{page}:{each.line}" for page, each in EXAMPLES])
+def test_block(page: str, example: Example, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folders[page])
+    example.evaluate()
+
+
+def test_promised_output(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a comment behind `print` in the README says is what is printed."""
+    [block] = [block for block in python_blocks(ROOT / "README.md") if "find_masks(" in block]
+    exec(block, {})
+    [promised] = re.findall(r"print\(masks\)  # (.*)", block)
+    assert capsys.readouterr().out.strip() == promised
+
+
+def python_blocks(page: Path) -> list[str]:
+    """Give the sources of a page's blocks of Python."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_no_block_is_missed(page: Path) -> None:
+    """Every fenced block has a language that runs, is a file, or is the output of what stands above it."""
+    text = page.read_text(encoding="utf-8")
+    infos = re.findall(r"^```(.*)$", text, flags=re.MULTILINE)
+    assert len(infos) % 2 == 0
+    opening = infos[::2]
+    assert {info.partition(" ")[0] for info in opening} <= LANGUAGES
+    assert not any(info == "yaml" for info in opening), "give it a title, so that it is a file that a command uses"
+    run_here = [info for info in opening if info != "text"]
+    hidden = text.count("<!-- invisible-code-block")
+    assert len(run_here) + hidden == sum(of == str(page.relative_to(ROOT)) for of, _ in EXAMPLES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_no_page_is_a_stub(page: Path) -> None:
+    """A page says something, and the site leads to it."""
+    assert len(page.read_text(encoding="utf-8").splitlines()) > 5
+    navigation = (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
+    assert page.name == "README.md" or f": {page.relative_to(ROOT / 'docs')}\n" in navigation

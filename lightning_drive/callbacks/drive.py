@@ -1,0 +1,87 @@
+"""The callback that prunes by DRIVE."""
+
+from collections.abc import Callable
+
+from lightning_drive.callbacks.warmup import WarmupPruningCallback
+from lightning_drive.core.arguments import Control, Mode, Schedule, Scope
+from lightning_drive.search.methods import DRIVE
+
+
+class DRIVEPruningCallback(WarmupPruningCallback):
+    """Train densely for a few epochs, prune by DRIVE, and train the sparse network to the end.
+
+    DRIVE is "Dual Gradient-Based Rapid Iterative Pruning" (Saikumar & Varghese, 2024, Algorithm 1). Kept are exactly
+    ``round(P * (1 - sparsity))`` of the ``P`` prunable weights.
+
+    Args:
+        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``: 0.98 keeps 2 %.
+        warmup_epochs: Dense epochs before pruning, E in the paper, at least 0.
+        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which has to be
+            left out then. For endless streams. Steps are counted as by ``trainer.global_step``.
+        rounds: Pruning rounds, N in the paper, at least 1. Each costs a forward and backward pass per batch.
+        batches_per_round: Training batches whose gradients are summed in each round, at least 1.
+        schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
+            number of weights.
+        scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
+        include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
+            layers that multiply by them. ``["*"]``: everything of two dimensions or more.
+        exclude: Glob patterns over parameter names that stay dense.
+        mode: ``train``: BatchNorm uses batch statistics while scoring; ``eval``: running statistics. Dropout is off
+            in both.
+        loss_fn: Function ``loss_fn(pl_module, batch)`` that returns the loss to score by. Default: the module's
+            ``training_step``, with logging silenced. Needed for manual optimization.
+        bn_batches: Training batches for re-estimating BatchNorm's running statistics after pruning, at least 0;
+            0 leaves them as they are.
+        reset_best: Whether ModelCheckpoint and EarlyStopping forget the dense epochs when the network is pruned; until
+            then, EarlyStopping is held off.
+        control: For comparison: ``shuffle`` shuffles the masks within each parameter; ``reinit`` keeps the masks, and
+            trains from new initial values of the survivors. Default: neither.
+
+    Attributes:
+        masks: The masks (:class:`lightning_drive.Masks`), on the CPU; empty before pruning.
+        pruned: Whether the network has been pruned.
+        report: What was pruned (:class:`lightning_drive.PruningReport`); ``None`` before pruning.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> callback = DRIVEPruningCallback(sparsity=0.98)
+        >>> trainer = pl.Trainer(max_epochs=50, callbacks=[callback], logger=False)
+
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        warmup_epochs: int = 5,
+        warmup_steps: int | None = None,
+        rounds: int = 100,
+        batches_per_round: int = 1,
+        schedule: Schedule = "exponential",
+        scope: Scope = "global",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        mode: Mode = "train",
+        loss_fn: Callable | None = None,  # type: ignore[type-arg]  # jsonargparse misreads a parametrised Callable
+        bn_batches: int = 20,
+        reset_best: bool = True,
+        control: Control = "none",
+    ) -> None:
+        super().__init__(
+            DRIVE(rounds=rounds, batches_per_round=batches_per_round, mode=mode),
+            sparsity=sparsity,
+            warmup_epochs=warmup_epochs,
+            warmup_steps=warmup_steps,
+            schedule=schedule,
+            scope=scope,
+            include=include,
+            exclude=exclude,
+            loss_fn=loss_fn,
+            bn_batches=bn_batches,
+            reset_best=reset_best,
+            control=control,
+        )

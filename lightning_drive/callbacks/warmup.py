@@ -1,0 +1,257 @@
+"""Dense warm-up, one pruning, sparse training: when the early-pruning callbacks prune, and what follows."""
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.core import arguments
+from lightning_drive.core.arguments import Control, Schedule, Scope
+from lightning_drive.core.masks import Masks
+from lightning_drive.core.messages import listed
+from lightning_drive.network import gradients, prunable
+from lightning_drive.report.plan import Intent
+from lightning_drive.search import methods
+from lightning_drive.search.methods import Method
+from lightning_drive.trainer import display, facts, loop_progress, other_callbacks, run_length, training_step
+from lightning_drive.trainer.batches import check_data
+from lightning_drive.trainer.sandbox import Sandbox
+
+
+class WarmupPruningCallback(PruningCallback):
+    """Train densely for some epochs, prune once, keep the masks until the end.
+
+    Pruning happens at the start of epoch ``warmup_epochs``, so all of the epoch before is dense, its validation and
+    checkpoint included; or before the batch of global step ``warmup_steps``, in the middle of an epoch or not.
+
+    Args:
+        method: The method that finds the masks.
+        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
+        warmup_epochs: Dense epochs before pruning, at least 0.
+        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which has to be
+            left out then: for endless streams, and warm-ups that are no whole epochs. Steps are counted as
+            ``trainer.global_step`` does: those of all optimizers together, and one for every
+            ``accumulate_grad_batches`` batches. ``None``: ``warmup_epochs`` decides.
+        schedule: See :class:`~lightning_drive.callbacks.base.PruningCallback`, as for the other arguments that are
+            not here.
+        scope: See there.
+        include: See there.
+        exclude: See there.
+        loss_fn: ``loss_fn(pl_module, batch)`` returns the loss to score by; ``None``: the module's ``training_step``.
+        bn_batches: Training batches for re-estimating BatchNorm's statistics after pruning; 0: leave them.
+        reset_best: See there.
+        control: See there.
+
+    """
+
+    _needs_loss: ClassVar[bool] = True
+    """Whether the method scores by the gradient of a loss."""
+
+    def __init__(
+        self,
+        method: Method,
+        *,
+        sparsity: float,
+        warmup_epochs: int = 0,
+        warmup_steps: int | None = None,
+        schedule: Schedule = "exponential",
+        scope: Scope = "global",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        loss_fn: Callable[..., Any] | None = None,
+        bn_batches: int = 20,
+        reset_best: bool = True,
+        control: Control = "none",
+    ) -> None:
+        super().__init__(
+            sparsity=sparsity,
+            schedule=schedule,
+            scope=scope,
+            include=include,
+            exclude=exclude,
+            reset_best=reset_best,
+            control=control,
+            remember_epoch=0 if control == "reinit" else None,
+        )
+        methods.check_method(method)
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"`loss_fn` must be a function `loss_fn(pl_module, batch)` or None, got {loss_fn!r}.")
+        self.method = method
+        self.warmup_epochs = arguments.check_count("warmup_epochs", warmup_epochs, least=0)
+        self.warmup_steps = None
+        if warmup_steps is not None:
+            self.warmup_steps = arguments.check_count("warmup_steps", warmup_steps, least=0)
+            _check_left_out(type(self), "warmup_epochs", self.warmup_epochs, "warmup_steps", self.warmup_steps)
+        self.loss_fn = loss_fn
+        self.bn_batches = arguments.check_count("bn_batches", bn_batches, least=0)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the run ended before its warm-up did."""
+        if not self.pruned:
+            remedy = f"Lower `{self._warmup[0]}`, or let training run longer."
+            if self.warmup_steps is None and math.isinf(trainer.num_training_batches):
+                remedy = self._remedy_for_unknown_length
+            rank_zero_warn(
+                f"Training ended in epoch {run_length.last_epoch(trainer)}, after {trainer.global_step} steps"
+                f"{run_length.reason(trainer)}, before the warm-up was over: the network is dense. It would have"
+                f" been pruned {self._intent().when}. {remedy}"
+            )
+
+    @override
+    def _intent(self) -> Intent:
+        batches = getattr(self.method, "batches_per_round", 1)
+        pass_over = "a training batch" if self._needs_loss else "a single sample, in float64"
+        passes = self.method.rounds * batches
+        epochs = self.warmup_epochs if self.warmup_steps is None else 0
+        return Intent(str(self.method), self.method.rounds, passes, pass_over, epochs, epochs, self.warmup_steps)
+
+    @override
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        if facts.is_quick_check(trainer):
+            return True
+        if self.warmup_steps is None:
+            return trainer.current_epoch >= self.warmup_epochs
+        return trainer.global_step >= self.warmup_steps and not loop_progress.is_accumulating(trainer)
+
+    @property
+    def _warmup(self) -> tuple[str, int]:
+        """Name and value of the argument that says when to prune."""
+        if self.warmup_steps is None:
+            return "warmup_epochs", self.warmup_epochs
+        return "warmup_steps", self.warmup_steps
+
+    @override
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        start = time.monotonic()
+        method = methods.with_fewer_rounds(self.method, 2) if facts.is_quick_check(trainer) else self.method
+        outcome = self._search(
+            trainer,
+            pl_module,
+            method,
+            loss=self._loss,
+            shuffle=self.control == "shuffle",
+            bn_batches=self.bn_batches,
+        )
+        found = outcome.found
+        found.warnings.extend(self._frozen_layers(trainer, pl_module, found.masks))
+        found.warnings.extend(self._zeros_without_masks(pl_module, found.masks, found.masks))
+        # Everything is computed: from here on only commit.
+        self._record(trainer, outcome, str(method), start, control=self.control)
+        self._commit(trainer, pl_module)
+        with display.above_bar(trainer):
+            self._announce(trainer, found)
+
+    @override
+    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.control == "reinit" and self._start is not None:
+            self._reinitialise(trainer, pl_module)
+            self._start.rewind_optimizers_(trainer.optimizers, learning_rates=False)
+            self._restart_averages(trainer, pl_module)
+        super()._settle(trainer, pl_module)
+
+    def _frozen_layers(self, trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Masks) -> Iterator[str]:
+        """Say which layers were left out since a finetuning callback has not unfrozen them yet."""
+        for other in other_callbacks.callbacks_of(trainer):
+            if isinstance(other, BaseFinetuning):
+                known = {*masks, *self.prunable_parameters(pl_module)}
+                before = {name for name, each in pl_module.named_parameters() if not each.requires_grad}
+                with prunable.unfrozen(pl_module):
+                    frozen = [name for name in self.prunable_parameters(pl_module) if name in before - known]
+                if frozen:
+                    name, value = self._warmup
+                    yield (
+                        f"{listed(map(repr, frozen))} were not pruned, since {type(other).__name__} froze them, and"
+                        f" are dense when they are unfrozen. Set `{name}` to more than the"
+                        f" {name.removeprefix('warmup_')[:-1]} in which that happens, got {value}, or say with"
+                        " `exclude` that they are to stay dense."
+                    )
+
+    def _loss(self, sandbox: Sandbox) -> gradients.LossFunction:
+        """Return what runs a batch through the module, and returns the loss to score by."""
+        if self.loss_fn is not None:
+            return sandbox.of(self.loss_fn)  # type: ignore[no-any-return]
+        return training_step.loss_of(sandbox)
+
+    @property
+    @override
+    def _unshardable(self) -> str:
+        return super()._unshardable or ("" if self._needs_loss else "SynFlow has to put other weights in their place.")
+
+    @override
+    def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super()._check_module(trainer, pl_module)
+        if self._needs_loss and self.loss_fn is None:
+            training_step.check_training_step(pl_module)
+        if facts.is_quick_check(trainer) or self.warmup_steps is not None:
+            return
+        if 0 <= self._max_epochs <= self.warmup_epochs:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes at the start of epoch"
+                f" {self.warmup_epochs} (counted from 0), but training ends after max_epochs={self._max_epochs}"
+                " epochs, so it would never prune. Raise `max_epochs` or lower `warmup_epochs`."
+            )
+
+    @override
+    def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super()._check_training(trainer, pl_module)
+        reads_statistics = self.bn_batches > 0 and self._warmup[1] > 0
+        if self._needs_loss or reads_statistics or pl_module.example_input_array is None:
+            check_data(trainer)
+        if facts.is_quick_check(trainer):
+            return
+        if self.warmup_steps is not None:
+            self._check_steps(trainer, pl_module, self.warmup_steps)
+            return
+        steps = sum(loop_progress.steps_per_epoch(trainer, epoch) for epoch in range(self.warmup_epochs))
+        is_known = math.isfinite(steps) and pl_module.automatic_optimization  # else a batch may have any number
+        if is_known and 0 <= trainer.max_steps <= steps:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes after {steps:g} steps, but training"
+                f" ends after max_steps={trainer.max_steps}, so it would never prune. Raise `max_steps` or lower"
+                " `warmup_epochs`."
+            )
+
+    def _check_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule, warmup_steps: int) -> None:
+        """Raise if training ends before step ``warmup_steps``."""
+        ends_after = {}
+        if trainer.max_steps >= 0:
+            ends_after["max_steps"] = float(trainer.max_steps)
+        if self._max_epochs >= 0 and pl_module.automatic_optimization:  # else a batch may have any number of steps
+            left = range(trainer.current_epoch, self._max_epochs)
+            steps = sum(loop_progress.steps_per_epoch(trainer, epoch) for epoch in left)
+            ends_after["max_epochs"] = trainer.global_step + steps
+        for name, last in ends_after.items():
+            if last <= warmup_steps:
+                raise MisconfigurationException(
+                    f"{type(self).__name__}(warmup_steps={warmup_steps}) prunes before step {warmup_steps} (counted"
+                    f" from 0), but with {name}={getattr(trainer, name)} training ends after {last:g} steps, so it"
+                    f" would never prune. Raise `{name}` or lower `warmup_steps`."
+                )
+
+    @property
+    @override
+    def _remedy_for_unknown_length(self) -> str:
+        return f"Set `warmup_steps` in place of `warmup_epochs`. {super()._remedy_for_unknown_length}"
+
+
+def _check_left_out(kind: type, name: str, value: Any, decides: str, given: Any) -> None:
+    """Raise if an argument has another value than its default, though another argument decides.
+
+    The default is looked up in the constructors, from the class up: a file of settings may well name it.
+    """
+    signatures = (inspect.signature(each.__init__).parameters for each in kind.__mro__)  # type: ignore[misc]
+    default = next(parameters[name].default for parameters in signatures if name in parameters)
+    if value != default:
+        raise ValueError(
+            f"`{decides}` says when to prune in place of `{name}`, which must be left out then, got"
+            f" {decides}={given} and {name}={value}. Give one of them."
+        )

@@ -1,0 +1,1 @@
+"""Tensors and numbers: settings, schedules, scores, selection, masks, and what several processes share."""

@@ -1,0 +1,237 @@
+"""Keep masks: what they say, how they are stored, and how they are put on live parameters.
+
+Nothing is reparametrised: a pruned weight is a zero in the dense tensor, so names, order and ``state_dict`` keys stay
+those of the dense module. Zeros are filled in, never multiplied in: a product would keep NaN and make -0.0.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_drive.core import saved_values, shards, tensor_kinds
+from lightning_drive.core import sparsity as measures
+from lightning_drive.core.bits import pack, unpacked
+from lightning_drive.core.messages import listed
+from lightning_drive.core.zeroing import where_pruned, zero_
+
+_VERSION = 1
+
+
+class Masks(Mapping[str, Tensor]):
+    """Which weights are kept: parameter name to a boolean tensor, ``True`` keeps.
+
+    Names are those of ``module.named_parameters()``. Without any, it says "not pruned": sparsity 0, density 1.
+
+    Args:
+        masks: Parameter name to boolean mask.
+
+    Raises:
+        TypeError: If a value is not a boolean tensor (named).
+
+    Example:
+        >>> masks = Masks({"weight": torch.tensor([[True, False], [False, False]])})
+        >>> masks.sparsity, masks.num_kept, masks.num_prunable
+        (0.75, 1, 4)
+        >>> Masks.from_state_dict(masks.state_dict()) == masks
+        True
+
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
+        self._masks = dict(masks or {})
+        for name, mask in self._masks.items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"The mask of {name!r} must be a boolean tensor (`True` keeps), got {kind}.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self.keys() == other.keys() and all(
+            torch.equal(mask, other[name].to(mask.device)) for name, mask in self.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        kept = f"{self.num_kept:,} of {self.num_prunable:,} weights kept"
+        return f"Masks({len(self)} parameters, {kept}, sparsity {self.sparsity:.2%})"
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable weights that is removed, in ``[0, 1]``."""
+        return measures.sparsity(self)
+
+    @property
+    def density(self) -> float:
+        """Fraction of the prunable weights that is kept, in ``[0, 1]``."""
+        return measures.density(self)
+
+    @property
+    def num_kept(self) -> int:
+        """How many weights are kept."""
+        return measures.num_kept(self)
+
+    @property
+    def num_prunable(self) -> int:
+        """How many weights the masks cover, kept or not."""
+        return measures.num_prunable(self)
+
+    def to(self, device: torch.device | str) -> "Masks":
+        """Give the same masks with all tensors on one device.
+
+        Args:
+            device: Where to.
+
+        """
+        return Masks({name: mask.to(device) for name, mask in self.items()})
+
+    def shuffled(self, generator: torch.Generator) -> "Masks":
+        """Give random masks that keep as many weights of every parameter as these do.
+
+        The control of Frankle et al. (2021, "Pruning Neural Networks at Initialization: Why Are We Missing the
+        Mark?"): a method whose masks do no better than their shuffled copies has only found out how many weights each
+        layer needs.
+
+        Args:
+            generator: A random generator; equal seeds on equal devices give equal masks.
+
+        Example:
+            >>> masks = Masks({"weight": torch.tensor([[True, True, False], [False, False, False]])})
+            >>> shuffled = masks.shuffled(torch.Generator().manual_seed(0))
+            >>> shuffled.num_kept, shuffled == masks
+            (2, False)
+
+        """
+        orders = {
+            name: torch.randperm(mask.numel(), generator=generator, device=generator.device).to(mask.device)
+            for name, mask in self.items()
+        }
+        return Masks({name: mask.flatten()[orders[name]].view_as(mask) for name, mask in self.items()})
+
+    def apply_(self, module: nn.Module) -> None:
+        """Set the pruned weights of a module to exactly 0, in place.
+
+        Args:
+            module: Has every masked parameter under its name, in the mask's shape.
+
+        Raises:
+            TypeError: If a parameter is quantised, or otherwise of a form that zeros cannot be written into (named).
+            ValueError: If a parameter is missing or has another shape (named).
+
+        """
+        for name, parameter in self.parameters_of(module).items():
+            zero_(parameter, self[name], name)
+
+    def parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Find the parameters that the masks are for.
+
+        Args:
+            module: Has every masked parameter under its name, in the mask's shape.
+
+        Returns:
+            Parameter name to live parameter, in the order of the masks.
+
+        Raises:
+            TypeError: If a parameter is a nested tensor (named).
+            ValueError: If a parameter is missing or has another shape (named).
+
+        """
+        parameters = dict(module.named_parameters())
+        for name, mask in self.items():
+            if name not in parameters:
+                raise ValueError(
+                    f"The masks hold {name!r}, but the module has no parameter of that name: they belong to another"
+                    f" module. It has: {listed(parameters, most=20)}."
+                )
+            if parameters[name].is_nested:
+                raise tensor_kinds.not_maskable(parameters[name], name)
+            if parameters[name].shape != mask.shape:
+                raise ValueError(
+                    f"The mask of {name!r} has shape {tuple(mask.shape)}, but the parameter has shape"
+                    f" {tuple(parameters[name].shape)}: the masks belong to another module."
+                )
+        return {name: parameters[name] for name in self}
+
+    def hold_for(self, module: nn.Module) -> bool:
+        """Whether the module is pruned as the masks say: it has these parameters, and 0 wherever they prune.
+
+        Weights may be sparse or quantised by now; what counts are the numbers that they stand for.
+
+        Args:
+            module: Any module.
+
+        Raises:
+            TypeError: If it cannot be read what numbers a parameter stands for (named).
+
+        """
+        parameters = dict(module.named_parameters())
+        return all(
+            name in parameters
+            and not parameters[name].is_nested
+            and parameters[name].shape == mask.shape
+            and not tensor_kinds.numbers(shards.local(parameters[name].detach()), name)[
+                where_pruned(mask, parameters[name])
+            ].any()
+            for name, mask in self.items()
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Pack the masks, one bit per weight, into plain types and tensors on the CPU.
+
+        Returns:
+            What :meth:`from_state_dict` reads and ``torch.load(weights_only=True)`` accepts.
+
+        """
+        packed = {name: {"shape": list(mask.shape), "bits": pack(mask)} for name, mask in self.items()}
+        return {"version": _VERSION, "masks": packed}
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> "Masks":
+        """Unpack masks that :meth:`state_dict` packed.
+
+        Args:
+            state_dict: The packed masks.
+
+        Returns:
+            The masks, on the CPU.
+
+        Raises:
+            ValueError: If it was written by a newer version, is damaged, or the bits do not fit the shape (named).
+
+        """
+        version = saved_values.check(dict[str, object], state_dict, "the state of the masks").get("version")
+        if type(version) is not int or version != _VERSION:
+            raise ValueError(
+                f"These masks have version {saved_values.shown(version)}, but this lightning_drive reads version"
+                f" {_VERSION}."
+            )
+        masks = saved_values.check(
+            dict[str, dict[Any, Any]], state_dict.get("masks"), "the dictionary of the packed masks"
+        )
+        return cls({name: unpacked(name, packed) for name, packed in masks.items()})
+
+    def digest(self) -> str:
+        """Name the masks by their content: equal masks, on any device and in any order, have equal digests.
+
+        Returns:
+            A SHA-256 in hexadecimal, over names, shapes and bits.
+
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self):
+            digest.update(f"{name}{tuple(self[name].shape)}".encode())
+            digest.update(pack(self[name]).numpy().tobytes())
+        return digest.hexdigest()

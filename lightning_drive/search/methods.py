@@ -1,0 +1,212 @@
+"""Methods that score weights: one frozen dataclass per paper, and the network as they see it."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lightning_drive.core import function_modes, scores
+from lightning_drive.core.arguments import Mode, check_choice, check_count
+from lightning_drive.core.masks import Masks
+from lightning_drive.core.messages import listed
+from lightning_drive.search.scored_network import Network
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What a pruning method is: a number of rounds, a mode for the module, and a score."""
+
+    @property
+    def rounds(self) -> int:
+        """How many score-and-mask rounds, at least 1."""
+
+    @property
+    def mode(self) -> Mode:
+        """The mode of the module while it is scored."""
+
+    def score(self, network: Network) -> dict[str, Tensor]:
+        """Score every prunable weight once, higher is kept.
+
+        Args:
+            network: The network with what is pruned so far.
+
+        Returns:
+            Parameter name to non-negative finite scores in the parameter's shape.
+
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class DRIVE:
+    """DRIVE, "Dual Gradient-Based Rapid Iterative Pruning" (Saikumar & Varghese, 2024, Algorithm 1).
+
+    Meant for a network that has trained densely for a few epochs. See :func:`lightning_drive.core.scores.drive`.
+
+    Args:
+        rounds: Number of rounds :math:`N`, at least 1.
+        batches_per_round: Batches whose gradients are summed in each round, at least 1.
+        mode: ``"train"``: BatchNorm uses batch statistics while scoring; ``"eval"``: running statistics.
+
+    """
+
+    rounds: int = 100
+    batches_per_round: int = 1
+    mode: Mode = "train"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
+        object.__setattr__(self, "batches_per_round", check_count("batches_per_round", self.batches_per_round))
+        object.__setattr__(self, "mode", check_choice("mode", self.mode, Mode))
+
+    def score(self, network: Network) -> dict[str, Tensor]:
+        """Score by :func:`lightning_drive.core.scores.drive` on the next batches."""
+        found = network.loss_gradients(self.batches_per_round)
+        scores.snip_each_([*network.weights.values()], [*found.values()])
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SNIP:
+    """SNIP, single-shot network pruning by connection sensitivity (Lee et al., 2019).
+
+    Args:
+        rounds: Number of rounds: 1 is the paper's single shot, more is iterative SNIP.
+        batches_per_round: Batches whose gradients are summed in each round, at least 1.
+        mode: ``"train"``: BatchNorm uses batch statistics while scoring; ``"eval"``: running statistics.
+
+    """
+
+    rounds: int = 1
+    batches_per_round: int = 1
+    mode: Mode = "train"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
+        object.__setattr__(self, "batches_per_round", check_count("batches_per_round", self.batches_per_round))
+        object.__setattr__(self, "mode", check_choice("mode", self.mode, Mode))
+
+    def score(self, network: Network) -> dict[str, Tensor]:
+        """Score by :func:`lightning_drive.core.scores.snip` on the next batches."""
+        found = network.loss_gradients(self.batches_per_round)
+        scores.snip_each_([*network.weights.values()], [*found.values()])
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynFlow:
+    """SynFlow, iterative synaptic flow pruning (Tanaka et al., 2020, Algorithm 1): no data, only the input's shape.
+
+    Args:
+        rounds: Number of rounds, at least 1.
+
+    """
+
+    rounds: int = 100
+    mode: ClassVar[Mode] = "eval"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
+
+    def score(self, network: Network) -> dict[str, Tensor]:
+        """Score by :func:`lightning_drive.core.scores.synflow` in float64."""
+        weights, found, total = network.synaptic_flow()
+        if total == 0 or not any(gradient.any() for gradient in found.values()):
+            cause = " ".join(network.warnings) or (
+                "A layer is zero-initialised or empty, or the input is integer-valued; start from weights that are not"
+                " zero, for example after a warm-up."
+            )
+            where = "no signal reaches the output" if total == 0 else "but it does not depend on any weight"
+            raise ValueError(f"The synaptic flow R is {total:g}: {where}. {cause}")
+        with function_modes.set_aside():
+            return {name: scores.synflow(weight, found[name], out=found[name]) for name, weight in weights.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude:
+    """Magnitude pruning, the criterion of IMP (Frankle & Carbin, 2019): no data.
+
+    Args:
+        rounds: Number of rounds, at least 1. Weights stand still, so more than one changes nothing but rounding.
+
+    """
+
+    rounds: int = 1
+    mode: ClassVar[Mode] = "eval"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
+
+    def score(self, network: Network) -> dict[str, Tensor]:
+        """Score by :func:`lightning_drive.core.scores.magnitude`."""
+        return {name: scores.magnitude(weight) for name, weight in network.weights.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random:
+    """Random pruning, the control every method must beat: no data, the same masks on every device.
+
+    Args:
+        rounds: Number of rounds, at least 1. Scores are the same in each.
+        seed: Seed of the scores; the global random state is neither used nor changed.
+        like: Keep as many weights of every parameter as these masks do, where ``sparsity`` and scope are theirs, too;
+            the same as :meth:`Masks.shuffled`. By default all weights have the same chance.
+
+    """
+
+    rounds: int = 1
+    seed: int = 0
+    like: Masks | None = field(default=None, repr=False, hash=False)
+    mode: ClassVar[Mode] = "eval"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
+        object.__setattr__(self, "seed", check_count("seed", self.seed, least=None))
+
+    def score(self, network: Network) -> dict[str, Tensor]:
+        """Score by uniform random numbers drawn on the CPU."""
+        generator = torch.Generator().manual_seed(self.seed)
+        found = {
+            name: network.part(name, torch.rand(network.shape(name), generator=generator)).to(weight.device)
+            for name, weight in network.weights.items()
+        }
+        if self.like is None:
+            return found
+        if self.like.keys() != network.weights.keys():
+            different = listed(sorted(self.like.keys() ^ network.weights.keys()))
+            raise ValueError(
+                f"`like` must cover exactly the prunable parameters, but {different} is in only one of the two."
+            )
+        self.like.parameters_of(network.module)  # or an error that names the shape that differs
+        preferred = self.like.shuffled(generator)
+        return {name: score + network.part(name, preferred[name]).to(score.device) for name, score in found.items()}
+
+
+def with_fewer_rounds(method: Method, most: int) -> Method:
+    """Give the method with at most so many rounds.
+
+    Args:
+        method: A dataclass of settings.
+        most: The most rounds, at least 1.
+
+    """
+    return replace(method, rounds=min(method.rounds, most))  # type: ignore[type-var]
+
+
+def check_method(method: Method) -> None:
+    """Refuse what is not a method.
+
+    Args:
+        method: An instance of a method.
+
+    Raises:
+        TypeError: If it is not, for example the class itself, or lacks something that a method has (named).
+
+    """
+    given: Any = method
+    if isinstance(given, type) or not isinstance(given, Method):
+        lacks = [repr(name) for name in ("rounds", "mode", "score") if not hasattr(given, name)]
+        reason = f", which has no {' and no '.join(lacks)}" if 0 < len(lacks) < 3 else ""
+        raise TypeError(
+            f"`method` must be an instance of a method, such as `DRIVE(rounds=100)`, got {given!r}{reason}."
+        )

@@ -1,0 +1,255 @@
+"""Name what makes scores vanish: parameters without a gradient, factors that begin near 0, low-rank pairs."""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_drive.core.messages import listed
+
+TINY = 5e-3
+"""The largest value of a factor that begins near 0. LayerScale's are 1e-6 to 1e-4, those of ReZero and SkipInit 0, and
+a few steps of Adam make some thousandths of them."""
+_GROWTH = 100
+"""How many times higher the scores behind a factor are with 1 in its place; at ``TINY`` one expects 200 times."""
+
+
+def patterns(names: Collection[str], among: Iterable[str]) -> list[str]:
+    """Name parameters by glob patterns that match no others, a submodule by one pattern.
+
+    Args:
+        names: Names of parameters.
+        among: Names of these and of others.
+
+    Example:
+        >>> patterns(["teacher.0.weight", "teacher.2.weight"], ["0.weight", "teacher.0.weight", "teacher.2.weight"])
+        ['teacher.*']
+        >>> patterns(["0.weight", "2.weight"], ["0.weight", "1.weight", "2.weight"])
+        ['0.weight', '2.weight']
+
+    """
+    others = [name for name in among if name not in names]
+    found = []
+    for name in names:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:length]) + "." for length in range(1, len(parts)))
+        whole = next((each for each in prefixes if not any(other.startswith(each) for other in others)), name)
+        several = sum(each.startswith(whole) for each in names) > 1
+        found.append(f"{whole}*" if several else name)
+    return list(dict.fromkeys(found))
+
+
+def unreached(names: Collection[str], among: Iterable[str], reads_batches: bool) -> str:
+    """Say which parameters were left out since nothing depends on them.
+
+    Args:
+        names: Their names.
+        among: Names of all prunable parameters.
+        reads_batches: Whether they had no gradient of a loss, rather than of the output.
+
+    """
+    what = "the loss" if reads_batches else "the output of `forward`"
+    more = (
+        " Where only some inputs use them, as with experts, more rounds or more `batches_per_round` may do so."
+        if reads_batches
+        else ""
+    )
+    return (
+        f"{listed(map(repr, names))} had no gradient in any round: {what} does not depend on them, since they are not"
+        " used, or only under `no_grad` or through `detach`. They were left out and stay dense. Masks were found anew"
+        f" without them, which `exclude={patterns(names, among)}` saves.{more}"
+    )
+
+
+def dead_pairs(masks: Mapping[str, Tensor], zeros: Collection[str]) -> Iterator[str]:
+    """Warn if both factors of a low-rank adapter are zero, or will be: neither has a gradient from then on.
+
+    Args:
+        masks: Parameter name to mask.
+        zeros: Names of the parameters that were 0 throughout before pruning.
+
+    """
+    dead: list[str] = []
+    for name, mask in masks.items():
+        partner = re.sub(r"(lora[_.](?:embedding_)?)(a|down)\b", _second, name, flags=re.IGNORECASE)
+        if partner != name and partner in masks:
+            pair = {name: mask, partner: masks[partner]}
+            if any(each in zeros or not kept.any() for each, kept in pair.items()):
+                dead.extend(pair)
+    if dead:
+        yield (
+            f"Low-rank adapters: one factor of {listed(map(repr, dead), most=4)} is 0 throughout, as it is at the"
+            " beginning or after pruning. Where pruning leaves nothing of the other, too, neither ever gets a gradient"
+            " again. Leave them out with `exclude=['*lora*']`, or prune the weights that they are merged into."
+        )
+
+
+def _second(match: re.Match[str]) -> str:
+    return match[1] + {"A": "B", "a": "b"}.get(match[2], "up")
+
+
+class Causes(NamedTuple):
+    """What makes scores vanish."""
+
+    remarks: tuple[str, ...] = ()
+    explained: frozenset[str] = frozenset()
+    """Names of the parameters whose scores vanish because of it."""
+
+
+def causes(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    small: Mapping[str, float],
+    lost: Collection[str],
+    known: Collection[str],
+    score: Callable[[], Mapping[str, Tensor]],
+) -> Causes:
+    """Find factors near 0 without which the scores of lost parameters would be at least 100 times higher.
+
+    A factor is found by what it does: its values are replaced by 1, and parameters are scored again. Parameters whose
+    names differ in numbers only are replaced together.
+
+    Args:
+        module: The module. It is written to, and put back.
+        weights: Prunable parameter name to its weights, pruned.
+        small: Names of those that were at most ``TINY`` before pruning, and how large they were.
+        lost: Names of those to explain the scores of.
+        known: Names of parameters that need no remark.
+        score: Scores the weights as they are now, always on the same batch.
+
+    """
+    parameters = dict(module.named_parameters())
+    groups: dict[str, list[str]] = {}
+    for name, parameter in parameters.items():
+        if name in small if name in weights else _is_tiny(name, parameter):
+            groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    if not groups:
+        return Causes()
+    largest = {
+        name: small[name] if name in weights else parameters[name].detach().abs().max().item()
+        for group in groups.values()
+        for name in group
+    }
+    empty = [name for name in lost if name not in small and not weights[name].any()]
+    as_before = {name: size * _fan_in(parameters[name]) ** 0.5 for name, size in small.items()}
+
+    def scored(names: Iterable[str], size: float = 1) -> dict[str, float]:
+        filled = {name: parameters[name] for name in [*empty, *small, *names]}
+        with _filled(filled, largest.keys() - weights.keys(), {**as_before, **dict.fromkeys(names, size)}):
+            return {name: each.double().abs().sum().item() for name, each in score().items()}
+
+    def raised(names: Iterable[str]) -> set[str]:
+        after = scored(names)
+        return {name for name in lost if after[name] > _GROWTH * before[name]}
+
+    def behind(names: Sequence[str]) -> set[str]:
+        """Name all whose scores go with these factors, as those of the weights in a branch do."""
+        once, twice = scored(names, TINY), scored(names, 2 * TINY)
+        return {name for name in twice if twice[name] > 1.5 * once[name]}
+
+    before = scored(())
+    explained = raised(largest)
+    if not explained:
+        return Causes()
+    harmful = list(groups.values())
+    if len(groups) > 1:
+        harmful = [names for names in groups.values() if raised(names)] or harmful
+    names = [name for group in harmful for name in group]
+    to_keep = [name for name in weights if name in {*names, *explained, *behind(names)}]
+    return Causes(tuple(_remarks(names, to_keep, largest, weights, known)), frozenset(explained))
+
+
+def with_silent(causes: Causes, silent: Iterable[str], among: Iterable[str]) -> Causes:
+    """Add parameters that scored 0 throughout before anything was pruned, unless that is explained already.
+
+    Args:
+        causes: What is known.
+        silent: Their names.
+        among: Names of all prunable parameters.
+
+    """
+    names = [name for name in silent if name not in causes.explained]
+    if not names:
+        return causes
+    remark = (
+        f"{listed(map(repr, names), most=4)} scored 0 throughout before anything was pruned, though the weights are not"
+        " 0: what is scored does not change with them, as where a term of the loss is multiplied by 0, or where the"
+        " units behind them are never active. No number of rounds helps. Prune when it does, or leave them out with"
+        f" `exclude={patterns(names, among)}`."
+    )
+    return Causes((*causes.remarks, remark), causes.explained | set(names))
+
+
+def _remarks(
+    names: Iterable[str],
+    to_keep: Collection[str],
+    largest: Mapping[str, float],
+    weights: Iterable[str],
+    known: Collection[str],
+) -> Iterator[str]:
+    keep = f"with all that they take the scores of, by `exclude={patterns(to_keep, weights)}`"
+    factors = [name for name in names if name not in weights and name not in known]
+    if factors:
+        yield (
+            f"{listed(map(repr, factors), most=3)} multiply a branch of the network by {_size(factors, largest)}, as"
+            f" LayerScale, ReZero and SkipInit do at the beginning. The weights of such a branch score that much lower"
+            " than others and are the first to go, in one round or in many. Initialise the factors with 1 (timm:"
+            " `init_values` or `ls_init_value`; transformers: `layer_scale_init_value`), prune after a warm-up in which"
+            f" they grow, or keep the branch dense {keep}."
+        )
+    tiny = [name for name in names if name in weights and largest[name]]
+    if tiny:
+        yield (
+            f"The weights of {listed(map(repr, tiny), most=3)} are {_size(tiny, largest)} before pruning: all weights"
+            " in front of them score that much lower than others and are the first to go. Initialise them with larger"
+            f" values, prune after a warm-up in which they grow, or keep them dense, {keep}."
+        )
+    zeros = [name for name in names if name in weights and not largest[name]]
+    if zeros:
+        yield (
+            f"The weights of {listed(map(repr, zeros), most=3)} are 0 throughout before pruning: they score 0, and so"
+            f" do all weights in front of them. Initialise them with other values, prune after a warm-up, or keep them"
+            f" dense, {keep}."
+        )
+
+
+def _size(names: Iterable[str], largest: Mapping[str, float]) -> str:
+    most = max(largest[name] for name in names)
+    return f"at most {most:g}" if most else "0"
+
+
+def _is_tiny(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter may be a factor that begins near 0, and is no bias."""
+    return (
+        parameter.is_floating_point()
+        and parameter.numel() > 0
+        and "bias" not in name.rpartition(".")[-1]
+        and parameter.detach().abs().max().item() <= TINY
+    )
+
+
+def _fan_in(weight: Tensor) -> float:
+    return weight.numel() / len(weight)
+
+
+@contextmanager
+def _filled(parameters: Mapping[str, Tensor], ones: Collection[str], sizes: Mapping[str, float]) -> Iterator[None]:
+    """Write ones, or random numbers of a usual size, or times another size; put back what was there."""
+    before = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if name in ones:
+                    parameter.fill_(1)
+                else:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / _fan_in(parameter) ** 0.5)
+                parameter.mul_(sizes.get(name, 1))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)

@@ -1,0 +1,111 @@
+"""Compare masks out of a checkpoint with the settings of the callback that restores them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_drive.core import saved_values
+from lightning_drive.core.arguments import Control
+from lightning_drive.core.masks import Masks
+from lightning_drive.core.messages import listed
+from lightning_drive.network import prunable
+from lightning_drive.report.pruning_report import PruningReport
+
+
+def warn_of_differences(masks: Masks, report: PruningReport, sparsity: float, control: Control) -> None:
+    """Say so if a network was pruned in another way than it would be now: it stays as it is.
+
+    Args:
+        masks: Its masks.
+        report: The report of it.
+        sparsity: What is asked for now.
+        control: What is asked for now.
+
+    """
+    asked = masks.num_prunable * (1 - sparsity)
+    if abs(masks.num_kept - asked) > len(masks):  # rounding may take one weight per parameter
+        rank_zero_warn(
+            f"The checkpoint was pruned to a sparsity of {masks.sparsity:.4f} and stays so: `sparsity={sparsity}` has"
+            " no effect. To prune to another one, start from a dense checkpoint."
+        )
+    if report.control != control:
+        rank_zero_warn(
+            f"The checkpoint was pruned with control={report.control!r} and stays so: `control={control!r}` has no"
+            " effect. Start from a dense checkpoint."
+        )
+
+
+def warn_of_other_settings(
+    masks: Masks,
+    then: Mapping[str, Any],
+    now: Mapping[str, Any],
+    selects: Iterable[Callable[[pl.LightningModule], Mapping[str, nn.Parameter]]],
+    pl_module: pl.LightningModule,
+) -> None:
+    """Warn if restored masks were chosen in another way than they would be now: they stay.
+
+    Args:
+        masks: The masks.
+        then: The settings that they were chosen with, as far as the checkpoint has them.
+        now: The settings of the callback.
+        selects: Each gives prunable parameters of the module, by name, that the masks may be for.
+        pl_module: The module.
+
+    """
+    for name in ("schedule", "scope"):
+        if name in then and then[name] != now[name]:
+            rank_zero_warn(
+                f"The checkpoint was pruned with {name}={saved_values.shown(then[name])} and stays so:"
+                f" `{name}={now[name]!r}` has no effect. Start from a dense checkpoint."
+            )
+    patterns = [name for name in ("include", "exclude") if name not in then or then[name] != now[name]]
+    if patterns and not any(is_selection(masks, select, pl_module) for select in selects):
+        asked = " and ".join(f"`{name}={now[name]!r}`" for name in patterns)
+        rank_zero_warn(
+            f"The checkpoint was pruned in {listed(masks)} and stays so: {asked} would select other parameters, and"
+            " has no effect. Start from a dense checkpoint."
+        )
+
+
+def is_selection(
+    masks: Masks,
+    select: Callable[[pl.LightningModule], Mapping[str, nn.Parameter]],
+    pl_module: pl.LightningModule,
+) -> bool:
+    """Whether masks are for the parameters that are selected now, or would be if none were frozen.
+
+    Args:
+        masks: The masks.
+        select: Gives the prunable parameters of the module, by name.
+        pl_module: The module.
+
+    """
+    for context in (nullcontext(), prunable.unfrozen(pl_module)):
+        with context, suppress(ValueError):  # of a pattern that matches nothing
+            if set(select(pl_module)) == set(masks):
+                return True
+    return False
+
+
+def check_belong_together(masks: Masks, report: PruningReport | None) -> None:
+    """Raise if masks are not those that a report is of.
+
+    Args:
+        masks: Masks out of a checkpoint.
+        report: The report beside them.
+
+    Raises:
+        ValueError: If they differ, or one of them is missing.
+
+    """
+    layers = [] if report is None else [(layer.name, layer.shape, layer.num_kept) for layer in report.layers]
+    of_masks = [(name, tuple(mask.shape), int(mask.count_nonzero())) for name, mask in masks.items()]
+    if layers != of_masks or (report is not None and report.digest != masks.digest()):
+        raise ValueError(
+            "The masks in the checkpoint are damaged, or are not those of the report beside them: names, shapes, counts"
+            f" or digest differ. {saved_values.REMEDY}"
+        )

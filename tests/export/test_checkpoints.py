@@ -1,0 +1,251 @@
+"""A checkpoint is read without running code in it, or refused in one line; JSON gives back what it took."""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from lightning_drive.export import checkpoints
+
+CONTENT = {"state_dict": {"weight": torch.arange(300.0)}, "callbacks": {}, "epoch": 3, "labels": ("cat", 1.5)}
+
+
+def saved(folder: Path, content: object, name: str = "bad.ckpt", **kwargs: Any) -> Path:
+    torch.save(content, folder / name, **kwargs)
+    return folder / name
+
+
+def written(folder: Path, content: bytes) -> Path:
+    (folder / "bad.ckpt").write_bytes(content)
+    return folder / "bad.ckpt"
+
+
+def cut(folder: Path, size: int, zipped: bool = True) -> Path:
+    whole = saved(folder, CONTENT, _use_new_zipfile_serialization=zipped).read_bytes()
+    assert len(whole) > abs(size)
+    return written(folder, whole[:size])
+
+
+def sharded(folder: Path) -> Path:
+    (folder / "shards").mkdir()
+    saved(folder / "shards", {"callbacks": {}, "epoch": 3}, "meta.pt")
+    return folder / "shards"
+
+
+def safetensors_file(folder: Path) -> Path:
+    safetensors.torch.save_file({"weight": torch.ones(3)}, folder / "bad.ckpt")
+    return folder / "bad.ckpt"
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("needs_weights", [True, False])
+def test_load(needs_weights: bool, zipped: bool, tmp_path: Path) -> None:
+    path = saved(tmp_path, CONTENT, _use_new_zipfile_serialization=zipped)
+    for each in (path, str(path)):
+        found = checkpoints.load(each, needs_weights=needs_weights)
+        assert torch.equal(found.pop("state_dict")["weight"], CONTENT["state_dict"]["weight"])  # type: ignore[index]
+        assert found == {key: value for key, value in CONTENT.items() if key != "state_dict"}
+
+
+def test_load__sharded(tmp_path: Path) -> None:
+    assert checkpoints.load(sharded(tmp_path), needs_weights=False) == {"callbacks": {}, "epoch": 3}
+
+
+DAMAGED = "is not a file that `torch.save` wrote, or it is damaged or cut off"
+WRONG: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
+    "missing": (lambda folder: folder / "missing", FileNotFoundError, "There is no file"),
+    "folder": (lambda folder: folder, ValueError, "is a folder, not a checkpoint. Give a file in it"),
+    "sharded": (
+        sharded,
+        ValueError,
+        r"is a sharded checkpoint.* `python -m .*consolidate_checkpoint .*shards`",
+    ),
+    "empty": (lambda folder: written(folder, b""), ValueError, DAMAGED),
+    "text": (lambda folder: written(folder, b"text\n" * 9), ValueError, DAMAGED),
+    "zip_of_others": (lambda folder: written(folder, b"PK\5\6" + bytes(18)), ValueError, DAMAGED),
+    "cut_at_its_end": (lambda folder: cut(folder, -100), ValueError, DAMAGED),
+    "cut_in_the_middle": (lambda folder: cut(folder, 1000), ValueError, DAMAGED),
+    "cut_at_its_beginning": (lambda folder: cut(folder, 20), ValueError, DAMAGED),
+    "legacy_cut": (lambda folder: cut(folder, -100, zipped=False), ValueError, DAMAGED),
+    "legacy_cut_early": (lambda folder: cut(folder, 60, zipped=False), ValueError, DAMAGED),
+    "safetensors": (safetensors_file, ValueError, "seems to be a safetensors file.*by `lightning-drive expand`"),
+    "list": (lambda folder: saved(folder, [1]), ValueError, "is not a checkpoint: it holds a list, not a dictionary"),
+    "tensor": (lambda folder: saved(folder, torch.ones(1)), ValueError, "is not a checkpoint: it holds a Tensor"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_load__error(name: str, tmp_path: Path) -> None:
+    make, kind, message = WRONG[name]
+    path = make(tmp_path)
+    with pytest.raises(kind, match=message) as raised:
+        checkpoints.load(path)
+    assert repr(str(path)) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_load__any_damage(tmp_path: Path) -> None:
+    """Whatever single byte of the pickle is another one, it is a checkpoint still or an error of ours."""
+    whole = saved(tmp_path, CONTENT, _use_new_zipfile_serialization=False).read_bytes()
+    errors = 0
+    for place in range(0, 400, 3):
+        path = written(tmp_path, whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            assert isinstance(checkpoints.load(path), dict)
+        except ValueError as error:
+            errors += str(error).startswith(repr(str(path)))
+    assert errors > 50
+
+
+def test_load__not_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the disk is not taken for damage."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("not allowed")
+
+    path = saved(tmp_path, CONTENT)
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(PermissionError, match="not allowed"):
+        checkpoints.load(path)
+
+
+class Payload:
+    """Leaves a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("needs_weights", [True, False])
+def test_load__runs_no_code(needs_weights: bool, zipped: bool, tmp_path: Path) -> None:
+    """The error says what is in the file, and how to take the risk; and the payload works."""
+    content, trace = {"hyper_parameters": Payload(tmp_path / "trace")}, tmp_path / "trace"
+    path = saved(tmp_path, content, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"holds a (posix|nt)\.mkdir, and loading that could run any code") as raised:
+        checkpoints.load(path, needs_weights=needs_weights)
+    assert f"`torch.load({str(path)!r}, weights_only=False)`" in str(raised.value)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)
+    assert trace.is_dir()
+
+
+def test_load__runs_no_code_of_shards(tmp_path: Path) -> None:
+    folder = sharded(tmp_path)
+    saved(folder, {"epoch": Payload(tmp_path / "trace")}, "meta.pt")
+    with pytest.raises(ValueError, match=r"\.mkdir, and loading that could run any code"):
+        checkpoints.load(folder, needs_weights=False)
+    assert not (tmp_path / "trace").exists()
+
+
+class Own:
+    """A class of the user's."""
+
+
+def test_load__unknown_class(tmp_path: Path) -> None:
+    """Whether it can be imported or not."""
+    path = saved(tmp_path, {"hyper_parameters": Own()})
+    with pytest.raises(ValueError, match=r"holds a [\w.]*test_checkpoints\.Own, and loading that could run any code"):
+        checkpoints.load(path)
+    legacy = saved(tmp_path, {"hyper_parameters": Own()}, _use_new_zipfile_serialization=False).read_bytes()
+    assert legacy.count(b"Own") == 1
+    with pytest.raises(ValueError, match=r"\.Gun, and loading that could run any code"):
+        checkpoints.load(written(tmp_path, legacy.replace(b"Own", b"Gun")))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("value", [Path("data"), argparse.Namespace(lr=0.1), np.float64(0.5)], ids=repr)
+def test_load__trusted(value: Any, zipped: bool, tmp_path: Path) -> None:
+    """Refused with a way to load it, which works."""
+    path = saved(tmp_path, {"hyper_parameters": {"it": value}}, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"so it was not loaded\..* with `--trust-pickle`"):
+        checkpoints.load(path)
+    assert checkpoints.load(path, weights_only=False) == {"hyper_parameters": {"it": value}}
+
+
+def test_load__trusted_but_unknown(tmp_path: Path) -> None:
+    legacy = saved(tmp_path, {"it": Own()}, _use_new_zipfile_serialization=False).read_bytes()
+    for other in (b"Gun", b"owN"):
+        path = written(tmp_path, legacy.replace(b"Own", other))
+        with pytest.raises(ValueError, match=rf"cannot be imported here: .*{other.decode()}") as raised:
+            checkpoints.load(path, weights_only=False)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match=DAMAGED):
+        checkpoints.load(cut(tmp_path, -100), weights_only=False)
+
+
+# What our callbacks left in it.
+
+
+def state(report: object) -> dict[str, Any]:
+    return {"version": 1, "masks": {}, "report": report}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param({}, ("", None), id="nothing"),
+        pytest.param({"callbacks": None}, ("", None), id="weights_only"),
+        pytest.param({"callbacks": {"Timer": {"report": 1}, "Other": None, 3: 4}}, ("", None), id="others"),
+        pytest.param({"callbacks": {"Drive{'every': 1}": state(None)}}, ("Drive", None), id="not_yet"),
+        pytest.param({"callbacks": {"A": state(None), "B": state({"x": 1})}}, ("B", {"x": 1}), id="the_second"),
+        pytest.param({"lightning_drive": {"callback": "A", "report": {"x": 1}}}, ("A", {"x": 1}), id="expanded"),
+        pytest.param({"lightning_drive": 7}, ("", None), id="no_dictionary"),
+    ],
+)
+def test_pruning_in(content: dict[str, Any], expected: tuple[str, Any]) -> None:
+    assert checkpoints.pruning_in(content) == expected
+
+
+# JSON and back.
+
+
+def test_packed() -> None:
+    """Training state and weights stay out, and what JSON cannot hold is named."""
+    plain = {"epoch": 3, "labels": ("cat", [1.5, None, True]), "none": None, "deep": {"a": {"b": (1, (2,))}}}
+    training = {"loops": {}, "optimizer_states": [], "lr_schedulers": [], "callbacks": {"A": state({"x": [1]})}}
+    odd = {"tensor": torch.ones(1), "keys": {1: 2}, "size": torch.Size([2]), "__tuple__": [1], 3: 4}
+    hyper_parameters = {"width": 3, "dtype": torch.float32, "size": (1, 2)}
+    found = checkpoints.packed(
+        {"state_dict": {}, **plain, **training, **odd, "hyper_parameters": hyper_parameters}
+        | {"datamodule_hyper_parameters": {"folder": Path("x")}}
+    )
+    assert found.entries_left_out == ["tensor (Tensor)", "keys (dict)", "size (Size)", "__tuple__ (list)", "3 (int)"]
+    assert [text.split()[0] for text in found.hyper_parameters_left_out] == ["dtype", "folder"]
+    assert json.loads(found.metadata["checkpoint"]).keys() & {"state_dict", *training} == set()
+    assert checkpoints.unpacked(found.metadata, Path("x")) == {
+        **plain,
+        "hyper_parameters": {"width": 3, "size": (1, 2)},
+        "datamodule_hyper_parameters": {},
+        "lightning_drive": {"callback": "A", "report": {"x": [1]}},
+    }
+
+
+def test_packed__bare() -> None:
+    """A ``state_dict`` has nothing else, whatever its tensors are called."""
+    assert checkpoints.packed({"epoch": torch.ones(1)}) == ({}, [], [])
+    assert checkpoints.unpacked({}, Path("x")) == {}
+    assert checkpoints.unpacked({"mine": "text"}, Path("x")) == {}
+
+
+def test_unpacked__no_training_state() -> None:
+    """A file that others wrote cannot bring in what `compress` leaves out."""
+    text = json.dumps({"state_dict": {}, "callbacks": {}, "epoch": 1})
+    assert checkpoints.unpacked({"checkpoint": text}, Path("x")) == {"epoch": 1}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "[" * 100_000, '{"__tuple__": 1}', '{"__tuple__": [1]}'])
+def test_unpacked__error(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape("'x' has metadata under 'checkpoint' that `lightning-drive compr")):
+        checkpoints.unpacked({"checkpoint": text}, Path("x"))

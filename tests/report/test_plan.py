@@ -1,0 +1,112 @@
+"""A plan says what the callback then does."""
+
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import fits
+import pytest
+from torch import nn
+
+from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, SNIPPruningCallback, SynFlowPruningCallback
+from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.report.plan import PruningPlan
+
+
+@pytest.mark.parametrize("scope", ["global", "layerwise"])
+@pytest.mark.parametrize("schedule", ["exponential", "linear"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **common: DRIVEPruningCallback(rounds=4, batches_per_round=2, warmup_epochs=1, **common),
+        lambda **common: SynFlowPruningCallback(rounds=3, warmup_epochs=1, **common),
+        lambda **common: IMPPruningCallback(cycles=3, epochs_per_cycle=1, **common),
+    ],
+    ids=["drive", "synflow", "imp"],
+)
+def test_plan__is_kept(make: Any, schedule: str, scope: str, tmp_path: Path) -> None:
+    """Counts per round, what is pruned and what stays dense, when, and how many passes: as it then happens."""
+    module = fits.ConvModule()
+    module.norm.weight.requires_grad_(False)
+    callback: PruningCallback = make(sparsity=0.9, schedule=schedule, scope=scope, exclude=["features.0.*"])
+    plan = callback.plan(module, max_epochs=4)
+    fits.trainer(tmp_path, callback, max_epochs=4).fit(module, fits.loader())
+    report = callback.report
+    assert report is not None
+    assert [each.name for each in plan.parameters if not each.stays_dense] == [each.name for each in report.layers]
+    removed = accumulate(sum(each.removed) for each in report.rounds)
+    assert list(plan.kept) == [report.num_weights - number for number in removed]
+    assert plan.last_epoch == report.epoch
+    assert plan.method == report.method
+    reasons = {each.name: each.stays_dense for each in plan.parameters}
+    assert reasons["features.0.weight"] == reasons["features.0.bias"] == "excluded"
+    assert reasons["norm.weight"] == "frozen"
+    assert reasons["norm.bias"] == "a bias or norm"
+
+
+def test_plan__passes(tmp_path: Path) -> None:
+    """As many forward and backward passes as the method then takes, and what that is of a run."""
+    calls = 0
+
+    def loss_fn(module: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return module(batch[0]).square().mean()
+
+    settings: dict[str, Any] = {"rounds": 4, "batches_per_round": 3, "warmup_epochs": 0, "bn_batches": 0}
+    callback = DRIVEPruningCallback(sparsity=0.5, loss_fn=loss_fn, **settings)
+    plan = callback.plan(fits.ConvModule(), max_epochs=10, steps_per_epoch=30)
+    fits.trainer(tmp_path, callback, max_epochs=1, limit_val_batches=0).fit(fits.ConvModule(), fits.loader())
+    assert plan.passes == calls == 12
+    assert plan.share == 12 / 300
+    assert "12 forward and backward passes over a training batch, beside 300 training steps" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("callback", "line"),
+    [
+        (DRIVEPruningCallback(sparsity=0.75, rounds=2), "when: at the start of epoch 5, in 2 rounds"),
+        (SNIPPruningCallback(sparsity=0.75), "when: at the start of epoch 0, in 1 round"),
+        (
+            IMPPruningCallback(sparsity=0.75, cycles=3, epochs_per_cycle=4),
+            "when: from the start of epoch 4 to that of epoch 12, in 3 rounds",
+        ),
+    ],
+)
+def test_plan__text(callback: PruningCallback, line: str) -> None:
+    plan = callback.plan(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), max_epochs=20)
+    assert isinstance(plan, PruningPlan)
+    assert plan.kept[-1] == 4
+    assert line in str(plan).splitlines()
+    if isinstance(callback, IMPPruningCallback):
+        assert str(plan).endswith("costs: 12 of 20 epochs of training before the last cut")
+
+
+def test_plan__text_of_rounds_and_parameters() -> None:
+    """Worked out by hand: 1,000 weights and a tenth of those left in each of three rounds."""
+    plan = DRIVEPruningCallback(sparsity=0.999, rounds=3).plan(nn.Linear(50, 20))
+    _, share, _, kept, *table, costs = str(plan).splitlines()
+    assert share == "of all 1,020 weights 98.04% are prunable, an overall sparsity of 97.94%"
+    assert kept == "weights left after round 1: 100; 2: 10; 3: 1"
+    assert table == [
+        "parameter  shape  weights              pruned",
+        "weight     20x50    1,000                 yes",
+        "bias       20          20  no: a bias or norm",
+        "prunable            1,000                   -",
+    ]
+    assert costs == "costs: 3 forward and backward passes over a training batch"
+
+
+def test_plan__text_joins_biases_and_norms() -> None:
+    """They are many and never pruned: one row has them all, in the order of the others."""
+    module = nn.Sequential(nn.Linear(50, 20), nn.BatchNorm1d(20), nn.Embedding(3, 4))
+    *_, row, embedding, small, _, _ = str(DRIVEPruningCallback(sparsity=0.9).plan(module)).splitlines()
+    assert row.split() == ["0.weight", "20x50", "1,000", "yes"]
+    assert embedding.split() == ["2.weight", "3x4", "12", "no:", "not", "selected"]
+    assert small.split() == ["3", "biases", "and", "norms", "60", "no"]
+
+
+@pytest.mark.parametrize("argument", ["max_epochs", "steps_per_epoch"])
+def test_plan__error(argument: str) -> None:
+    with pytest.raises(ValueError, match=f"`{argument}` must be a whole number of at least 1, got 0"):
+        DRIVEPruningCallback(sparsity=0.5).plan(nn.Linear(2, 2), **{argument: 0})
