@@ -94,7 +94,7 @@ def test_imports_go_down(module: str) -> None:
 
 
 def test_imports_make_no_circle() -> None:
-    graph = {module: own_modules(path.read_text()) - {module} for module, path in MODULES.items()}
+    graph = {module: own_modules(path.read_text()) - {""} for module, path in MODULES.items()}
     assert [*TopologicalSorter(graph).static_order()]  # which raises if there is one
 
 
@@ -125,9 +125,7 @@ def test_imports_go_down__can_fail(module: str, source: str) -> None:
         pytest.param("callbacks.drive", "from lightning_drive.core.arguments import Mode", id="down_many_floors"),
         pytest.param("network.paths", "from lightning_drive.network import prunable", id="in_the_room"),
         pytest.param("command", "from lightning_drive import __version__", id="version"),
-        pytest.param(
-            "trainer.sandbox", "import lightning.pytorch as pl\nfrom torchmetrics import Metric", id="lightning"
-        ),
+        pytest.param("trainer.sandbox", "import lightning.pytorch\nfrom torchmetrics import Metric", id="lightning"),
     ],
 )
 def test_imports_go_down__can_pass(module: str, source: str) -> None:

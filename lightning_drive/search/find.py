@@ -75,7 +75,8 @@ def find_masks(
             the loss does not depend on them.
 
     Example:
-        >>> from lightning_drive.search.methods import DRIVE
+        >>> import torch
+        >>> from lightning_drive import DRIVE, find_masks
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> batch = torch.randn(16, 4), torch.randint(3, (16,))

@@ -323,7 +323,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 19])
 def test_zero_(dtype: torch.dtype, layout: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is pruned is +0 to the bit, and what is kept is what it was to the bit: NaN, -0.0 and infinities, too."""
-    monkeypatch.setattr(masked_parameters, "_CHUNK", chunk)
+    monkeypatch.setattr(zeroing, "_CHUNK", chunk)
     values = (
         torch.tensor([1.5, -2.0, -0.0]) if dtype == torch.int32 else torch.tensor([1.5, -2.0, NAN, INF, -INF, -0.0])
     )

@@ -28,7 +28,7 @@ def test_script(tmp_path: Path, message: str, code: int, errors: str) -> None:
     done = processes.script(tmp_path / "script.py", "--some", 1, folder=folder)
     assert (done.returncode, done.stderr) == (code, errors)
     assert done.stdout.splitlines() == [
-        f"__main__ ['--some', '1'] somewhere {processes.TESTS.parent}",
+        f"__main__ ['--some', '1'] somewhere {processes.ROOT}",
         "alone",
         "over",
     ]
