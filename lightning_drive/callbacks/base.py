@@ -4,7 +4,7 @@ import copy
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,27 +32,25 @@ from lightning_drive.search.loop import Found
 from lightning_drive.search.methods import Method
 from lightning_drive.trainer import (
     checks,
-    display,
+    end_of_training,
     facts,
+    loggers,
     loop_progress,
-    network_copies,
     other_callbacks,
     reporting,
     restored_masks,
-    run_length,
     sandbox,
     search,
+    terminal,
     trained_parameters,
 )
-from lightning_drive.trainer.averages import load_batch_norm_statistics, restart_, tensors
+from lightning_drive.trainer.averages import Averages
 from lightning_drive.trainer.enforcement import Enforcement
 from lightning_drive.trainer.search import Outcome
 from lightning_drive.trainer.spawned import Handover
+from lightning_drive.trainer.unmasked_weights import UnmaskedWeights
 
 _VERSION = 1
-
-_LOOKS = 64
-"""Up to which batch of an epoch to look, at powers of two, for copies of the network that change."""
 
 
 class Pruning(NamedTuple):
@@ -125,9 +123,7 @@ class PruningCallback(pl.Callback):
         self._live: Enforcement | None = None
         self._phase_start: float | None = None
         self._forgotten = ""
-        self._names: tuple[str, ...] = ()  # what is prunable when ``fit`` starts
-        self._copies: set[str | int] = set()  # names and places of those that were warned of
-        self._sums: dict[str, tuple[float, ...]] = {}  # of what may be averages, in this epoch
+        self._unmasked: UnmaskedWeights | None = None
 
     @property
     def masks(self) -> Masks:
@@ -262,19 +258,20 @@ class PruningCallback(pl.Callback):
         selected = self._selected(trainer, pl_module)
         prunable.check_numbers(selected)
         shards.holders(selected)
-        self._names = tuple(selected)
         if text := trained_parameters.left_out(trainer, pl_module, self.prunable_parameters):
-            display.show(trainer, text)
+            terminal.show(trainer, text)
         if self._remember_epoch is not None:
             checks.check_finetuning(self, trainer)
 
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse, once the data is loaded and a checkpoint restored, what cannot work; warn of what may not."""
         if not facts.is_quick_check(trainer):
-            run_length.warn_of_unknown_length(trainer, self._intent(), self._remedy_for_unknown_length)
-            run_length.warn_of_manual_steps(trainer, self._intent(), self._max_epochs)
+            intent = self._intent()
+            last_cut = intent.last_epoch, intent.step, intent.when
+            end_of_training.warn_of_unknown_length(trainer, *last_cut, self._remedy_for_unknown_length)
+            end_of_training.warn_of_manual_steps(trainer, *last_cut, self._max_epochs)
             if not self.reset_best:
-                run_length.warn_of_early_stopping(trainer, self._intent())
+                end_of_training.warn_of_early_stopping(trainer, *last_cut)
 
     def _metrics(self) -> dict[str, float]:
         """Give what is logged with every epoch, so that monitors and checkpoint names can use it."""
@@ -314,10 +311,12 @@ class PruningCallback(pl.Callback):
         if not (self._restored or goes_on):
             self._start_afresh()
         self._module, self._fit_started, self._thread = weakref.ref(pl_module), True, threading.get_ident()
-        self._names, self._copies = tuple(self.masks), set()
-        self._averages(pl_module)
+        averages = self._pruned_along(trainer, pl_module)
+        averages.tensors()  # which raises if they cannot be pruned along
         if not self._finished:
             self._check_module(trainer, pl_module)
+        names = self.masks if self._finished else self._selected(trainer, pl_module)
+        self._unmasked = UnmaskedWeights(self, trainer, pl_module, averages, names)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -333,7 +332,7 @@ class PruningCallback(pl.Callback):
             else:
                 self._commit(trainer, pl_module)
             if self._restored:
-                display.show(trainer, f"The masks were restored: {self.masks}")
+                terminal.show(trainer, f"The masks were restored: {self.masks}")
             if self._finished and self.report is not None:
                 restored_masks.warn_of_differences(self.masks, self.report, self.sparsity, self.control)
                 if self._restored:
@@ -346,8 +345,8 @@ class PruningCallback(pl.Callback):
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune when it is time."""
-        self._warn_of_zeros(trainer, pl_module)
-        self._warn_of_copies(trainer, pl_module)
+        if self._unmasked is not None:
+            self._unmasked.at_epoch_start(self.masks, is_due=self._is_due(trainer))
         self._remember_when_due(trainer, pl_module)
         self._prune_when_due(trainer, pl_module)
         self._log_metrics(trainer, pl_module)
@@ -358,9 +357,8 @@ class PruningCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Prune and log where a run resumes in the middle of an epoch, which has no ``on_train_epoch_start`` then."""
-        if self._resumes_epoch:
-            self._warn_of_zeros(trainer, pl_module)
-            self._warn_of_copies(trainer, pl_module)
+        if self._resumes_epoch and self._unmasked is not None:
+            self._unmasked.at_epoch_start(self.masks, is_due=self._is_due(trainer))
         self._remember_when_due(trainer, pl_module, batch_idx)
         if self._prune_when_due(trainer, pl_module) or self._resumes_epoch:
             self._log_metrics(trainer, pl_module)
@@ -369,13 +367,14 @@ class PruningCallback(pl.Callback):
             self._live.follow(trainer, pl_module)
             if batch_idx == 0:
                 self._live.check(pl_module)
-        if batch_idx <= _LOOKS and batch_idx & (batch_idx - 1) == 0:
-            self._look_for_averages(trainer, pl_module, batch_idx)
+        if self._unmasked is not None:
+            self._unmasked.at_batch_start(self.masks, batch_idx)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to go on where pruned layers were replaced by others; mask again what others wrote."""
-        self._look_for_averages(trainer, pl_module)
+        if self._unmasked is not None:
+            self._unmasked.at_epoch_end(self.masks)
         if self._live is not None:
             self._live.check(pl_module)
             self._live.renew()
@@ -423,6 +422,7 @@ class PruningCallback(pl.Callback):
         other_callbacks.hold_off_early_stopping(trainer, False)
         loop_progress.begin_epoch_again(trainer)
         self._handover.discard()
+        self._unmasked = None
         self._release()
 
     @override
@@ -431,6 +431,7 @@ class PruningCallback(pl.Callback):
         if self._live is not None:
             self._live.renew()
         other_callbacks.hold_off_early_stopping(trainer, False)
+        self._unmasked = None
         self._release()
 
     @override
@@ -461,7 +462,7 @@ class PruningCallback(pl.Callback):
         if len(others) == 1 and fitting and not own:
             self.load_state_dict(copy.deepcopy(others[fitting[0]]))
             if pruned:
-                display.show(trainer, f"{type(self).__name__} takes over the masks of {pruned[0]} in the checkpoint.")
+                terminal.show(trainer, f"{type(self).__name__} takes over the masks of {pruned[0]} in the checkpoint.")
         elif pruned and trainer.state.fn == TrainerFn.FITTING:
             raise ValueError(
                 f"{type(self).__name__} goes on only with the masks of one callback of its kind, IMP or not, but the"
@@ -506,7 +507,7 @@ class PruningCallback(pl.Callback):
         """Leave the live parameters and hooks of this process out of copies and pickles."""
         self._collect()
         own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # the module's
-        return {**own, "_live": None, "_module": None, "_handover": self._handover.of_copy()}
+        return {**own, "_live": None, "_unmasked": None, "_module": None, "_handover": self._handover.of_copy()}
 
     def _hold_still(self, checkpoint: dict[str, Any]) -> None:
         """Copy what another thread is going to write, and may be still writing when the network is pruned."""
@@ -640,9 +641,9 @@ class PruningCallback(pl.Callback):
     def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do all that follows from masks that were put down; a resume repeats it if it is cut short."""
         start = time.monotonic()
-        for module in (pl_module, *other_callbacks.averaged_models(trainer)):
-            batch_norm.load_batch_norm_statistics(module, self._pruning.unfinished or {})
-        load_batch_norm_statistics(self._averages(pl_module), self._pruning.unfinished or {})
+        statistics = self._pruning.unfinished or {}
+        batch_norm.load_batch_norm_statistics(pl_module, statistics)
+        self._pruned_along(trainer, pl_module).load_batch_norm_statistics_(statistics)
         self._settle(trainer, pl_module)
         self._hold_off_early_stopping(trainer)
         if self._finished and self.reset_best:
@@ -656,7 +657,7 @@ class PruningCallback(pl.Callback):
         assert self.report is not None
         for warning in found.warnings:
             rank_zero_warn(warning)
-        display.show(trainer, self.report if text is None else text)
+        terminal.show(trainer, self.report if text is None else text)
         metrics = {
             "pruning/sparsity": self.report.sparsity,
             "pruning/density": self.report.density,
@@ -664,9 +665,9 @@ class PruningCallback(pl.Callback):
             "pruning/seconds": self.report.seconds,
             **self._metrics(),
         }
-        display.log_metrics(trainer, {key: value for key, value in metrics.items() if value is not None})
+        loggers.log_metrics(trainer, {key: value for key, value in metrics.items() if value is not None})
         if self._finished:
-            display.log_pictures(trainer, self.report)
+            loggers.log_pictures(trainer, self.report)
         if self._forgotten:
             rank_zero_info(self._forgotten)
             self._forgotten = ""
@@ -675,8 +676,7 @@ class PruningCallback(pl.Callback):
         """Put the masks on everything that is alive, and have every optimizer step followed by them."""
         warned = self._live is not None and self._live.warned
         self._release()
-        copies = partial(self._averages, pl_module)
-        self._live = Enforcement(pl_module, self.masks, copies=copies, warned=warned)
+        self._live = Enforcement(pl_module, self.masks, self._pruned_along(trainer, pl_module), warned=warned)
         self._live.begin(self, trainer, pl_module)
 
     def _reinitialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -689,14 +689,9 @@ class PruningCallback(pl.Callback):
         """Select the prunable parameters that an optimizer holds."""
         return trained_parameters.select(trainer, pl_module, self.prunable_parameters)
 
-    def _averages(self, pl_module: pl.LightningModule) -> list[dict[str, Tensor]]:
-        """Return the tensors of what is pruned along, by the names that they have in the module."""
-        return tensors(self.averages(pl_module), pl_module)
-
-    def _restart_averages(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let averages begin again with the module as it is now."""
-        other_callbacks.restart_averages(trainer, pl_module)
-        restart_(self._averages(pl_module), pl_module)
+    def _pruned_along(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Averages:
+        """Return the copies of the module that are pruned along with it."""
+        return Averages(trainer, pl_module, self.averages)
 
     def _release(self) -> None:
         if self._live is not None:
@@ -707,61 +702,6 @@ class PruningCallback(pl.Callback):
         if not trainer.barebones:
             # A batch size of 1, so that Lightning does not look for one in batches that may be of any kind.
             pl_module.log_dict(self._metrics(), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
-
-    # What is warned of.
-
-    def _warn_of_zeros(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn, once in a ``fit``, of a network that is sparse already and has no masks."""
-        if self._resumes_epoch and not (self.pruned or self._is_due(trainer)):
-            for text in self._zeros_without_masks(pl_module, self._names):
-                rank_zero_warn(text)
-
-    def _warn_of_copies(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of submodules that are copies of the network and are not pruned along."""
-        others = trained_parameters.untrained(trainer, pl_module)
-        alive = {each for name, each in pl_module.named_parameters() if each.requires_grad and name not in others}
-        for each in network_copies.inside(pl_module, self._names, alive):
-            self._warn_of_copy(pl_module, each)
-
-    def _look_for_averages(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int = 1) -> None:
-        """Warn of copies in attributes that change while training goes on, so that they are no mere records."""
-        if batch_idx == 0:
-            self._sums = {}
-        callbacks = [each for each in other_callbacks.callbacks_of(trainer) if each is not self]
-        for each, sums, is_record in network_copies.outside(pl_module, callbacks, self._names):
-            if self._sums.setdefault(each.name, sums) != sums and not is_record:
-                self._warn_of_copy(pl_module, each)
-
-    def _warn_of_copy(self, pl_module: pl.LightningModule, found: network_copies.Copy) -> None:
-        """Warn of a copy, once, if it is not pruned along."""
-        along = {each.data_ptr() for average in self._averages(pl_module) for each in average.values()}
-        places = {each.data_ptr() for each in found.pairs.values()}
-        is_known = found.name in self._copies or not places.isdisjoint(along | self._copies)
-        if not is_known and not network_copies.is_sparse(found, self.masks):
-            self._copies.update((found.name, *places))
-            rank_zero_warn(network_copies.warning(found, type(self).__name__))
-
-    def _zeros_without_masks(
-        self, pl_module: pl.LightningModule, names: Iterable[str], masks: Masks | None = None
-    ) -> Iterator[str]:
-        """Say that weights are pruned already, but are not masked: neither before a cut nor by the masks of one."""
-        parameters = dict(pl_module.named_parameters())
-        weights = {name: parameters[name] for name in names if name in parameters}
-        numbers = trained_parameters.zeros(weights.values())
-        trains = "these zeros will be trained like all other weights until it prunes"
-        if masks is not None:
-            kept = sum(
-                int((shards.local(each.detach()) == 0).logical_and_(shards.part(masks[name], of=each)).sum())
-                for name, each in weights.items()
-            )
-            trains = f"{kept:,} of these zeros are kept, and will be trained like all other weights"
-        if numbers.are_many and (masks is None or kept):
-            yield (
-                f"{numbers.number:,} of {numbers.size:,} prunable weights ({numbers.share:.1%}) are 0 already, as in a"
-                f" network that was pruned, but {type(self).__name__} has no masks for them: {trains}. To go on with a"
-                " pruned network, pass a checkpoint as `ckpt_path` that was saved with the state of the callback that"
-                " pruned it."
-            )
 
     # What is refused before training starts.
 

@@ -28,13 +28,13 @@ from lightning_drive.search.loop import Found
 from lightning_drive.search.methods import Magnitude
 from lightning_drive.search.vanishing_scores import patterns
 from lightning_drive.trainer import (
-    display,
+    end_of_training,
     facts,
     loop_progress,
     other_callbacks,
     phases,
     restored_masks,
-    run_length,
+    terminal,
     training_step,
 )
 
@@ -210,15 +210,15 @@ class IMPPruningCallback(PruningCallback):
         """Name the cycle in the progress bar, which has just named the epoch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if batch_idx == 0 and not self._finished:
-            display.name_epoch(trainer, f", cycle {self.cycle + 1}/{self.cycles}")
+            terminal.name_epoch(trainer, f", cycle {self.cycle + 1}/{self.cycles}")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the run ended before its cycles did."""
         if not self._finished:
             rank_zero_warn(
-                f"Training ended in epoch {run_length.last_epoch(trainer)}{run_length.reason(trainer)}, in cycle"
-                f" {self.cycle} (counted from 0) of {self.cycles}: the network has a sparsity of"
+                f"Training ended in epoch {end_of_training.last_epoch(trainer)}{end_of_training.reason(trainer)}, in"
+                f" cycle {self.cycle} (counted from 0) of {self.cycles}: the network has a sparsity of"
                 f" {self.masks.sparsity:.4f}, not {self.sparsity}. The next cut would have been at the start of epoch"
                 f" {(self.cycle + 1) * self.epochs_per_cycle}. Let training run for more than"
                 f" {self.cycles * self.epochs_per_cycle} epochs, or lower `cycles` or `epochs_per_cycle`."
@@ -297,7 +297,7 @@ class IMPPruningCallback(PruningCallback):
         # Everything is computed: from here on only commit.
         self._record(trainer, outcome, self._method(), start, control=self.control if is_last else "none", cycle=cycle)
         self._commit(trainer, pl_module)
-        with display.above_bar(trainer):
+        with terminal.above_bar(trainer):
             self._announce(trainer, outcome.found, None if is_last else self._line())
 
     @override
@@ -335,7 +335,7 @@ class IMPPruningCallback(PruningCallback):
         start.rewind_optimizers_(trainer.optimizers, learning_rates=True)
         start.rewind_schedulers_([config.scheduler for config in self._schedulers])
         trainer.lr_scheduler_configs[:] = self._schedulers  # SWA may have put its own there
-        self._restart_averages(trainer, pl_module)
+        self._pruned_along(trainer, pl_module).restart_()
         super()._settle(trainer, pl_module)
 
     def _start_of_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule, start: RewindPoint) -> RewindPoint:

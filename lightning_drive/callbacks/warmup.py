@@ -21,9 +21,10 @@ from lightning_drive.network import gradients, prunable
 from lightning_drive.report.plan import Intent
 from lightning_drive.search import methods
 from lightning_drive.search.methods import Method
-from lightning_drive.trainer import display, facts, loop_progress, other_callbacks, run_length, training_step
+from lightning_drive.trainer import end_of_training, facts, loop_progress, other_callbacks, terminal, training_step
 from lightning_drive.trainer.batches import check_data
 from lightning_drive.trainer.sandbox import Sandbox
+from lightning_drive.trainer.unmasked_weights import zeros_without_masks
 
 
 class WarmupPruningCallback(PruningCallback):
@@ -101,8 +102,8 @@ class WarmupPruningCallback(PruningCallback):
             if self.warmup_steps is None and math.isinf(trainer.num_training_batches):
                 remedy = self._remedy_for_unknown_length
             rank_zero_warn(
-                f"Training ended in epoch {run_length.last_epoch(trainer)}, after {trainer.global_step} steps"
-                f"{run_length.reason(trainer)}, before the warm-up was over: the network is dense. It would have"
+                f"Training ended in epoch {end_of_training.last_epoch(trainer)}, after {trainer.global_step} steps"
+                f"{end_of_training.reason(trainer)}, before the warm-up was over: the network is dense. It would have"
                 f" been pruned {self._intent().when}. {remedy}"
             )
 
@@ -143,11 +144,11 @@ class WarmupPruningCallback(PruningCallback):
         )
         found = outcome.found
         found.warnings.extend(self._frozen_layers(trainer, pl_module, found.masks))
-        found.warnings.extend(self._zeros_without_masks(pl_module, found.masks, found.masks))
+        found.warnings.extend(zeros_without_masks(self, pl_module, found.masks, found.masks))
         # Everything is computed: from here on only commit.
         self._record(trainer, outcome, str(method), start, control=self.control)
         self._commit(trainer, pl_module)
-        with display.above_bar(trainer):
+        with terminal.above_bar(trainer):
             self._announce(trainer, found)
 
     @override
@@ -155,7 +156,7 @@ class WarmupPruningCallback(PruningCallback):
         if self.control == "reinit" and self._start is not None:
             self._reinitialise(trainer, pl_module)
             self._start.rewind_optimizers_(trainer.optimizers, learning_rates=False)
-            self._restart_averages(trainer, pl_module)
+            self._pruned_along(trainer, pl_module).restart_()
         super()._settle(trainer, pl_module)
 
     def _frozen_layers(self, trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Masks) -> Iterator[str]:

@@ -20,8 +20,8 @@ from lightning_drive.network.gradients import LossFunction
 from lightning_drive.search import loop
 from lightning_drive.search.loop import Found
 from lightning_drive.search.methods import Method
-from lightning_drive.trainer import display, training_step
 from lightning_drive.trainer import sandbox as sandbox_module
+from lightning_drive.trainer import terminal, training_step
 from lightning_drive.trainer.batches import TrainingBatches
 from lightning_drive.trainer.sandbox import Sandbox, random_numbers, ranks_of
 
@@ -89,7 +89,7 @@ def search(
             advance()
 
         with (
-            display.progress(trainer, f"Pruning by {type(method).__name__}", num_rounds) as advance,
+            terminal.progress(trainer, f"Pruning by {type(method).__name__}", num_rounds) as advance,
             _scored(trainer, pl_module, method.mode) as (sandbox, batches),
         ):
             return loop.search(
