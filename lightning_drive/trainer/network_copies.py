@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from lightning_drive.core import shards
 from lightning_drive.core.masks import Masks
+from lightning_drive.trainer import facts
 
 _Branches = dict[str, dict[str, Tensor]]
 """Path of a submodule, the name of a parameter there, and the parameter."""
 
-_OF_LIGHTNING = {"_average_model", "_buffers", "_fabric", "_fabric_optimizers", "_modules", "_parameters", "_trainer"}
+_HOLDERS = facts.HOLDERS | {"_buffers", "_modules", "_parameters"}
 """Attributes that hold live parameters, or averages that are pruned along."""
 
 _PASSED_OVER = (type, FunctionType, MethodType, ModuleType, Tensor, pl.Trainer, pl.Callback)
@@ -178,7 +179,7 @@ def _outside(pl_module: pl.LightningModule, holders: Iterable[object], branches:
     branches = {path: each for path, each in branches.items() if each}
     for holder in holders:
         for attribute, value in vars(holder).items():
-            if attribute in _OF_LIGHTNING:
+            if attribute in _HOLDERS:
                 continue
             for path, thing in _things(value, attribute, set()):
                 of, pairs = _match(thing, branches, pl_module)

@@ -6,7 +6,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+
+from lightning_drive.trainer import facts
 
 
 def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
@@ -19,10 +20,8 @@ def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
         Modules with the parameter names of the LightningModule.
 
     """
-    averages = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
-    return [
-        average.module if isinstance(average, AveragedModel) else average for average in averages if average is not None
-    ]
+    averages = map(facts.average_of, callbacks_of(trainer))
+    return [average.module for average in averages if average is not None]
 
 
 def restart_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -34,21 +33,20 @@ def restart_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None
 
     """
     for callback in callbacks_of(trainer):
-        average = getattr(callback, "_average_model", None)
+        average = facts.average_of(callback)
         if average is None:
             continue
-        module = average.module if isinstance(average, AveragedModel) else average
         with torch.no_grad():
             for mean, now in (
-                *zip(module.parameters(), pl_module.parameters(), strict=True),
-                *zip(module.buffers(), pl_module.buffers(), strict=True),
+                *zip(average.module.parameters(), pl_module.parameters(), strict=True),
+                *zip(average.module.buffers(), pl_module.buffers(), strict=True),
             ):
                 mean.copy_(now)
-        count = getattr(average if isinstance(average, AveragedModel) else callback, "n_averaged", None)
+        count = getattr(average.holder, "n_averaged", None)
         if count is not None:
             count.zero_()
         if isinstance(callback, StochasticWeightAveraging):  # it takes what it finds at the start of an epoch
-            callback._latest_update_epoch = trainer.current_epoch
+            facts.count_as_averaged(callback, trainer.current_epoch)
 
 
 def hold_off_early_stopping(trainer: pl.Trainer, on: bool) -> None:
@@ -61,10 +59,7 @@ def hold_off_early_stopping(trainer: pl.Trainer, on: bool) -> None:
     """
     for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping):
-            for name in ("_should_skip_check", "_run_early_stopping_check"):  # subclasses have hooks of their own
-                vars(callback).pop(name, None)
-                if on:
-                    vars(callback)[name] = _skip_check
+            facts.hold_off(callback, on)
 
 
 def forget_best(trainer: pl.Trainer) -> str:
@@ -119,5 +114,6 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
 
 
-def _skip_check(trainer: pl.Trainer) -> bool:
-    return True
+def others(pruning: pl.Callback, trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the callbacks beside the pruning one."""
+    return [callback for callback in callbacks_of(trainer) if callback is not pruning]

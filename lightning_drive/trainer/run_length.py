@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_drive.report.plan import Intent
-from lightning_drive.trainer import other_callbacks
+from lightning_drive.trainer import facts, other_callbacks
 
 
 def warn_of_early_stopping(trainer: pl.Trainer, intent: Intent) -> None:
@@ -51,7 +51,7 @@ def _before(trainer: pl.Trainer, intent: Intent) -> tuple[float, float]:
 
 def _checks(trainer: pl.Trainer, stopping: EarlyStopping, epochs: float, batches: float) -> int:
     """Count how often EarlyStopping looks at its metric in that time, as far as that is known."""
-    if stopping._check_on_train_epoch_end:
+    if facts.checks_on_train_epoch_end(stopping):
         return math.floor(epochs)
     every = trainer.val_check_batch
     if not trainer.enable_validation or not every:
@@ -82,7 +82,7 @@ def warn_of_unknown_length(trainer: pl.Trainer, intent: Intent, remedy: str) -> 
     elif any(isinstance(callback, Timer) for callback in other_callbacks.callbacks_of(trainer)):
         end = "training ends when the time of a Timer (or `max_time`) is over"
     elif trainer.val_check_batch != math.inf and any(
-        isinstance(callback, EarlyStopping) and not callback._check_on_train_epoch_end
+        isinstance(callback, EarlyStopping) and not facts.checks_on_train_epoch_end(callback)
         for callback in other_callbacks.callbacks_of(trainer)
     ):
         end = "EarlyStopping looks at its metric within epochs"
