@@ -682,8 +682,8 @@ class PruningCallback(pl.Callback):
     def _reinitialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Return to the remembered weights, with new initial values for the survivors."""
         assert self._start is not None
-        redrawn = self._start.snapshot.redrawn(self.masks, sandbox.random_numbers(trainer))
-        redrawn.rewind_(pl_module, self.masks)
+        redrawn = self._start.redrawn(self.masks, sandbox.random_numbers(trainer))
+        redrawn.rewind_module_(pl_module, self.masks)
 
     def _selected(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
         """Select the prunable parameters that an optimizer holds."""

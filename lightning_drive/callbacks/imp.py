@@ -331,7 +331,7 @@ class IMPPruningCallback(PruningCallback):
         if self._finished and self.control == "reinit":
             self._reinitialise(trainer, pl_module)
         else:
-            start.snapshot.rewind_(pl_module, self.masks)
+            start.rewind_module_(pl_module, self.masks)
         start.rewind_optimizers_(trainer.optimizers, learning_rates=True)
         start.rewind_schedulers_([config.scheduler for config in self._schedulers])
         trainer.lr_scheduler_configs[:] = self._schedulers  # SWA may have put its own there
