@@ -21,7 +21,7 @@ from lightning_drive.core import arguments, messages, saved_values, shards
 from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.core.masks import Masks
 from lightning_drive.export import checkpoints
-from lightning_drive.network import batch_norm, prunable
+from lightning_drive.network import batch_norm, prunable, prunable_checks
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.network.rewinding import RewindPoint
 from lightning_drive.report import plan as plan_module
@@ -260,7 +260,7 @@ class PruningCallback(pl.Callback):
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse, before anything runs, what cannot work."""
         selected = self._selected(trainer, pl_module)
-        prunable.check_numbers(selected)
+        prunable_checks.check_numbers(selected)
         shards.holders(selected)
         self._names = tuple(selected)
         if text := trained_parameters.left_out(trainer, pl_module, self.prunable_parameters):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_drive.core import shards
 from lightning_drive.core.arguments import Schedule, Scope, check_patterns
 from lightning_drive.core.masks import Masks
-from lightning_drive.network import gradients, prunable
+from lightning_drive.network import gradients, prunable, prunable_checks
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.network.prunable import dense_matrices, parameters_by_name
 from lightning_drive.network.undisturbed import undisturbed
@@ -92,7 +92,7 @@ def find_masks(
     shards.reshard_(module)
     include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     names = prunable.prunable_parameters(module, include, exclude)
-    prunable.check_numbers(names)
+    prunable_checks.check_numbers(names)
     passes = None if batches is None else gradients.Passes(batches)
     others = dense_matrices(module, names, exclude) if include is None else ()
 

@@ -15,7 +15,7 @@ from lightning_drive.core import shards
 from lightning_drive.core.arguments import Mode, Schedule, Scope
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.processes import Ranks
-from lightning_drive.network import batch_norm, gradients, prunable
+from lightning_drive.network import batch_norm, gradients, prunable, prunable_checks
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.search import loop
 from lightning_drive.search.loop import Found
@@ -78,7 +78,7 @@ def search(
     shards.reshard_(pl_module)  # validation, a forward pass without a backward pass, leaves parameters whole
     training_step.free_gradients(trainer, pl_module)
     live = select(pl_module)
-    prunable.check_numbers(live)
+    prunable_checks.check_numbers(live)
 
     def loss_in(sandbox: Sandbox) -> LossFunction | None:
         return loss and gradients.on_replica_only(loss(sandbox), pl_module)
