@@ -68,7 +68,7 @@ def of_sources(layer: nn.Module, name: str) -> Computed:
 
 
 def base_name(name: str) -> str:
-    """Return the name of the weight that a parameter of this name within its layer would be a source of; empty if of none.
+    """Return the name of the weight that a parameter of this name is a source of by its ending; empty if of none.
 
     Example:
         >>> base_name("weight_hh_l0_orig"), base_name("weight_hh_l0")

@@ -18,7 +18,7 @@ from lightning_drive.network import synflow
 from lightning_drive.network.costs import Costs, measure
 from lightning_drive.network.forward_calls import Passage
 from lightning_drive.network.gradients import LossFunction
-from lightning_drive.network.undisturbed import in_mode
+from lightning_drive.network.without_dropout import in_mode
 from lightning_drive.search import vanishing_scores
 from lightning_drive.search.methods import Method
 from lightning_drive.search.scored_network import Network

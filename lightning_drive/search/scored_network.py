@@ -13,7 +13,8 @@ from lightning_drive.core.processes import ALONE, Ranks
 from lightning_drive.network import forward_calls, gradients, synflow
 from lightning_drive.network.forward_calls import Passage
 from lightning_drive.network.gradients import LossFunction, Passes
-from lightning_drive.network.undisturbed import in_mode, preserved_rng
+from lightning_drive.network.random_state import preserved_rng
+from lightning_drive.network.without_dropout import in_mode
 
 _MOST_IN_A_ROW = 10_000
 """How many batches to skip one after another before that is an error, where the end of the data is not known."""

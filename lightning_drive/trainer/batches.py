@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 
-from lightning_drive.network import undisturbed
+from lightning_drive.network.random_state import preserved_rng
 from lightning_drive.trainer.data_copies import Copier
 
 _LOST = "batches read to score weights would be lost to training"
@@ -72,7 +72,7 @@ def check_data(trainer: pl.Trainer) -> None:
     source = _Source(_live(trainer))
     try:
         if source.has_unusable:  # whether it is in the way only reading tells
-            with undisturbed.preserved_rng():
+            with preserved_rng():
                 next(iter(source.loader), None)
     finally:
         source.close()
