@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 
-from lightning_drive.network import undisturbed
+from lightning_drive.network.random_state import preserved_rng
 from lightning_drive.trainer import facts
 from lightning_drive.trainer.data_copies import Copier
 
@@ -60,7 +60,7 @@ def check_data(trainer: pl.Trainer) -> None:
     copy = _CopiedLoader(facts.combined_loader(trainer))
     try:
         if copy.has_unusable:  # only reading shows whether that is in the way
-            with undisturbed.preserved_rng():
+            with preserved_rng():
                 next(iter(copy.loader), None)
     finally:
         copy.close()
