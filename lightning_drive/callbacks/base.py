@@ -221,7 +221,7 @@ class PruningCallback(pl.Callback):
         module: Any = pl_module
         trainer: Any = getattr(module, "_trainer", None)
         in_fit = isinstance(trainer, pl.Trainer) and trainer.optimizers
-        return plan_module.plan(
+        return plan_module.plan_of_intent(
             module,
             self._selected(trainer, module) if in_fit else self.prunable_parameters(module),
             self._intent(),

@@ -9,7 +9,8 @@ import lightning.pytorch as pl
 from lightning_drive.core.arguments import Control
 from lightning_drive.network import prunable
 from lightning_drive.network.costs import Costs
-from lightning_drive.report.pruning_report import CycleReport, PruningReport
+from lightning_drive.report.parts import CycleReport
+from lightning_drive.report.pruning_report import PruningReport
 from lightning_drive.search.loop import Found
 from lightning_drive.trainer import other_callbacks
 from lightning_drive.trainer.search import Outcome
