@@ -1,26 +1,16 @@
-"""The command ``lightning-drive``: what is in a checkpoint, and how to make it small and whole again.
+"""The command ``lightning-drive``: its options and help, and how errors are printed.
 
-Nothing here imports more than the standard library before it is needed.
+Nothing is imported here but the standard library: torch takes seconds, and the help must not wait for it. What the
+commands do is in ``command_plan`` and ``command_files``, which are imported when a command runs.
 """
 
 import argparse
-import ast
-import importlib
-import inspect
-import json
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from lightning_drive import __version__
-
-if TYPE_CHECKING:
-    from lightning_drive.report.pruning_report import PruningReport
-
-_VERSION = "pytorch-lightning_version"
 
 _CALLBACKS = {
     "drive": "DRIVEPruningCallback",
@@ -114,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Prints errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (`{self.prog} --help` says more)\n")
@@ -192,243 +182,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _compress(checkpoint: Path, out: Path, overwrite: bool, trust_pickle: bool) -> None:
-    from lightning_drive.export import checkpoints, sparse_files
+def _plan(method: str, **settings: Any) -> None:
+    from lightning_drive import command_plan
 
-    _check_free(out, checkpoint, overwrite)
-    content = _loaded(checkpoint, trust_pickle)
-    state_dict = checkpoints.state_dict_of(content, checkpoint)
-    rest = checkpoints.packed(content)
-    sparse_files.save_sparse(state_dict, out, metadata=rest.metadata)
-
-    weights = sum({tensor.data_ptr(): tensor.nbytes for tensor in state_dict.values()}.values())
-    size = out.stat().st_size
-    before = checkpoint.stat().st_size
-    print(f"{checkpoint}: {before:,} bytes, of which {weights:,} are weights and buffers")
-    print(
-        f"{out}: {size:,} bytes, {size / max(1, weights):.2%} of the weights and {size / before:.2%} of the checkpoint"
-    )
-    if size - sum(map(len, rest.metadata.values())) >= weights:
-        print("Nothing was gained: no tensor has enough zeros. Was the checkpoint saved after pruning?")
-    if rest.hyper_parameters_left_out:
-        print(
-            f"Hyper-parameters that JSON cannot hold are left out: {', '.join(rest.hyper_parameters_left_out)}. Give"
-            " them to `load_from_checkpoint` again."
-        )
-    if rest.entries_left_out:
-        print(
-            f"Entries that JSON cannot hold are left out: {', '.join(rest.entries_left_out)}. If your"
-            " `on_load_checkpoint` reads them, it must do without."
-        )
+    command_plan.plan(callback=_CALLBACKS[method], **settings)
 
 
-def _expand(sparse: Path, out: Path, overwrite: bool) -> None:
-    import torch
+def _report(**settings: Any) -> None:
+    from lightning_drive import command_files
 
-    from lightning_drive.export import checkpoints, sparse_files
-
-    _check_free(out, sparse, overwrite)
-    state_dict, metadata = sparse_files.load_with_metadata(sparse)
-    checkpoint = checkpoints.unpacked(metadata, sparse)
-    checkpoint[_VERSION] = _current(checkpoint.get(_VERSION))
-    with sparse_files.replacing(out) as temporary:
-        torch.save({**checkpoint, "state_dict": state_dict}, temporary)
-
-    hyper_parameters = checkpoint.get("hyper_parameters")
-    names = ", ".join(hyper_parameters if isinstance(hyper_parameters, dict) else ()) or "none"
-    print(f"{out}: {out.stat().st_size:,} bytes, {len(state_dict)} tensors, hyper-parameters: {names}")
+    command_files.report(**settings)
 
 
-def _report(checkpoint: Path, as_json: bool, trust_pickle: bool) -> None:
-    from lightning_drive.export import checkpoints, sparse_files
+def _compress(**settings: Any) -> None:
+    from lightning_drive import command_files
 
-    is_sparse = checkpoints.is_safetensors(checkpoint)
-    if is_sparse:
-        content = checkpoints.unpacked(sparse_files.read_metadata(checkpoint), checkpoint)
-    else:
-        content = _loaded(checkpoint, trust_pickle, needs_weights=False)
-    callback, values = checkpoints.pruning_in(content)
-    report = _report_of(values, checkpoint)
-    zeros: list[dict[str, Any]] = []
-    if not report:
-        whole = _loaded(checkpoint, trust_pickle) if checkpoint.is_dir() else content  # or say that it is in parts
-        zeros = _zeros(
-            sparse_files.load_sparse(checkpoint) if is_sparse else checkpoints.state_dict_of(whole, checkpoint)
-        )
-    if as_json:
-        found = {"callback": callback or None, "report": report.to_dict() if report else None}
-        print(json.dumps(found if report else {**found, "tensors": zeros}, indent=2))
-    elif report:
-        print(report)
-    else:
-        reason = f"{callback} had not pruned yet" if callback else "no pruning callback was saved in it"
-        print(f"No report in {checkpoint}: {reason}. These are the zeros in all parameters and buffers:")
-        print("\n".join(_table(zeros)))
+    command_files.compress(**settings)
 
 
-def _loaded(checkpoint: Path, trust_pickle: bool, *, needs_weights: bool = True) -> dict[str, Any]:
-    from lightning_drive.export import checkpoints
+def _expand(**settings: Any) -> None:
+    from lightning_drive import command_files
 
-    if not trust_pickle:
-        return checkpoints.load(checkpoint, needs_weights=needs_weights)
-    with _current_folder():
-        return checkpoints.load(checkpoint, needs_weights=needs_weights, weights_only=False)
-
-
-def _plan(
-    module: str,
-    method: str,
-    sparsity: float,
-    settings: Sequence[str],
-    max_epochs: int | None,
-    steps_per_epoch: int | None,
-) -> None:
-    import lightning_drive
-
-    make: Any = getattr(lightning_drive, _CALLBACKS[method])
-    others = [name for name in inspect.signature(make).parameters if name != "sparsity"]
-    callback = make(sparsity=sparsity, **dict(_setting(text, _CALLBACKS[method], others) for text in settings))
-    print(callback.plan(_module(module), max_epochs=max_epochs, steps_per_epoch=steps_per_epoch))
-
-
-def _setting(text: str, callback: str, known: Sequence[str]) -> tuple[str, Any]:
-    name, is_given, value = text.partition("=")
-    if not is_given or not name.isidentifier():
-        raise ValueError(f"`--set` takes NAME=VALUE, such as rounds=50, got {text!r}.")
-    if name not in known:
-        raise ValueError(f"`--set {text}`: {callback} has no such argument. Beside the sparsity: {', '.join(known)}.")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value  # a word, such as layerwise
-
-
-def _module(path: str) -> Any:
-    """Import a torch module, or call what returns one, also from the current folder."""
-    from torch import nn
-
-    package, _, name = path.partition(":")
-    if not package or not name:
-        raise ValueError(f"MODULE must be PACKAGE.MODULE:NAME, such as torchvision.models:resnet18, got {path!r}.")
-    try:
-        with _current_folder():
-            found: Any = importlib.import_module(package)
-            for part in name.split("."):
-                found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{path!r} cannot be imported: {error}.") from error
-    if not isinstance(found, nn.Module) and callable(found):
-        _check_call(found, path)
-        found = found()
-    if not isinstance(found, nn.Module):
-        raise TypeError(f"{path!r} must be a torch module or return one, got {type(found).__name__}.")
-    return found
-
-
-@contextmanager
-def _current_folder() -> Iterator[None]:
-    """Import modules also from the current folder."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
-
-
-def _check_call(make: Callable[..., Any], path: str) -> None:
-    """Refuse what cannot be called without arguments."""
-    try:
-        signature = inspect.signature(make)
-    except ValueError:  # of something written in C
-        return
-    try:
-        signature.bind()
-    except TypeError as error:
-        raise TypeError(
-            f"{path!r} needs arguments ({error}). Name a module that is made already, or a function without arguments"
-            " that returns one."
-        ) from error
-
-
-# What is said of it.
-
-
-def _report_of(values: Any, path: Path) -> "PruningReport | None":
-    from lightning_drive.report.pruning_report import PruningReport
-
-    if values is None:
-        return None
-    try:
-        return PruningReport.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"The report in {str(path)!r} cannot be read. {error}") from error
-
-
-def _zeros(state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name,
-            "shape": list(tensor.shape),
-            "numbers": tensor.numel(),
-            "zeros": _num_zeros(name, tensor),
-        }
-        for name, tensor in state_dict.items()
-    ]
-
-
-def _num_zeros(name: str, tensor: Any) -> int | None:
-    """Count the zeros of a tensor; ``None`` for one of which torch cannot say it."""
-    import torch
-
-    from lightning_drive.core import bits, saved_values
-
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
-        return None
-    repeated = [dim for dim, stride in enumerate(tensor.stride()) if stride == 0 and tensor.shape[dim] > 1]
-    stored = tensor  # without what only repeats it
-    for dim in repeated:
-        stored = stored.narrow(dim, 0, 1)
-    if not saved_values.has_memory(stored):
-        raise ValueError(f"{name!r} claims {tensor.numel():,} numbers, far more than it has in memory.")
-    if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
-        stored = stored.view(bits.INTEGERS[tensor.itemsize])
-    elif tensor.is_floating_point() and tensor.itemsize == 1:
-        stored = stored.float()
-    try:
-        zeros = stored.numel() - int(stored.count_nonzero())
-    except RuntimeError:  # of a kind of number that is newer than this
-        return None
-    return int(zeros * (tensor.numel() // max(1, stored.numel())))
-
-
-def _table(zeros: Sequence[Mapping[str, Any]]) -> list[str]:
-    from lightning_drive.report import tables
-
-    rows = [(each["name"], "x".join(map(str, each["shape"])), each["numbers"], each["zeros"]) for each in zeros]
-    counts = [row[3] for row in rows]
-    rows.append(("all", "", sum(row[2] for row in rows), None if None in counts else sum(counts)))
-    texts = (
-        (name, shape, f"{numbers:,}", *(("-", "-") if zero is None else (f"{zero:,}", f"{zero / max(1, numbers):.2%}")))
-        for name, shape, numbers, zero in rows
-    )
-    return tables.plain([("tensor", "shape", "numbers", "zeros", "share"), *texts])
-
-
-def _current(version: object) -> str:
-    """Give the version of Lightning to say a checkpoint is of; ``load_from_checkpoint`` needs one."""
-    from importlib.metadata import version as version_of
-
-    # Older ones would be brought up to date first, in parts that a file of weights does not have.
-    is_usable = isinstance(version, str) and re.match(r"(\d{1,3})\.", version) and int(version.split(".")[0]) >= 2
-    return str(version) if is_usable else version_of("lightning")
-
-
-def _check_free(out: Path, source: Path, overwrite: bool) -> None:
-    if out.exists() and source.exists() and out.samefile(source):
-        raise ValueError(f"OUT must be another file than {str(source)!r}.")
-    if out.exists() and not overwrite:
-        raise ValueError(f"{str(out)!r} is there already. Give another name, or `--overwrite` to replace it.")
+    command_files.expand(**settings)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Pictures of what pruning did, by matplotlib, which is imported only when one is drawn.
+"""Pictures of a report, drawn by matplotlib, which is imported only then.
 
 Colours are those of Okabe and Ito and the maps "cividis" and "viridis", which colour-blind people can tell apart.
 """
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lightning_drive.core.history import Round, ScoreHistogram
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Picture: TypeAlias = Literal["density", "rounds", "scores", "cycles"]
+"""The functions of this module, by name."""
 
 _BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#999999"
 _WIDTH = 8.0
@@ -27,16 +29,8 @@ _SCORES = {
 }
 
 
-def density(names: Sequence[str], kept: Sequence[int], sizes: Sequence[int], title: str) -> "Figure":
-    """Draw which fraction of every layer is left, against the whole.
-
-    Args:
-        names: The layers.
-        kept: How many weights each has left.
-        sizes: How many it had.
-        title: Above the picture.
-
-    """
+def density(names: Sequence[str], kept: Sequence[int], sizes: Sequence[int], method: str) -> "Figure":
+    """Draw which fraction of each layer's ``sizes`` is kept, against the whole."""
     figure = _figure(1.8 + _height(names))
     axes = figure.add_subplot()
     percent = [100 * left / size for left, size in zip(kept, sizes, strict=True)]
@@ -65,34 +59,27 @@ def density(names: Sequence[str], kept: Sequence[int], sizes: Sequence[int], tit
     axes.grid(axis="both", color="0.9")
     axes.set_axisbelow(True)
     axes.set_xlabel("weights kept (%)")
-    axes.set_title(title)
+    sparsity = 1 - sum(kept) / sum(sizes)
+    axes.set_title(f"Density by layer after {method} at {sparsity:.2%} sparsity")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round], title: str) -> "Figure":
-    """Draw how many weights each round removed in all, and what it left of every layer.
-
-    Args:
-        names: The layers.
-        sizes: How many weights each had before the first round.
-        history: What the rounds removed.
-        title: Above the picture.
-
-    """
+def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round], method: str) -> "Figure":
+    """Draw how many weights each round removed in all, and what it left of each layer's ``sizes``."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
 
     left, table = list(sizes), []
-    for each in history:
-        left = [had - gone for had, gone in zip(left, each.removed, strict=True)]
+    for pruning_round in history:
+        left = [had - gone for had, gone in zip(left, pruning_round.removed, strict=True)]
         table.append([100 * has / size for has, size in zip(left, sizes, strict=True)])
-    indices = [each.index for each in history]
+    indices = [pruning_round.index for pruning_round in history]
     height = max(1.3, _height(names))
     figure = _figure(3.2 + height)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.3, height])
-    figure.suptitle(title, fontsize="large")
-    removed = [sum(each.removed) for each in history]
+    figure.suptitle(f"What {method} removed, and what it left of each layer", fontsize="large")
+    removed = [sum(pruning_round.removed) for pruning_round in history]
     top.plot(indices, removed, "o-", color=_BLUE, markersize=3)
     top.set_yscale("log" if any(removed) else "linear")
     top.set_ylabel("weights removed\nin the round")
@@ -122,14 +109,7 @@ def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round],
 
 
 def scores(histogram: ScoreHistogram, threshold: float | None, method: str) -> "Figure":
-    """Draw how the scores of the last round lay, and where the line was drawn.
-
-    Args:
-        histogram: The scores.
-        threshold: The lowest score that was kept; ``None`` if every layer has its own.
-        method: The method's name, which says what a score is.
-
-    """
+    """Draw how the scores of the last round lay, and the threshold; it is ``None`` if each layer has its own."""
     figure = _figure(4.2)
     axes = figure.add_subplot()
     step = (histogram.high - histogram.low) / len(histogram.kept)
@@ -163,13 +143,7 @@ def scores(histogram: ScoreHistogram, threshold: float | None, method: str) -> "
 
 
 def cycles(known: Sequence[tuple[int, float, float]], metric: str) -> "Figure":
-    """Draw a metric at the end of every cycle of iterative magnitude pruning.
-
-    Args:
-        known: Cycle, which fraction of the weights was left in it, and the metric at its end.
-        metric: The metric's name.
-
-    """
+    """Draw a metric at the end of each cycle: ``known`` has cycle, fraction of the weights left in it, and metric."""
     figure = _figure(4.2)
     axes = figure.add_subplot()
     percents = [100 * left for _, left, _ in known]
@@ -205,7 +179,7 @@ def _label_layers(axes: "Axes", names: Sequence[str]) -> None:
     """Name the rows from the top down, without what all names begin with."""
     parts = [name.split(".") for name in names]
     shared = 0
-    while len(parts) > 1 and all(len(each) > shared + 1 and each[shared] == parts[0][shared] for each in parts):
+    while len(parts) > 1 and all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
         shared += 1
     prefix = "".join(f"{part}." for part in parts[0][:shared])
     axes.set_yticks(range(len(names)), [name[len(prefix) :] for name in names], fontsize=9 if len(names) <= 25 else 8)

@@ -1,4 +1,4 @@
-"""What pruning will do to a module and what it will cost, said before anything is trained."""
+"""PruningPlan: what a callback will prune of a module, when, and at what cost, known before training."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,15 +57,15 @@ class Intent(NamedTuple):
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What a callback is going to do.
+    """What a callback will do.
 
     Args:
         method: The method's settings.
         parameters: All parameters of the module, prunable or not.
         kept: How many prunable weights are left after each round; in iterative magnitude pruning every cycle has one.
-        passes: Forward and backward passes that scoring takes.
+        passes: Forward and backward passes that scoring takes; 0 for a method that reads no loss.
         pass_over: What one such pass is over, such as ``"a training batch"``.
-        first_epoch: At the start of which epoch the first round is done, or, with a ``first_step``, in which epoch;
+        first_epoch: The epoch at whose start the first round is done, or, with a ``first_step``, in which it is;
             ``None`` if that is not known.
         last_epoch: The same for the last round.
         steps: Training steps of the whole run; ``None`` if that is not known.
@@ -99,14 +99,21 @@ class PruningPlan:
     first_step: int | None = None
 
     @property
+    def when(self) -> str:
+        """The moment of the last round, to be put into a sentence."""
+        if self.first_step is not None:
+            return f"before step {self.first_step}"
+        return f"at the start of epoch {self.last_epoch} (counted from 0)"
+
+    @property
     def num_prunable(self) -> int:
-        """How many prunable weights there are."""
-        return sum(each.num_weights for each in self.parameters if not each.stays_dense)
+        """How many prunable weights the module has."""
+        return sum(parameter.num_weights for parameter in self.parameters if not parameter.stays_dense)
 
     @property
     def num_weights(self) -> int:
-        """How many weights there are in all, prunable or not."""
-        return sum(each.num_weights for each in self.parameters)
+        """How many weights the module has in all, prunable or not."""
+        return sum(parameter.num_weights for parameter in self.parameters)
 
     @property
     def overall_sparsity(self) -> float:
@@ -119,9 +126,9 @@ class PruningPlan:
         return None if self.steps is None else self.passes / self.steps
 
     def __str__(self) -> str:
-        return "\n".join([*self._what(), *tables.plain(list(self._rows())), self._costs()])
+        return "\n".join([*self._sentences(), *tables.plain(list(self._rows())), self._costs()])
 
-    def _what(self) -> Iterator[str]:
+    def _sentences(self) -> Iterator[str]:
         yield (
             f"{self.method} keeps {self.kept[-1]:,} of {self.num_prunable:,} prunable weights, a sparsity of"
             f" {1 - self.kept[-1] / self.num_prunable:.2%}"
@@ -145,13 +152,13 @@ class PruningPlan:
 
     def _rows(self) -> Iterator[Sequence[str]]:
         yield "parameter", "shape", "weights", "pruned"
-        small = [each for each in self.parameters if each.stays_dense == _SMALL]
-        for each in self.parameters:
-            if each not in small or len(small) == 1:
-                answer = f"no: {each.stays_dense}" if each.stays_dense else "yes"
-                yield each.name, "x".join(map(str, each.shape)), f"{each.num_weights:,}", answer
+        small = [parameter for parameter in self.parameters if parameter.stays_dense == _SMALL]
+        for parameter in self.parameters:
+            if parameter not in small or len(small) == 1:
+                answer = f"no: {parameter.stays_dense}" if parameter.stays_dense else "yes"
+                yield parameter.name, tables.shape(parameter.shape), f"{parameter.num_weights:,}", answer
         if len(small) > 1:
-            yield f"{len(small)} biases and norms", "", f"{sum(each.num_weights for each in small):,}", "no"
+            yield f"{len(small)} biases and norms", "", f"{sum(one.num_weights for one in small):,}", "no"
         yield "prunable", "", f"{self.num_prunable:,}", "-"
 
     def _costs(self) -> str:
@@ -168,69 +175,49 @@ class PruningPlan:
 
 def plan(
     module: nn.Module,
-    selected: Mapping[str, nn.Parameter],
-    intent: Intent,
+    selected: Container[str],
     *,
-    sparsity: float,
-    schedule: Schedule,
-    scope: str,
-    exclude: Iterable[str] | None,
-    max_epochs: int | None,
-    steps_per_epoch: int | None,
+    method: str,
+    kept: Sequence[int],
+    passes: int,
+    pass_over: str,
+    first_epoch: int | None,
+    last_epoch: int | None,
+    first_step: int | None = None,
+    exclude: Iterable[str] | None = None,
+    max_epochs: int | None = None,
+    steps_per_epoch: int | None = None,
     untrained: Container[str] = (),
 ) -> PruningPlan:
-    """Work out what a callback is going to do to a module.
+    """Return the plan for a module of which the ``selected`` parameters are prunable.
 
-    Args:
-        module: The module.
-        selected: The prunable parameters, by name.
-        intent: When and how.
-        sparsity: Fraction of the prunable weights to remove.
-        schedule: ``"exponential"`` or ``"linear"``.
-        scope: ``"global"`` or ``"layerwise"``.
-        exclude: Glob patterns over parameter names that stay dense.
-        max_epochs: Epochs of the whole run; ``None`` if that is not known.
-        steps_per_epoch: Training steps in each; ``None`` if that is not known.
-        untrained: Parameters that no optimizer holds.
-
-    Raises:
-        ValueError: If one of the last two is not a whole number of at least 1.
+    ``exclude`` (glob patterns) and ``untrained`` (names in no optimizer) are why others stay dense. The epoch of a
+    ``first_step`` follows from ``steps_per_epoch``, where that is given. Raise ``ValueError`` if ``max_epochs`` or
+    ``steps_per_epoch`` is not a whole number of at least 1.
 
     """
     max_epochs = None if max_epochs is None else check_count("max_epochs", max_epochs)
     steps_per_epoch = None if steps_per_epoch is None else check_count("steps_per_epoch", steps_per_epoch)
-    sizes = [parameter.numel() for parameter in selected.values()]
-    epochs: tuple[int | None, int | None] = intent.first_epoch, intent.last_epoch
-    if intent.step is not None:
-        epochs = (None if steps_per_epoch is None else intent.step // steps_per_epoch,) * 2
+    if first_step is not None:
+        first_epoch = last_epoch = None if steps_per_epoch is None else first_step // steps_per_epoch
     return PruningPlan(
-        intent.method,
+        method,
         planned_parameters(module, selected, exclude, untrained),
-        counts(sizes, intent.rounds, sparsity, schedule, scope),
-        intent.passes,
-        intent.pass_over,
-        *epochs,
+        tuple(kept),
+        passes,
+        pass_over,
+        first_epoch,
+        last_epoch,
         None if max_epochs is None or steps_per_epoch is None else max_epochs * steps_per_epoch,
         max_epochs,
-        intent.step,
+        first_step,
     )
 
 
 def planned_parameters(
-    module: nn.Module,
-    selected: Mapping[str, nn.Parameter],
-    exclude: Iterable[str] | None,
-    untrained: Container[str] = (),
+    module: nn.Module, selected: Container[str], exclude: Iterable[str] | None, untrained: Container[str] = ()
 ) -> tuple[PlannedParameter, ...]:
-    """Say of every parameter whether it will be pruned, and why not.
-
-    Args:
-        module: The module.
-        selected: The prunable parameters, by name.
-        exclude: Glob patterns over parameter names that stay dense.
-        untrained: Parameters that no optimizer holds.
-
-    """
+    """List all parameters of a module, with the reason why one is not pruned; the arguments are those of `plan`."""
     exclude = check_patterns("exclude", exclude)
 
     def reason(name: str, parameter: nn.Parameter) -> str:
@@ -252,14 +239,7 @@ def planned_parameters(
 
 
 def counts(sizes: Sequence[int], rounds: int, sparsity: float, schedule: Schedule, scope: str) -> tuple[int, ...]:
-    """Say how many prunable weights are left after each round.
-
-    Args:
-        sizes: How many weights each prunable parameter has.
-        rounds: The number of rounds.
-        sparsity: Fraction to remove in all.
-        schedule: ``"exponential"`` or ``"linear"``.
-        scope: ``"global"`` or ``"layerwise"``.
+    """Return how many prunable weights are left after each round.
 
     Example:
         >>> counts([100, 900], 2, 0.99, "exponential", "global"), counts([2, 8], 1, 0.9, "linear", "layerwise")
@@ -269,3 +249,34 @@ def counts(sizes: Sequence[int], rounds: int, sparsity: float, schedule: Schedul
     densities = [schedules.SCHEDULES[schedule](index, rounds, sparsity, 0.0) for index in range(1, rounds + 1)]
     groups = [sum(sizes)] if scope == "global" else sizes
     return tuple(sum(schedules.num_kept(size, density) for size in groups) for density in densities)
+
+
+def plan_of_intent(
+    module: nn.Module,
+    selected: Mapping[str, nn.Parameter],
+    intent: Intent,
+    *,
+    sparsity: float,
+    schedule: Schedule,
+    scope: str,
+    exclude: Iterable[str] | None,
+    max_epochs: int | None,
+    steps_per_epoch: int | None,
+    untrained: Container[str] = (),
+) -> PruningPlan:
+    """Return the plan of a callback that has an Intent."""
+    return plan(
+        module,
+        selected,
+        method=intent.method,
+        kept=counts([parameter.numel() for parameter in selected.values()], intent.rounds, sparsity, schedule, scope),
+        passes=intent.passes,
+        pass_over=intent.pass_over,
+        first_epoch=intent.first_epoch,
+        last_epoch=intent.last_epoch,
+        first_step=intent.step,
+        exclude=exclude,
+        max_epochs=max_epochs,
+        steps_per_epoch=steps_per_epoch,
+        untrained=untrained,
+    )

@@ -1,4 +1,4 @@
-"""Tables of text: plain and aligned, in Markdown, in HTML, and for a terminal.
+"""Tables of text, in four forms: aligned lines, Markdown, HTML, and for a terminal.
 
 The first row is the header, the last one the sum of those between. The first two columns are text, the others numbers.
 """
@@ -17,10 +17,7 @@ _NUM_TEXTS = 2
 
 
 def plain(rows: Rows) -> list[str]:
-    """Align the columns.
-
-    Args:
-        rows: The cells.
+    """Return the lines of a table with aligned columns.
 
     Example:
         >>> plain([("name", "shape", "kept"), ("a", "2x4", "5"), ("all", "", "5")])
@@ -38,10 +35,7 @@ def plain(rows: Rows) -> list[str]:
 
 
 def markdown(rows: Rows) -> list[str]:
-    r"""Write the table in the Markdown that GitHub, GitLab and Jupyter know; names are set as code.
-
-    Args:
-        rows: The cells.
+    r"""Return the lines of a table in the Markdown that GitHub, GitLab and Jupyter know; names are set as code.
 
     Example:
         >>> markdown([("name", "shape", "kept"), ("a|b", "2x4", "5"), ("all", "", "5")])
@@ -57,14 +51,7 @@ def markdown(rows: Rows) -> list[str]:
 
 
 def to_html(rows: Rows, above: Iterable[str], below: Iterable[str]) -> str:
-    """Write a fragment of HTML that needs nothing else and leaves colours to the page.
-
-    Args:
-        rows: The cells.
-        above: Lines above the table.
-        below: Lines below it.
-
-    """
+    """Return a table between lines of text as a fragment of HTML that needs nothing else and has no colours."""
     header, *body, total = ([html.escape(cell) for cell in row] for row in rows)
     bold = [f"<b>{cell}</b>" for cell in total]
     return "\n".join(
@@ -87,15 +74,10 @@ def to_html(rows: Rows, above: Iterable[str], below: Iterable[str]) -> str:
 def for_terminal(
     rows: Rows, above: Iterable[str], below: Iterable[str], width: int, dispensable: Iterable[str] = ()
 ) -> "Group":
-    """Make a table for a terminal. Needs rich.
+    """Return a table between lines of text for a terminal with ``width`` characters in a line. Needs rich.
 
-    Args:
-        rows: The cells.
-        above: Lines above the table.
-        below: Lines below it.
-        width: Characters in a line.
-        dispensable: Titles of columns that are left out, one after the other, where the table is too wide. What is
-            then still too wide makes names go over several lines.
+    Of a table that is too wide, the columns with ``dispensable`` titles are left out, one after the other; in what is
+    then still too wide, names go over several lines.
 
     """
     from rich import box
@@ -119,10 +101,7 @@ def for_terminal(
 
 
 def count(number: int | None) -> str:
-    """Write a number with three digits and the letter of its thousands.
-
-    Args:
-        number: What to write; ``None`` is not known.
+    """Return a number with three digits and the letter of its thousands; ``None`` is not known.
 
     Example:
         >>> count(999), count(1_234), count(44_696_000), count(None)
@@ -136,6 +115,17 @@ def count(number: int | None) -> str:
     while value >= 999.5 and (following := next(letters, None)):
         value, letter = value / 1000, following
     return f"{value:.3g}{letter}"
+
+
+def shape(sizes: Sequence[int]) -> str:
+    """Return the shape of a parameter.
+
+    Example:
+        >>> shape((8, 4, 3, 3)), shape(())
+        ('8x4x3x3', '')
+
+    """
+    return "x".join(map(str, sizes))
 
 
 def _html_row(kind: str, cells: Sequence[str]) -> str:

@@ -9,9 +9,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_drive.core.arguments import Control
 from lightning_drive.network import prunable
+<<<<<<< HEAD
 from lightning_drive.report.pruning_report import CycleReport, PruningReport
 from lightning_drive.search.diagnosis import Diagnosis
 from lightning_drive.trainer import display, other_callbacks
+=======
+from lightning_drive.network.costs import Costs
+from lightning_drive.report.parts import CycleReport
+from lightning_drive.report.pruning_report import PruningReport
+from lightning_drive.search.loop import Found
+from lightning_drive.trainer import other_callbacks
+>>>>>>> r-e
 from lightning_drive.trainer.search import Outcome
 
 

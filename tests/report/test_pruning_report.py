@@ -20,7 +20,8 @@ from torch import nn
 
 from lightning_drive import Masks, PruningReport, save_sparse
 from lightning_drive.core.history import Round, ScoreHistogram
-from lightning_drive.report.pruning_report import CycleReport, LayerReport, Picture
+from lightning_drive.report.figures import Picture
+from lightning_drive.report.parts import CycleReport, LayerReport
 
 CONV = torch.zeros(8, 4, 3, 3, dtype=torch.bool)
 CONV[0] = True

@@ -1,0 +1,57 @@
+"""Import of torch modules and classes by name for the command, also from the folder that it is called in."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+def module_at(path: str) -> nn.Module:
+    """Return the torch module with a path such as ``torchvision.models:resnet18``, or what a function there returns."""
+    package, _, name = path.partition(":")
+    if not package or not name:
+        raise ValueError(f"MODULE must be PACKAGE.MODULE:NAME, such as torchvision.models:resnet18, got {path!r}.")
+    try:
+        with current_folder():
+            module: Any = importlib.import_module(package)
+            for part in name.split("."):
+                module = getattr(module, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path!r} cannot be imported: {error}.") from error
+    if not isinstance(module, nn.Module) and callable(module):
+        _check_call(module, path)
+        module = module()
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{path!r} must be a torch module or return one, got {type(module).__name__}.")
+    return module
+
+
+@contextmanager
+def current_folder() -> Iterator[None]:
+    """Import modules also from the current folder, inside of this context."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def _check_call(make: Callable[..., Any], path: str) -> None:
+    """Raise if a function or class cannot be called without arguments."""
+    try:
+        signature = inspect.signature(make)
+    except ValueError:  # it is written in C
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise TypeError(
+            f"{path!r} needs arguments ({error}). Name a module that is made already, or a function without arguments"
+            " that returns one."
+        ) from error
