@@ -14,9 +14,9 @@ from lightning_drive.core.history import Round, ScoreHistogram, removed_by_round
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed, shown_error
 from lightning_drive.core.processes import ALONE, Ranks
-from lightning_drive.network import synflow
+from lightning_drive.network import paths
 from lightning_drive.network.costs import Costs, measure
-from lightning_drive.network.forward_calls import Passage
+from lightning_drive.network.forward_pass import ForwardPass
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.network.undisturbed import in_mode
 from lightning_drive.search import vanishing_scores
@@ -230,7 +230,7 @@ def _described(
     remedy: str,
 ) -> Found:
     """Say what there is to know about the masks that were found."""
-    way, path_error = _passage(network)
+    way, path_error = _forward_pass(network)
     active, unknown, path_error = (None, [], path_error) if way is None else _active(network.module, masks, way)
     measured = measure(network.module, parameters, way, masks)
     troubles = [*history.remarks, *_collapses(masks, active, causes.explained, remedy)]
@@ -387,15 +387,15 @@ def _silence(scales: Sequence[str]) -> Iterator[str]:
         )
 
 
-def _passage(network: Network) -> tuple[Passage | None, str | None]:
-    """Find the way of data through the network, or say why there is none."""
+def _forward_pass(network: Network) -> tuple[ForwardPass | None, str | None]:
+    """Return a forward pass of the network, or why there is none."""
     try:
-        return (None if network.is_sharded else network.passage()), None
+        return (None if network.is_sharded else network.forward_pass()), None
     except Exception as error:  # the user's own batches, or a lack of them
         return None, str(error)
 
 
-def _active(module: nn.Module, masks: Masks, way: Passage) -> tuple[Masks | None, list[str], str | None]:
+def _active(module: nn.Module, masks: Masks, way: ForwardPass) -> tuple[Masks | None, list[str], str | None]:
     """Find the weights on input-output paths and name parameters of which nothing is known; or say why there are none.
 
     In eval mode, unless there is more on paths in train mode: detection models choose among boxes then.
@@ -420,13 +420,13 @@ def _active(module: nn.Module, masks: Masks, way: Passage) -> tuple[Masks | None
     return active, unknown, None
 
 
-def _followed(module: nn.Module, masks: Masks, way: Passage) -> tuple[Masks, list[str]]:
+def _followed(module: nn.Module, masks: Masks, way: ForwardPass) -> tuple[Masks, list[str]]:
     """Find the weights on paths; all that are kept count where not even the dense network has a path."""
-    active = synflow.active_masks(module, masks, way)
+    active = paths.active_masks(module, masks, way)
     lost = [name for name, mask in masks.items() if mask.any() and not active[name].any()]
     if not lost:
         return Masks(active), []
-    dense = synflow.active_masks(module, {name: torch.ones_like(mask) for name, mask in masks.items()}, way)
+    dense = paths.active_masks(module, {name: torch.ones_like(mask) for name, mask in masks.items()}, way)
     if not any(mask.any() for mask in dense.values()):
         raise ValueError("Nothing that is sent into the network arrives at what it returns, not even without masks.")
     unknown = [name for name in lost if not dense[name].any()]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lightning_drive.core import containers, function_modes, scores, shards
 from lightning_drive.core.messages import listed, shown_error
 from lightning_drive.core.processes import ALONE, Ranks
-from lightning_drive.network import forward_calls, gradients, synflow
-from lightning_drive.network.forward_calls import Passage
+from lightning_drive.network import forward_pass, gradients, outermost_calls, synflow, synflow_breakers
+from lightning_drive.network.forward_pass import ForwardPass
 from lightning_drive.network.gradients import LossFunction, Passes
 from lightning_drive.network.undisturbed import in_mode, preserved_rng
 
@@ -60,8 +60,8 @@ class Network:
         self._loss_fn = loss_fn
         self._example_input = self._on_device(example_input)
         self._first: Any = None
-        self._passage: Passage | None = None
-        self._recorded: list[Passage] = []
+        self._forward_pass: ForwardPass | None = None
+        self._recorded: list[ForwardPass] = []
         self.warnings: list[str] = []
         self._flow: synflow.SynapticFlow | None = None
 
@@ -194,14 +194,14 @@ class Network:
         if self._flow is None:
             self._check_flow()
             self._flow = synflow.SynapticFlow(self.module, self._parameters)
-        found, total = self._flow.gradients(self.passage())
+        found, total = self._flow.gradients(self.forward_pass())
         self.reached |= self._flow.reached
         return self._flow.weights, found, total
 
     def _check_flow(self) -> None:
-        way = self.passage()
+        way = self.forward_pass()
         try:
-            layers = synflow.layers_without_flow(self.module, way)
+            layers = synflow_breakers.flow_breakers(self.module, way)
         except Exception as error:  # the module's own `forward`, called in a way it may not be made for
             reason = shown_error(error)
             raise ValueError(
@@ -234,8 +234,8 @@ class Network:
             raise self._unknown_input()
         return tensors[0]
 
-    def passage(self) -> Passage:
-        """Return the way of data through the network, found once.
+    def forward_pass(self) -> ForwardPass:
+        """Return a forward pass of the network, chosen once.
 
         It is that of the example that was given, unless ``forward`` does not use all prunable parameters on it and the
         loss is known: then it is what the loss calls. Without either it is ``forward`` on a batch or a part of it.
@@ -244,16 +244,16 @@ class Network:
             ValueError: If nothing is known that could be sent through the network.
 
         """
-        if self._passage is None:
+        if self._forward_pass is None:
             with preserved_rng(), in_mode(self.module, "eval"):
-                self._passage = self._find_passage()
-        return self._passage
+                self._forward_pass = self._find_forward_pass()
+        return self._forward_pass
 
-    def _find_passage(self) -> Passage:
+    def _find_forward_pass(self) -> ForwardPass:
         found = None
         if self._example_input is not None:
-            candidates = [Passage.of(self._example_input, whole=whole) for whole in (False, True)]
-            found = forward_calls.chosen(self.module, candidates)
+            candidates = [ForwardPass.of(self._example_input, whole=whole) for whole in (False, True)]
+            found = forward_pass.first_that_runs(self.module, candidates)
             assert found is not None
             if self._loss_fn is None or self._batches is None or self._is_enough(found):
                 return found
@@ -263,9 +263,9 @@ class Network:
                 if not self._recorded:
                     self._loss(self.module, batch)
             except Exception:  # of a training step that cannot be called in this mode, say: detectors give no loss
-                self._recorded = [way for way in self._recorded if forward_calls.uses(self.module, way)]
-            found = forward_calls.chosen(self.module, self._recorded) or found
-        found = found or forward_calls.chosen(self.module, Passage.guessed(self.module, batch))
+                self._recorded = [way for way in self._recorded if forward_pass.parameters_used(self.module, way)]
+            found = forward_pass.first_that_runs(self.module, self._recorded) or found
+        found = found or forward_pass.first_that_runs(self.module, ForwardPass.guessed(self.module, batch))
         if found is None:
             raise self._unknown_input()
         return found
@@ -283,19 +283,19 @@ class Network:
         given = f"Set {name} on the module to {what}" if is_lightning else f"Give {name}: {what}"
         return f"{given}; or use batches with a tensor that `forward` takes in them."
 
-    def _is_enough(self, found: Passage) -> bool:
-        return forward_calls.uses(self.module, found).issuperset(self._parameters.values())
+    def _is_enough(self, found: ForwardPass) -> bool:
+        return forward_pass.parameters_used(self.module, found).issuperset(self._parameters.values())
 
     def _loss(self, module: Any, batch: Any) -> Tensor | None:
         """Compute the loss, and see the first time what it calls."""
         assert self._loss_fn is not None
         if self._recorded:
             return self._loss_fn(module, batch)
-        with forward_calls.recording(module) as calls:
+        with outermost_calls.recording(module) as calls:
             try:
                 return self._loss_fn(module, batch)
             finally:
-                self._recorded = Passage.recorded(calls, self._loss_fn, batch)
+                self._recorded = ForwardPass.recorded(calls, self._loss_fn, batch)
 
     def _first_batch(self) -> Any:
         if self._batches is not None and self._first is None:
