@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_drive.core import shards
 from lightning_drive.core.messages import listed, shown_error
-from lightning_drive.network import forward_pass
+from lightning_drive.network import forward_passes
 from lightning_drive.network.flop_formulas import FORMULAS
-from lightning_drive.network.forward_pass import ForwardPass
+from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.parameter_tracker import ParameterTracker
 from lightning_drive.network.undisturbed import in_mode
 
@@ -48,7 +48,7 @@ def measure(
     to the parameter that it is given, in whatever layer or function that happens.
 
     ``parameters`` are the prunable ones; they are not counted if one is sharded over ranks. ``given`` is what the
-    module takes, or a :class:`~lightning_drive.network.forward_pass.ForwardPass` of it; ``None`` if it is not known.
+    module takes, or a :class:`~lightning_drive.network.forward_passes.ForwardPass` of it; ``None`` if it is not known.
     Weights follow ``masks`` already.
     """
     itemsizes = {name: parameter.dtype.itemsize for name, parameter in parameters.items()}
@@ -65,7 +65,7 @@ def measure(
             counter,
             tracker,
         ):
-            measured.run(module, forward_pass.as_input_of(module))
+            measured.run(module, forward_passes.as_input_of(module))
     except Exception as error:  # the module's own `forward`, called in a way it may not be made for
         return Costs(itemsizes, unknown, None, shown_error(error))
     operations = 2 * (measured.num_samples or 1)  # of a multiply-add in each sample

@@ -9,7 +9,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from lightning_drive.network.forward_pass import ForwardPass, summed
+from lightning_drive.network.forward_passes import ForwardPass, summed
 from lightning_drive.network.parameter_names import is_bias
 from lightning_drive.network.path_marks import start
 from lightning_drive.network.path_rules import PathRules
@@ -30,7 +30,7 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
     Args:
         module: The network.
         masks: Parameter name to boolean mask, on the parameter's device; ``True`` keeps.
-        example_input: What the module takes, or a :class:`~lightning_drive.network.forward_pass.ForwardPass` of it;
+        example_input: What the module takes, or a :class:`~lightning_drive.network.forward_passes.ForwardPass` of it;
             only shapes and devices matter (and values of integers, such as token ids).
 
     Returns:

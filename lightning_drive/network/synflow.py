@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_drive.core.function_modes import InPrecision
-from lightning_drive.network.forward_pass import ForwardPass, summed
+from lightning_drive.network.forward_passes import ForwardPass, summed
 from lightning_drive.network.parameter_names import is_bias
 from lightning_drive.network.replica import Replica
 
@@ -62,7 +62,7 @@ class SynapticFlow:
     def gradients(self, example_input: Any) -> tuple[dict[str, Tensor], float]:
         r"""Return parameter name to :math:`\partial R / \partial |\theta|` in float64, and :math:`R`.
 
-        ``example_input`` is what the module takes, or a :class:`~lightning_drive.network.forward_pass.ForwardPass` of
+        ``example_input`` is what the module takes, or a :class:`~lightning_drive.network.forward_passes.ForwardPass` of
         it; only shapes and devices matter (and values of integers, such as token ids).
         """
         for name, weight in self.weights.items():

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_drive.core.function_modes import FunctionMode
 from lightning_drive.network import synflow_growth
-from lightning_drive.network.forward_pass import ForwardPass, precision_of
+from lightning_drive.network.forward_passes import ForwardPass, precision_of
 from lightning_drive.network.synflow_growth import Growth, has_growth
 
 _KNOWN_BREAKERS = {

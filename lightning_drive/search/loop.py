@@ -16,7 +16,7 @@ from lightning_drive.core.messages import listed, shown_error
 from lightning_drive.core.processes import ALONE, Ranks
 from lightning_drive.network import paths
 from lightning_drive.network.costs import Costs, measure
-from lightning_drive.network.forward_pass import ForwardPass
+from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.network.undisturbed import in_mode
 from lightning_drive.search import vanishing_scores
@@ -390,7 +390,7 @@ def _silence(scales: Sequence[str]) -> Iterator[str]:
 def _forward_pass(network: Network) -> tuple[ForwardPass | None, str | None]:
     """Return a forward pass of the network, or why there is none."""
     try:
-        return (None if network.is_sharded else network.forward_pass()), None
+        return (None if network.is_sharded else network.forward_passes()), None
     except Exception as error:  # the user's own batches, or a lack of them
         return None, str(error)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lightning_drive.core import containers, function_modes, scores, shards
 from lightning_drive.core.messages import listed, shown_error
 from lightning_drive.core.processes import ALONE, Ranks
-from lightning_drive.network import forward_pass, gradients, outermost_calls, synflow, synflow_breakers
-from lightning_drive.network.forward_pass import ForwardPass
+from lightning_drive.network import forward_passes, gradients, outermost_calls, synflow, synflow_breakers
+from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.gradients import LossFunction, Passes
 from lightning_drive.network.undisturbed import in_mode, preserved_rng
 
@@ -253,7 +253,7 @@ class Network:
         found = None
         if self._example_input is not None:
             candidates = [ForwardPass.of(self._example_input, whole=whole) for whole in (False, True)]
-            found = forward_pass.first_that_runs(self.module, candidates)
+            found = forward_passes.first_that_runs(self.module, candidates)
             assert found is not None
             if self._loss_fn is None or self._batches is None or self._is_enough(found):
                 return found
@@ -263,9 +263,9 @@ class Network:
                 if not self._recorded:
                     self._loss(self.module, batch)
             except Exception:  # of a training step that cannot be called in this mode, say: detectors give no loss
-                self._recorded = [way for way in self._recorded if forward_pass.parameters_used(self.module, way)]
-            found = forward_pass.first_that_runs(self.module, self._recorded) or found
-        found = found or forward_pass.first_that_runs(self.module, ForwardPass.guessed(self.module, batch))
+                self._recorded = [way for way in self._recorded if forward_passes.parameters_used(self.module, way)]
+            found = forward_passes.first_that_runs(self.module, self._recorded) or found
+        found = found or forward_passes.first_that_runs(self.module, ForwardPass.guessed(self.module, batch))
         if found is None:
             raise self._unknown_input()
         return found
@@ -284,7 +284,7 @@ class Network:
         return f"{given}; or use batches with a tensor that `forward` takes in them."
 
     def _is_enough(self, found: ForwardPass) -> bool:
-        return forward_pass.parameters_used(self.module, found).issuperset(self._parameters.values())
+        return forward_passes.parameters_used(self.module, found).issuperset(self._parameters.values())
 
     def _loss(self, module: Any, batch: Any) -> Tensor | None:
         """Compute the loss, and see the first time what it calls."""

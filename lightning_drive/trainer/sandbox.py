@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_drive.core.arguments import Mode
 from lightning_drive.core.processes import ALONE, Ranks
-from lightning_drive.network import forward_pass
+from lightning_drive.network import forward_passes
 from lightning_drive.network.undisturbed import undisturbed
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: Mode = "tr
         with undisturbed(pl_module, mode, {id(trainer): quiet}) as scored:
             module: Any = scored.module
             _connect(quiet, module, scored.of)
-            torch.set_default_dtype(torch.promote_types(forward_pass.precision_of(pl_module), torch.float32))
+            torch.set_default_dtype(torch.promote_types(forward_passes.precision_of(pl_module), torch.float32))
             yield Sandbox(quiet, module, scored.of)
     finally:
         torch.set_default_dtype(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_drive.network import costs, flop_formulas, prunable
 from lightning_drive.network.costs import Costs
-from lightning_drive.network.forward_pass import ForwardPass
+from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.undisturbed import undisturbed
 
 

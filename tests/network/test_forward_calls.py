@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_drive import DRIVE, SNIP, Magnitude, SynFlow, find_masks
 from lightning_drive.core.masks import Masks
-from lightning_drive.network import forward_pass, paths
-from lightning_drive.network.forward_pass import ForwardPass
+from lightning_drive.network import forward_passes, paths
+from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.prunable import parameters_by_name, prunable_parameters
 from lightning_drive.network.undisturbed import undisturbed
 from lightning_drive.search.loop import search
@@ -225,9 +225,9 @@ def test_batch_by_name(container: Any) -> None:
 @pytest.mark.parametrize("batch", [(X, torch.zeros(6)), {"image": X, "label": torch.zeros(6)}, [X]], ids=str)
 def test_first_tensor_is_the_input(batch: Any) -> None:
     module = nn.Sequential(nn.Linear(4, 3))
-    chosen = forward_pass.first_that_runs(module, ForwardPass.guessed(module, batch))
+    chosen = forward_passes.first_that_runs(module, ForwardPass.guessed(module, batch))
     assert chosen is not None
-    (output,) = chosen.run(module, forward_pass.as_input_of(module))
+    (output,) = chosen.run(module, forward_passes.as_input_of(module))
     assert output.shape == (1, 3)
 
 
@@ -239,9 +239,9 @@ def test_whole_batch_is_the_input() -> None:
             return super().forward(batch["x"])  # type: ignore[no-any-return]
 
     module = Unpacks(nn.Linear(4, 3))
-    chosen = forward_pass.first_that_runs(module, ForwardPass.guessed(module, {"y": torch.zeros(2), "x": X}))
+    chosen = forward_passes.first_that_runs(module, ForwardPass.guessed(module, {"y": torch.zeros(2), "x": X}))
     assert chosen is not None
-    assert chosen.run(module, forward_pass.as_input_of(module))[0].shape == (6, 3)
+    assert chosen.run(module, forward_passes.as_input_of(module))[0].shape == (6, 3)
 
 
 def test_more_than_a_sample_where_one_is_too_few() -> None:
