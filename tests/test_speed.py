@@ -16,7 +16,7 @@ from benchmarks.measure import in_turn, peak_of_tensors, rounds_and_passes, scor
 from torch import Tensor, nn
 
 from lightning_drive import DRIVE, Magnitude, Masks
-from lightning_drive.network import synflow
+from lightning_drive.network import paths
 from lightning_drive.network.masked_parameters import MaskedParameters
 
 SIZES = (2048, 384, 384, 10)
@@ -91,5 +91,5 @@ def test_memory() -> None:
     module = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(12)))
     masks = {name: torch.rand_like(weight) < 0.5 for name, weight in module.named_parameters()}
     with peak_of_tensors() as found:
-        synflow.active_masks(module, masks, torch.zeros(1, 128))
+        paths.active_masks(module, masks, torch.zeros(1, 128))
     assert found[0] <= 1.5 * sum(weight.nbytes for weight in module.parameters())

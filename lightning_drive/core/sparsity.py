@@ -60,8 +60,8 @@ def sparsity(masks: Mapping[str, Tensor]) -> float:
 def collapsed_layers(masks: Mapping[str, Tensor]) -> list[str]:
     """Name the tensors with no survivor: layer collapse (Tanaka et al., 2020, Section 2).
 
-    No empty layer does not mean that a signal still gets through;
-    :func:`lightning_drive.network.synflow.active_masks` tells.
+    No empty layer does not mean that a path still leads through;
+    :func:`lightning_drive.network.paths.active_masks` tells.
 
     Args:
         masks: Parameter name to boolean mask; ``True`` keeps.

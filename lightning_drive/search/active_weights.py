@@ -9,8 +9,8 @@ from torch import nn
 from lightning_drive.core.arguments import Mode
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import shown_error
-from lightning_drive.network import synflow
-from lightning_drive.network.forward_calls import Passage
+from lightning_drive.network import paths
+from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.without_dropout import in_mode
 
 _MODES: tuple[Mode, ...] = ("eval", "train")
@@ -27,18 +27,18 @@ class ActiveWeights(NamedTuple):
     """Why paths could not be followed; ``None`` if they could."""
 
 
-def find(module: nn.Module, masks: Masks, passage: Passage) -> ActiveWeights:
+def find(module: nn.Module, masks: Masks, forward_pass: ForwardPass) -> ActiveWeights:
     """Follow paths in eval mode, unless there are more in train mode: detection models choose among boxes then."""
     results: list[tuple[list[str], Masks]] = []
     errors = []
     for mode in _MODES:
         try:
             with in_mode(module, mode):
-                active, unknown = _followed(module, masks, passage)
+                active, unknown = _followed(module, masks, forward_pass)
         except Exception as error:  # the module's own `forward`, called in a way it may not be made for
-            could_help = passage.is_guess and "cannot be followed" not in str(error)
+            could_help = forward_pass.is_guess and "cannot be followed" not in str(error)
             remedy = " Set `example_input_array` on the module to what `forward` takes." if could_help else ""
-            errors.append(f"{passage.source}: {shown_error(error)}.{remedy}")
+            errors.append(f"{forward_pass.source}: {shown_error(error)}.{remedy}")
             continue
         results.append((unknown, active))
         if not unknown:
@@ -49,13 +49,13 @@ def find(module: nn.Module, masks: Masks, passage: Passage) -> ActiveWeights:
     return ActiveWeights(active, unknown)
 
 
-def _followed(module: nn.Module, masks: Masks, passage: Passage) -> tuple[Masks, list[str]]:
+def _followed(module: nn.Module, masks: Masks, forward_pass: ForwardPass) -> tuple[Masks, list[str]]:
     """Find the weights on paths; all that are kept count where not even the dense network has a path."""
-    active = synflow.active_masks(module, masks, passage)
+    active = paths.active_masks(module, masks, forward_pass)
     lost = [name for name, mask in masks.items() if mask.any() and not active[name].any()]
     if not lost:
         return Masks(active), []
-    dense = synflow.active_masks(module, {name: torch.ones_like(mask) for name, mask in masks.items()}, passage)
+    dense = paths.active_masks(module, {name: torch.ones_like(mask) for name, mask in masks.items()}, forward_pass)
     if not any(mask.any() for mask in dense.values()):
         raise ValueError("Nothing that is sent into the network arrives at what it returns, not even without masks.")
     unknown = [name for name in lost if not dense[name].any()]

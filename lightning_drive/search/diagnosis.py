@@ -8,7 +8,7 @@ from lightning_drive.core.goal import Goal
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.network.costs import Costs, measure
-from lightning_drive.network.forward_calls import Passage
+from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.search import active_weights, dense_parts, methods, unscored, vanishing_scores
 from lightning_drive.search.active_weights import ActiveWeights
 from lightning_drive.search.loop import Found, History
@@ -34,11 +34,11 @@ def diagnose(network: Network, method: Method, goal: Goal, found: Found, others:
     """Measure what masks mean for a network that is masked with them; ``others`` names matrices that stay dense."""
     masks, history = found.masks, found.history
     causes = _causes(network, method, masks, history)
-    passage, path_error = _passage(network)
+    forward_pass, path_error = _forward_pass(network)
     active = ActiveWeights(None, error=path_error)
-    if passage is not None:
-        active = active_weights.find(network.module, masks, passage)
-    costs = measure(network.module, network.parameters, passage, masks)
+    if forward_pass is not None:
+        active = active_weights.find(network.module, masks, forward_pass)
+    costs = measure(network.module, network.parameters, forward_pass, masks)
     remedy = _remedy(goal, "More cycles" if history.is_cycle else "More rounds" if network.reached else "")
     remarks = [*_zero_cuts(history, method), *_collapses(masks, active.masks, causes.explained, remedy)]
     if remarks and network.reached and not network.is_sharded:
@@ -58,10 +58,10 @@ def _causes(network: Network, method: Method, masks: Masks, history: History) ->
     return vanishing_scores.explain(network, method, history.near_zero, history.silent, lost)
 
 
-def _passage(network: Network) -> tuple[Passage | None, str | None]:
+def _forward_pass(network: Network) -> tuple[ForwardPass | None, str | None]:
     """Find the way of data through the network, or return why there is none."""
     try:
-        return (None if network.is_sharded else network.passage()), None
+        return (None if network.is_sharded else network.forward_pass()), None
     except Exception as error:  # the user's own batches, or a lack of them
         return None, str(error)
 

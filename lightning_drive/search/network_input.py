@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_drive.core import containers
-from lightning_drive.network import forward_calls, gradients
-from lightning_drive.network.forward_calls import Passage
+from lightning_drive.network import forward_passes, gradients, outermost_calls
+from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.network.random_state import preserved_rng
 from lightning_drive.network.without_dropout import in_mode
@@ -40,19 +40,19 @@ class NetworkInput:
         self._loss_fn = loss_fn
         device = next(iter(parameters.values())).device
         self._example = containers.mapped(lambda tensor: tensor.to(device), example_input)
-        self._recorded: list[Passage] = []
-        self._passage: Passage | None = None
+        self._recorded: list[ForwardPass] = []
+        self._forward_pass: ForwardPass | None = None
 
     def loss(self, module: Any, batch: Any) -> Tensor | None:
         """Compute the loss of a batch, and record the first time what it calls the network with."""
         assert self._loss_fn is not None
         if self._recorded:
             return self._loss_fn(module, batch)
-        with forward_calls.recording(module) as calls:
+        with outermost_calls.recording(module) as calls:
             try:
                 return self._loss_fn(module, batch)
             finally:
-                self._recorded = Passage.recorded(calls, self._loss_fn, batch)
+                self._recorded = ForwardPass.recorded(calls, self._loss_fn, batch)
 
     def example(self) -> Any:
         """Return the example that was given, or the first tensor of the first batch; raise ValueError without both."""
@@ -63,16 +63,16 @@ class NetworkInput:
             raise self._unknown()
         return tensors[0]
 
-    def passage(self) -> Passage:
+    def forward_pass(self) -> ForwardPass:
         """Return the way of data through the network, found once; raise ValueError if nothing could be sent through.
 
         It is that of the example that was given, unless ``forward`` does not use all prunable parameters on it and the
         loss is known: then it is what the loss calls. Without either it is ``forward`` on a batch or a part of it.
         """
-        if self._passage is None:
+        if self._forward_pass is None:
             with preserved_rng(), in_mode(self._module, "eval"):
-                self._passage = self._find_passage()
-        return self._passage
+                self._forward_pass = self._find_forward_pass()
+        return self._forward_pass
 
     def remedy(self) -> str:
         """Return how the user can say what the network takes."""
@@ -84,29 +84,30 @@ class NetworkInput:
         given = f"Set {name} on the module to {what}" if is_lightning else f"Give {name}: {what}"
         return f"{given}; or use batches with a tensor that `forward` takes in them."
 
-    def _find_passage(self) -> Passage:
-        passage = None
+    def _find_forward_pass(self) -> ForwardPass:
+        forward_pass = None
         if self._example is not None:
-            candidates = [Passage.of(self._example, whole=whole) for whole in (False, True)]
-            passage = forward_calls.chosen(self._module, candidates)
-            assert passage is not None
-            if self._loss_fn is None or self._batches is None or self._uses_all(passage):
-                return passage
+            candidates = [ForwardPass.of(self._example, whole=whole) for whole in (False, True)]
+            forward_pass = forward_passes.first_that_runs(self._module, candidates)
+            assert forward_pass is not None
+            if self._loss_fn is None or self._batches is None or self._uses_all(forward_pass):
+                return forward_pass
         batch = gradients.batch_in_float32(self._first_batch())
         if self._loss_fn is not None:
             try:
                 if not self._recorded:
                     self.loss(self._module, batch)
             except Exception:  # of a training step that cannot be called in this mode, say: detectors give no loss
-                self._recorded = [way for way in self._recorded if forward_calls.uses(self._module, way)]
-            passage = forward_calls.chosen(self._module, self._recorded) or passage
-        passage = passage or forward_calls.chosen(self._module, Passage.guessed(self._module, batch))
-        if passage is None:
+                self._recorded = [call for call in self._recorded if forward_passes.parameters_used(self._module, call)]
+            forward_pass = forward_passes.first_that_runs(self._module, self._recorded) or forward_pass
+        if forward_pass is None:
+            forward_pass = forward_passes.first_that_runs(self._module, ForwardPass.guessed(self._module, batch))
+        if forward_pass is None:
             raise self._unknown()
-        return passage
+        return forward_pass
 
-    def _uses_all(self, passage: Passage) -> bool:
-        return forward_calls.uses(self._module, passage).issuperset(self._parameters.values())
+    def _uses_all(self, forward_pass: ForwardPass) -> bool:
+        return forward_passes.parameters_used(self._module, forward_pass).issuperset(self._parameters.values())
 
     def _first_batch(self) -> Any:
         return None if self._batches is None else self._batches.first()

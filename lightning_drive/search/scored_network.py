@@ -12,8 +12,8 @@ from lightning_drive.core.arguments import Mode
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed, shown_error
 from lightning_drive.core.processes import ALONE, Ranks
-from lightning_drive.network import gradients, prunable, synflow
-from lightning_drive.network.forward_calls import Passage
+from lightning_drive.network import gradients, prunable, synflow, synflow_breakers
+from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.network.undisturbed import undisturbed
 from lightning_drive.search.network_input import NetworkInput
@@ -167,15 +167,15 @@ class Network:
         if self._flow is None:
             self._check_flow()
             self._flow = synflow.SynapticFlow(self.module, self.parameters)
-        flow_gradients, total = self._flow.gradients(self.passage())
+        flow_gradients, total = self._flow.gradients(self.forward_pass())
         self.reached |= self._flow.reached
         return self._flow.weights, flow_gradients, total
 
     # What the search itself asks for.
 
-    def passage(self) -> Passage:
+    def forward_pass(self) -> ForwardPass:
         """Return the way of data through the network, found once; raise ValueError if it is not known."""
-        return self._input.passage()
+        return self._input.forward_pass()
 
     def num_weights(self) -> dict[str, int]:
         """Return how many weights every parameter has, on all ranks together."""
@@ -258,12 +258,12 @@ class Network:
 
     def _check_flow(self) -> None:
         """Raise or warn if synaptic flow is not defined for a part of the network."""
-        passage = self.passage()
+        forward_pass = self.forward_pass()
         try:
-            layers = synflow.layers_without_flow(self.module, passage)
+            layers = synflow_breakers.flow_breakers(self.module, forward_pass)
         except Exception as error:  # the module's own `forward`, called in a way it may not be made for
             reason = f"{shown_error(error)}. {self._input.remedy()}"
-            raise ValueError(f"SynFlow could not run the network on {passage.source}: {reason}") from error
+            raise ValueError(f"SynFlow could not run the network on {forward_pass.source}: {reason}") from error
         named = listed([layer.layer for layer in layers], most=3)
         text = (
             f"SynFlow is not defined for {named}: saturating activations stop the flow and normalisation mixes its"

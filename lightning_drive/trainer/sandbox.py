@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_drive.core.arguments import Mode
-from lightning_drive.network import forward_calls
+from lightning_drive.network import forward_passes
 from lightning_drive.network.undisturbed import undisturbed
 from lightning_drive.trainer import facts
 
@@ -41,7 +41,7 @@ def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: Mode = "tr
         with undisturbed(pl_module, mode, {id(trainer): quiet}) as scored:
             module: Any = scored.module
             _connect(quiet, module, scored.of)
-            torch.set_default_dtype(torch.promote_types(forward_calls.precision_of(pl_module), torch.float32))
+            torch.set_default_dtype(torch.promote_types(forward_passes.precision_of(pl_module), torch.float32))
             yield Sandbox(quiet, module, scored.of)
     finally:
         torch.set_default_dtype(dtype)

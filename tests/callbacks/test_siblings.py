@@ -29,7 +29,7 @@ from lightning_drive import (
     find_masks,
 )
 from lightning_drive.callbacks.base import PruningCallback
-from lightning_drive.network.synflow import active_masks
+from lightning_drive.network.paths import active_masks
 from lightning_drive.warmup import WarmupPruningCallback
 
 SIZES = {"features.0.weight": 54, "features.4.weight": 432, "head.weight": 512}

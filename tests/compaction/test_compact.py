@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_drive import compact, load_sparse, save_sparse
 from lightning_drive.compaction import compact as compact_module
 from lightning_drive.core import containers
-from lightning_drive.network import synflow
+from lightning_drive.network import paths
 
 IMAGES = (2, 8, 8)
 
@@ -216,7 +216,7 @@ def test_compact__agrees_with_effective_sparsity() -> None:
     given = sparse(nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * 25, 3)), density=0.15)
     given[-1].weight.data[:, 50:] = 0  # all but the first two channels
     weights = {name: weight for name, weight in given.named_parameters() if weight.ndim > 1}
-    masks = synflow.active_masks(
+    masks = paths.active_masks(
         given.eval(), {name: weight != 0 for name, weight in weights.items()}, numbers(1, *IMAGES)
     )
     expected = [int(mask.flatten(1).any(1).sum()) for mask in masks.values()]

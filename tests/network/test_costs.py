@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_drive.network import costs, prunable
+from lightning_drive.network import costs, flop_formulas, prunable
 from lightning_drive.network.costs import Costs
-from lightning_drive.network.forward_calls import Passage
+from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.undisturbed import undisturbed
 
 
@@ -156,7 +156,7 @@ def test_measure__computed_weight(layer: nn.Module, shape: tuple[int, ...], expe
     ],
 )
 def test_grouped_products(first: tuple[int, ...], second: tuple[int, ...], expected: int) -> None:
-    assert costs._grouped_flops(first, second, None, offs=None) == 2 * expected
+    assert flop_formulas.grouped(first, second, None, offs=None) == 2 * expected
 
 
 def test_measure__others() -> None:
@@ -510,7 +510,7 @@ def test_sparse_constants(layout: torch.layout) -> None:
             return self.neighbours @ self.head(x)
 
     module = Neighbours()
-    nodes = Passage.of(torch.randn(3, 4), whole=True)
+    nodes = ForwardPass.of(torch.randn(3, 4), whole=True)
     found = costs.measure(module, {"head.weight": module.head.weight}, nodes)
     assert found.error is None
     assert found.multiply_adds["head.weight"]

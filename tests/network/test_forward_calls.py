@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_drive import DRIVE, SNIP, Magnitude, SynFlow, find_masks
 from lightning_drive.core.masks import Masks
-from lightning_drive.network import forward_calls, synflow
-from lightning_drive.network.forward_calls import Passage
+from lightning_drive.network import forward_passes, paths
+from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.prunable import parameters_by_name, prunable_parameters
 from lightning_drive.network.undisturbed import undisturbed
 from lightning_drive.search.loop import search
@@ -209,7 +209,7 @@ def test_unused_is_not_inactive() -> None:
     torch.manual_seed(0)
     module = Coder()
     masks = Masks({name: torch.rand_like(value) > 0.5 for name, value in module.named_parameters()})
-    active = synflow.active_masks(module, masks, X)
+    active = paths.active_masks(module, masks, X)
     assert active["decoder.weight"].equal(masks["decoder.weight"])
 
 
@@ -225,9 +225,9 @@ def test_batch_by_name(container: Any) -> None:
 @pytest.mark.parametrize("batch", [(X, torch.zeros(6)), {"image": X, "label": torch.zeros(6)}, [X]], ids=str)
 def test_first_tensor_is_the_input(batch: Any) -> None:
     module = nn.Sequential(nn.Linear(4, 3))
-    chosen = forward_calls.chosen(module, Passage.guessed(module, batch))
+    chosen = forward_passes.first_that_runs(module, ForwardPass.guessed(module, batch))
     assert chosen is not None
-    (output,) = chosen.run(module, forward_calls.as_input_of(module))
+    (output,) = chosen.run(module, forward_passes.as_input_of(module))
     assert output.shape == (1, 3)
 
 
@@ -239,9 +239,9 @@ def test_whole_batch_is_the_input() -> None:
             return super().forward(batch["x"])  # type: ignore[no-any-return]
 
     module = Unpacks(nn.Linear(4, 3))
-    chosen = forward_calls.chosen(module, Passage.guessed(module, {"y": torch.zeros(2), "x": X}))
+    chosen = forward_passes.first_that_runs(module, ForwardPass.guessed(module, {"y": torch.zeros(2), "x": X}))
     assert chosen is not None
-    assert chosen.run(module, forward_calls.as_input_of(module))[0].shape == (6, 3)
+    assert chosen.run(module, forward_passes.as_input_of(module))[0].shape == (6, 3)
 
 
 def test_more_than_a_sample_where_one_is_too_few() -> None:
@@ -376,9 +376,9 @@ def test_what_is_not_reached_even_without_masks_counts_as_active(branch: nn.Modu
     ],
 )
 def test_number_of_samples(parts: list[Any], size: int | None) -> None:
-    found = Passage.of(tuple(parts), whole=True)
-    assert found.batch_size == size
-    assert Passage.of(tuple(parts)).batch_size == (size and 1)
+    found = ForwardPass.of(tuple(parts), whole=True)
+    assert found.num_samples == size
+    assert ForwardPass.of(tuple(parts)).num_samples == (size and 1)
 
 
 def test_losses_of_forward_are_no_output() -> None:
@@ -393,15 +393,15 @@ def test_losses_of_forward_are_no_output() -> None:
             logits = self.fc(x)
             return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
-    (output,) = Passage.of({"x": X, "labels": torch.zeros(6, dtype=torch.long)}).run(Model(), lambda tensor: tensor)
+    (output,) = ForwardPass.of({"x": X, "labels": torch.zeros(6, dtype=torch.long)}).run(Model(), lambda tensor: tensor)
     assert output.shape == (1, 3)
 
 
 def test_errors_of_forward_come_out() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        Passage.of(torch.randn(2, 5)).run(nn.Sequential(nn.Linear(4, 3)), lambda tensor: tensor)
+        ForwardPass.of(torch.randn(2, 5)).run(nn.Sequential(nn.Linear(4, 3)), lambda tensor: tensor)
     with pytest.raises(ValueError, match="at least one floating-point tensor, got str"):
-        Passage.of(X).run(Says(), lambda tensor: tensor)
+        ForwardPass.of(X).run(Says(), lambda tensor: tensor)
 
 
 class Says(nn.Linear):

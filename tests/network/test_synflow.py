@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_drive import SNIP, Magnitude, Masks, SynFlow, find_masks
 from lightning_drive.core import scores as formulas
-from lightning_drive.network import prunable, synflow
+from lightning_drive.network import paths, prunable, synflow, synflow_breakers
 
 RESIDUAL_CUTS = {
     "stem": ["stem.weight"],
@@ -87,7 +87,7 @@ def flow_scores(module: nn.Module, example_input: Tensor) -> tuple[dict[str, Ten
 
 
 def active_counts(module: nn.Module, masks: dict[str, Tensor], example_input: Tensor) -> dict[str, int]:
-    return {name: int(mask.sum()) for name, mask in synflow.active_masks(module, masks, example_input).items()}
+    return {name: int(mask.sum()) for name, mask in paths.active_masks(module, masks, example_input).items()}
 
 
 # --- synaptic flow
@@ -183,7 +183,7 @@ def test_synaptic_flow__unused_and_cut_off() -> None:
 
 
 def named_without_flow(module: nn.Module, example_input: Tensor) -> list[str]:
-    return [each.layer for each in synflow.layers_without_flow(module, example_input)]
+    return [each.layer for each in synflow_breakers.flow_breakers(module, example_input)]
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_checkpointed_parts(loss_fn: Any, method: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             masks = find_masks(module, method, sparsity=0.6, batches=[x], loss_fn=loss_fn)
-        found.append((masks, synflow.active_masks(module, masks, x)))
+        found.append((masks, paths.active_masks(module, masks, x)))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][0])
 
@@ -362,7 +362,7 @@ def test_checkpointed_parts__without_gradients() -> None:
     module, x = Checkpointed(use_reentrant=True), torch.randn(2, 4)
     masks = Masks({"head.weight": torch.ones(3, 5, dtype=torch.bool)})
     with pytest.raises(ValueError, match="Set `use_reentrant=False`"):
-        synflow.active_masks(module, masks, x)
+        paths.active_masks(module, masks, x)
     with pytest.raises(ValueError, match="Set `use_reentrant=False`"):
         synflow.SynapticFlow(module, prunable.prunable_parameters(module)).gradients(x.double())
 
@@ -377,7 +377,7 @@ def test_active_masks__matches_reachability(seed: int, density: float, sizes: Se
     module = models.MLP(*sizes)
     masks = random_masks(module, density, seed)
     expected = reference.active_weights([mask.int().tolist() for mask in masks.values()])
-    found = synflow.active_masks(module, masks, torch.zeros(1, sizes[0]))
+    found = paths.active_masks(module, masks, torch.zeros(1, sizes[0]))
     assert [mask.int().tolist() for mask in found.values()] == expected
 
 
@@ -385,7 +385,7 @@ def test_active_masks__matches_reachability(seed: int, density: float, sizes: Se
 def test_active_masks__dense(network: str) -> None:
     module, shape = build(network)
     masks = dense_masks(module)
-    assert all(mask.all() for mask in synflow.active_masks(module, masks, torch.zeros(1, *shape)).values())
+    assert all(mask.all() for mask in paths.active_masks(module, masks, torch.zeros(1, *shape)).values())
 
 
 class Computing(nn.Module):
@@ -414,7 +414,7 @@ def test_active_masks__dense_kernels_that_are_computed(compute: Callable[[Tensor
     """Equal numbers in place of their weights would be 0 less their mean."""
     module, mask = Computing(compute), torch.ones(3, 8, dtype=torch.bool)
     mask[:, 5] = False
-    found = synflow.active_masks(module, {"head.weight": mask}, torch.zeros(1, 2, 6, 6))
+    found = paths.active_masks(module, {"head.weight": mask}, torch.zeros(1, 2, 6, 6))
     assert torch.equal(found["head.weight"], mask)
 
 
@@ -427,7 +427,7 @@ def test_active_masks__cut_channel() -> None:
     expected = {name: mask.clone() for name, mask in masks.items()}
     expected["conv1.weight"][3] = False
     expected["conv2.weight"][:, 1] = False
-    found = synflow.active_masks(module, masks, torch.zeros(1, *shape))
+    found = paths.active_masks(module, masks, torch.zeros(1, *shape))
     assert all(found[name].equal(expected[name]) for name in masks)
 
 
@@ -436,10 +436,10 @@ def test_active_masks__cut_channel_of_a_residual_net() -> None:
     module, shape = build("residual_net")
     masks = dense_masks(module)
     masks["block1.conv2.weight"][2] = False
-    found = synflow.active_masks(module, masks, torch.zeros(1, *shape))
+    found = paths.active_masks(module, masks, torch.zeros(1, *shape))
     assert all(found[name].equal(masks[name]) for name in masks)
     masks["block1.shortcut.0.weight"][2] = False
-    found = synflow.active_masks(module, masks, torch.zeros(1, *shape))
+    found = paths.active_masks(module, masks, torch.zeros(1, *shape))
     assert not found["block2.conv1.weight"][:, 2].any()
     assert not found["block2.shortcut.0.weight"][:, 2].any()
     assert found["block2.conv1.weight"][:, [0, 1, 3]].all()
@@ -448,7 +448,7 @@ def test_active_masks__cut_channel_of_a_residual_net() -> None:
 def test_active_masks__taps_that_see_only_padding() -> None:
     module = nn.Conv2d(1, 1, 3, padding=1)
     masks = {"weight": torch.ones(1, 1, 3, 3, dtype=torch.bool)}
-    found = synflow.active_masks(module, masks, torch.zeros(1, 1, 1, 1))
+    found = paths.active_masks(module, masks, torch.zeros(1, 1, 1, 1))
     assert found["weight"].int().tolist() == [[[[0, 0, 0], [0, 1, 0], [0, 0, 0]]]]
 
 
@@ -467,11 +467,11 @@ def test_active_masks__values_do_not_matter() -> None:
     """Masks alone decide: zero, negative and NaN weights lie on paths too."""
     module, shape = build("conv_net")
     masks = random_masks(module, 0.4, seed=3)
-    expected = synflow.active_masks(module, masks, torch.zeros(1, *shape))
+    expected = paths.active_masks(module, masks, torch.zeros(1, *shape))
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             parameter.fill_([0.0, -1.0, float("nan")][i % 3])
-    found = synflow.active_masks(module, masks, torch.zeros(1, *shape))
+    found = paths.active_masks(module, masks, torch.zeros(1, *shape))
     assert all(found[name].equal(expected[name]) for name in masks)
 
 
@@ -482,7 +482,7 @@ def test_active_masks__leaves_the_module_alone(network: str) -> None:
     copies = {name: mask.clone() for name, mask in masks.items()}
     before = models.fingerprint(module)
     with torch.no_grad():
-        synflow.active_masks(module, masks, torch.zeros(1, *shape))
+        paths.active_masks(module, masks, torch.zeros(1, *shape))
     assert models.changes(module, before) == []
     assert all(masks[name].equal(copies[name]) for name in masks)
 
@@ -515,7 +515,7 @@ def test_active_masks__deep_with_gaps(seed: int) -> None:
     module = models.MLP(*[8] * 201)
     masks = random_masks(module, 0.6, seed)
     expected = reference.active_weights([mask.int().tolist() for mask in masks.values()])
-    found = synflow.active_masks(module, masks, torch.zeros(1, 8))
+    found = paths.active_masks(module, masks, torch.zeros(1, 8))
     assert [mask.int().tolist() for mask in found.values()] == expected
 
 
@@ -578,7 +578,7 @@ def test_active_masks__in_place(operation: str, place: str) -> None:
     module = nn.Sequential(*before, change, nn.Linear(4, 3))
     masks = dense_masks(module)
     example_input = torch.tensor([1, 2]) if place == "token_embedding" else torch.zeros(1, 4)
-    assert all(mask.all() for mask in synflow.active_masks(module, masks, example_input).values())
+    assert all(mask.all() for mask in paths.active_masks(module, masks, example_input).values())
 
 
 def test_active_masks__input_normalisation() -> None:
@@ -815,7 +815,7 @@ def test_active_masks__recurrent(make: Callable[[], nn.Module], density: float) 
         expected = weights_that_matter(module, masks, torch.zeros(12, *first[1:]))
         if getattr(module.recurrent, "batch_first", False):
             expected = weights_that_matter(module, masks, torch.zeros(1, 12, 3))
-        found = synflow.active_masks(module, masks, torch.zeros(first))
+        found = paths.active_masks(module, masks, torch.zeros(first))
         assert all(found[name].equal(expected[name]) for name in masks)
 
 
@@ -844,9 +844,9 @@ def test_active_masks__recurrent_between_others() -> None:
     masks = {
         name: torch.ones_like(value, dtype=torch.bool) for name, value in module.named_parameters() if value.ndim > 1
     }
-    assert all(mask.all() for mask in synflow.active_masks(module, masks, torch.zeros(1, 5, 4)).values())
+    assert all(mask.all() for mask in paths.active_masks(module, masks, torch.zeros(1, 5, 4)).values())
     masks["first.weight"][:] = False
-    assert not any(mask.any() for mask in synflow.active_masks(module, masks, torch.zeros(1, 5, 4)).values())
+    assert not any(mask.any() for mask in paths.active_masks(module, masks, torch.zeros(1, 5, 4)).values())
 
 
 @pytest.mark.parametrize(
@@ -866,7 +866,7 @@ def test_active_masks__dense_is_all_active(module: nn.Module, shape: tuple[int, 
         module.inner, module.function = inner, lambda x: {"a": [inner(x)], "b": 3}
     module.eval()(torch.zeros(shape))
     masks = dense_masks(module)
-    assert all(mask.all() for mask in synflow.active_masks(module, masks, torch.zeros(shape)).values())
+    assert all(mask.all() for mask in paths.active_masks(module, masks, torch.zeros(shape)).values())
 
 
 def test_active_masks__token_ids() -> None:
@@ -878,7 +878,7 @@ def test_active_masks__not_a_network_error() -> None:
     module = nn.Linear(4, 3)
     module.forward = lambda x: "text"
     with pytest.raises(ValueError, match="must return at least one floating-point tensor, got str"):
-        synflow.active_masks(module, dense_masks(module), torch.zeros(1, 4))
+        paths.active_masks(module, dense_masks(module), torch.zeros(1, 4))
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -890,7 +890,7 @@ def test_active_masks__computed_weight(sign: float) -> None:
     normalised._v.fill_(0.5 * sign)
     masks = {"0.weight": torch.rand(4, 3) < 0.7, "2.weight": torch.tensor([[True, False, True, True], [False] * 4])}
     masks["0.weight"][:, 0] = True
-    assert torch.equal(synflow.active_masks(net, masks, torch.ones(1, 3))["0.weight"], masks["0.weight"])
+    assert torch.equal(paths.active_masks(net, masks, torch.ones(1, 3))["0.weight"], masks["0.weight"])
 
 
 class Positive(nn.Module):
@@ -972,7 +972,7 @@ def test_active_masks__functions(function: Callable[[Tensor], Tensor]) -> None:
         masks = random_masks(module, density, seed)
         example_input = torch.zeros(1, 5, 4)
         many = [weights_that_matter(module, masks, example_input) for _ in range(2)]
-        found = synflow.active_masks(module, masks, example_input)
+        found = paths.active_masks(module, masks, example_input)
         assert all(found[name].equal(many[0][name] | many[1][name]) for name in masks)
 
 
@@ -998,10 +998,10 @@ def test_active_masks__chosen_by_value(function: Callable[[Tensor], Tensor]) -> 
     """What is chosen depends on values, which paths do not have: all of it may be."""
     module = Positive(function)
     masks = dense_masks(module)
-    assert all(mask.all() for mask in synflow.active_masks(module, masks, torch.zeros(1, 5, 4)).values())
+    assert all(mask.all() for mask in paths.active_masks(module, masks, torch.zeros(1, 5, 4)).values())
     masks["first.weight"][2] = False
     masks["last.weight"][:, 4] = False
-    found = synflow.active_masks(module, masks, torch.zeros(1, 5, 4))
+    found = paths.active_masks(module, masks, torch.zeros(1, 5, 4))
     assert not found["first.weight"][4].any()
 
 
@@ -1033,9 +1033,9 @@ def test_active_masks__experts(dense: bool) -> None:
     """Experts are used in turn; without a router, they still are."""
     module = Experts(dense)
     masks = dense_masks(module)
-    assert all(mask.all() for mask in synflow.active_masks(module, masks, torch.zeros(1, 6, 4)).values())
+    assert all(mask.all() for mask in paths.active_masks(module, masks, torch.zeros(1, 6, 4)).values())
     masks["router.weight"][:] = False
-    found = synflow.active_masks(module, masks, torch.zeros(1, 6, 4))
+    found = paths.active_masks(module, masks, torch.zeros(1, 6, 4))
     assert all(found[f"experts.{i}.weight"].all() for i in range(3))
 
 
@@ -1066,9 +1066,9 @@ class Grouped(nn.Module):
 def test_active_masks__grouped_queries(kv_heads: int, by: str) -> None:
     module = Grouped(kv_heads, by)
     masks = dense_masks(module)
-    assert all(mask.all() for mask in synflow.active_masks(module, masks, torch.zeros(1, 3, 8)).values())
+    assert all(mask.all() for mask in paths.active_masks(module, masks, torch.zeros(1, 3, 8)).values())
     masks["v.weight"][:2] = False  # the first head of values
-    found = synflow.active_masks(module, masks, torch.zeros(1, 3, 8))
+    found = paths.active_masks(module, masks, torch.zeros(1, 3, 8))
     served = 8 // kv_heads
     assert not found["out.weight"][:, :served].any()
     assert not found["q.weight"][:served].any()
@@ -1080,7 +1080,7 @@ def test_active_masks__weights_of_attention_are_used() -> None:
     layer = nn.MultiheadAttention(4, 2, batch_first=True)
     module = nn.ModuleDict({"attention": layer, "last": nn.Linear(4, 2)})
     module.forward = lambda x: module["last"](layer(x, x, x)[1] @ x)
-    found = synflow.active_masks(module.eval(), dense_masks(module), torch.zeros(1, 3, 4))
+    found = paths.active_masks(module.eval(), dense_masks(module), torch.zeros(1, 3, 4))
     assert found["attention.in_proj_weight"].sum(1).tolist() == [4] * 8 + [0] * 4
 
 
@@ -1115,7 +1115,7 @@ def test_active_masks__constants_keep_their_values(bucket: Callable[[Tensor], Te
     module(torch.zeros(1, 12, 4))
     masks = dense_masks(module)
     masks["first.weight"][1] = False
-    found = synflow.active_masks(module, masks, torch.zeros(1, 12, 4))
+    found = paths.active_masks(module, masks, torch.zeros(1, 12, 4))
     assert {name: int(mask.sum()) for name, mask in found.items()} == {"first.weight": 12, "last.weight": 6}
 
 
@@ -1146,7 +1146,7 @@ def test_active_masks__computed_from_unmasked_weights(compute: Callable[[Tensor]
     """Weights without a mask carry everything, and so does what is computed from them."""
     module = Weighted(compute)
     masks = dense_masks(module)
-    assert all(mask.all() for mask in synflow.active_masks(module, masks, torch.zeros(1, 4)).values())
+    assert all(mask.all() for mask in paths.active_masks(module, masks, torch.zeros(1, 4)).values())
 
 
 def divided(x: Tensor) -> Tensor:
@@ -1181,7 +1181,7 @@ def test_active_masks__chosen_values_are_written_to(function: Callable[[Tensor],
     """As routers of experts, and matchers of boxes, do."""
     module = nn.Sequential(nn.Linear(4, 4), Calls(function), nn.Linear(4, 2))
     masks = dense_masks(module)
-    assert all(mask.all() for mask in synflow.active_masks(module, masks, torch.zeros(1, 3, 4)).values())
+    assert all(mask.all() for mask in paths.active_masks(module, masks, torch.zeros(1, 3, 4)).values())
 
 
 class Between(nn.Module):
@@ -1219,7 +1219,7 @@ def test_constants_and_conversions_in_forward(between: Callable[[Tensor], Tensor
     masks = dense_masks(module)
     torch.set_default_dtype(dtype)
     try:
-        active = synflow.active_masks(module, masks, torch.zeros(1, 4))
+        active = paths.active_masks(module, masks, torch.zeros(1, 4))
         found, total = synflow.SynapticFlow(module, dict(module.named_parameters())).gradients(torch.zeros(1, 4))
     finally:
         torch.set_default_dtype(torch.float32)
@@ -1245,7 +1245,7 @@ def test_active_masks__vmap(times: int) -> None:
     module = Mapped()
     masks = dense_masks(module)
     masks["first.weight"][2] = False
-    active = synflow.active_masks(module, masks, torch.zeros(2, 5, 4))
+    active = paths.active_masks(module, masks, torch.zeros(2, 5, 4))
     assert not active["second.weight"][:, 2].any()
     assert int(active["second.weight"].sum()) == 15
 
@@ -1258,7 +1258,7 @@ def test_active_masks__vmap(times: int) -> None:
 def test_active_masks__names_what_cannot_be_followed(function: Any, name: str) -> None:
     module = Between(lambda x: function(x.mT @ x + torch.eye(6)) @ x.mT, torch.float32)
     with pytest.raises(RuntimeError, match=f"^in `{name}`: "):
-        synflow.active_masks(module, dense_masks(module), torch.zeros(3, 4))
+        paths.active_masks(module, dense_masks(module), torch.zeros(3, 4))
 
 
 def test_errors_of_torch_are_cut_short() -> None:

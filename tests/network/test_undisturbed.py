@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_drive.network import gradients
-from lightning_drive.network.path_rules import Paths
+from lightning_drive.network.path_rules import PathRules
 from lightning_drive.network.random_state import preserved_rng
-from lightning_drive.network.synflow_limits import Watch
+from lightning_drive.network.synflow_breakers import FlowWatch
 from lightning_drive.network.undisturbed import undisturbed
 from lightning_drive.network.without_dropout import NoDropout
 
@@ -329,7 +329,7 @@ def test_undisturbed__any_value() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [NoDropout, Paths, lambda: Watch({"dropout"}, nn.Identity())], ids=["dropout", "paths", "watch"]
+    "kind", [NoDropout, PathRules, lambda: FlowWatch(nn.Identity())], ids=["dropout", "paths", "watch"]
 )
 def test_function_mode__interrupted(kind: Callable[[], Any]) -> None:
     """An interrupt while torch has a mode off its stack is not hidden, and the mode that comes back does nothing."""
@@ -346,6 +346,7 @@ def test_function_mode__interrupted(kind: Callable[[], Any]) -> None:
     try:
         assert torch._C._len_torch_function_stack() == depth + 1
         assert (F.dropout(torch.ones(1000), 0.5) == 0).any()
-        assert getattr(mode, "seen", []) == []
+        torch.tanh(torch.ones(1))
+        assert getattr(mode, "breakers", []) == []
     finally:
         torch._C._pop_torch_function_stack()

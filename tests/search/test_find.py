@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_drive import DRIVE, SNIP, Magnitude, Masks, Random, SynFlow, find_masks
-from lightning_drive.network import prunable, synflow
+from lightning_drive.network import paths, prunable
 from lightning_drive.search import methods
 from lightning_drive.search.scored_network import Network
 
@@ -1182,4 +1182,4 @@ def test_search__shuffle() -> None:
     plain = search(module, SNIP(), **settings)
     shuffled = search(module, SNIP(), shuffle=torch.Generator().manual_seed(1), **settings)
     assert shuffled.masks == plain.masks.shuffled(torch.Generator().manual_seed(1))
-    assert shuffled.active == Masks(synflow.active_masks(module, shuffled.masks, batches[0][0]))
+    assert shuffled.active == Masks(paths.active_masks(module, shuffled.masks, batches[0][0]))

@@ -1,0 +1,6 @@
+"""What the name of a parameter says of it."""
+
+
+def is_bias(name: str) -> bool:
+    """Return whether a parameter is a bias: ``"0.bias"``, ``"attention.in_proj_bias"``, ``"bias_ih_l0"``."""
+    return "bias" in name.rpartition(".")[-1]
