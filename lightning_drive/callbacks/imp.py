@@ -19,8 +19,8 @@ from typing_extensions import override
 from lightning_drive.callbacks.base import PruningCallback
 from lightning_drive.core import arguments, saved_values
 from lightning_drive.core.arguments import Control, Schedule, Scope
+from lightning_drive.core.masks import collapsed_layers
 from lightning_drive.core.messages import listed
-from lightning_drive.core.sparsity import collapsed_layers
 from lightning_drive.network.rewinding import RewindPoint
 from lightning_drive.report.plan import Intent
 from lightning_drive.report.pruning_report import PruningReport

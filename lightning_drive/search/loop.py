@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_drive.core import function_modes, schedules, selection, shards, zeroing
-from lightning_drive.core import sparsity as measures
+from lightning_drive.core import counting, function_modes, schedules, selection, shards, zeroing
 from lightning_drive.core.arguments import Mode, Schedule, Scope, check_choice
 from lightning_drive.core.history import Round, ScoreHistogram, removed_by_round, score_histogram
-from lightning_drive.core.masks import Masks
+from lightning_drive.core.masks import Masks, collapsed_layers
 from lightning_drive.core.messages import listed, shown_error
 from lightning_drive.core.processes import ALONE, Ranks
 from lightning_drive.network import synflow
@@ -120,6 +119,7 @@ def search(
     network = Network(module, parameters, batches, loss_fn, example_input, ranks)
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     history, silent = _History(), set[str]()
+    last_scores: ScoreHistogram | None = None
     with function_modes.set_aside():
         small = _small(network, current)
         zeros = [name for name, size in small.items() if not size]
@@ -130,10 +130,12 @@ def search(
         with function_modes.set_aside():
             if index == indices[0] and not network.is_sharded:
                 silent = {name for name, each in scores.items() if current[name].any() and not each.any()}
-            current, rankings, alive = _prune(
-                scores, current, sizes, density, scope, holders, zeros=zeros, histogram=index == indices[-1]
-            )
-            del scores  # or they would be there beside the next gradients
+            before = current
+            current, rankings, alive = _prune(scores, current, sizes, density, scope, holders, zeros=zeros)
+            if index == indices[-1]:
+                thresholds = [ranking.threshold for ranking in rankings.values()]
+                last_scores = score_histogram(scores, before, current, thresholds, holders)
+            del scores, before  # or they would be there beside the next gradients
             _mask_(network.weights, current)
             history.add(rankings, alive.values(), list(_cuts_in_zeros(rankings, index, reads_batches)))
         if on_round is not None:
@@ -149,7 +151,7 @@ def search(
     unreached = tuple(name for name in parameters if name not in network.reached)
     causes = Causes()
     if network.reached and not network.is_sharded and not disagreements:
-        lost = measures.collapsed_layers(found) or (list(found) if ranks.broadcast(bool(history.remarks)) else [])
+        lost = collapsed_layers(found) or (list(found) if ranks.broadcast(bool(history.remarks)) else [])
         causes = _causes(network, method, small, lost)
         if not _silent_norms(network.module):
             causes = vanishing_scores.with_silent(
@@ -157,7 +159,7 @@ def search(
             )
     remedy = _remedy(scope, None if only_round is not None else bool(network.reached))
     described = _described(
-        network, parameters, found, history, indices[0], disagreements, causes, zeros, others, remedy
+        network, parameters, found, history, indices[0], disagreements, causes, zeros, others, remedy, last_scores
     )
     return replace(described, unreached=unreached if network.reached and only_round is None else ())
 
@@ -228,6 +230,7 @@ def _described(
     zeros: Collection[str],
     others: Sequence[str],
     remedy: str,
+    last_scores: ScoreHistogram | None,
 ) -> Found:
     """Say what there is to know about the masks that were found."""
     way, path_error = _passage(network)
@@ -238,14 +241,14 @@ def _described(
         troubles.extend(_silence(_silent_norms(network.module)))
     troubles.extend([*causes.remarks, *vanishing_scores.dead_pairs(masks, zeros), *_unknown_paths(unknown)])
     with function_modes.set_aside():
-        counts = [*history.counts, selection.count_each(masks.values())]
+        counts = [*history.counts, counting.count_each(masks.values())]
     return Found(
         masks,
         active,
         path_error,
         [*network.warnings, *disagreements, *troubles, *_dense_parts(network.module, masks, others, measured)],
         removed_by_round(first_round, history.thresholds, counts),
-        score_histogram(history.rankings.values()),
+        last_scores,
         measured,
     )
 
@@ -293,7 +296,7 @@ def _starting_masks(
 
 
 def _mask_(weights: Mapping[str, Tensor], masks: Masks) -> None:
-    zeroing.zero_each_([weights[name] for name in masks], [*masks.values()])
+    zeroing.zero_(weights, masks)
 
 
 def _prune(
@@ -305,18 +308,17 @@ def _prune(
     holders: Ranks,
     *,
     zeros: Sequence[str],
-    histogram: bool,
 ) -> tuple[Masks, dict[str, selection.Ranking], dict[str, int]]:
     """Do one cut: keep the highest of the survivors, counted from all prunable weights; say how many there were."""
-    alive = dict(zip(masks, selection.count_each(masks.values(), holders), strict=True))
+    alive = dict(zip(masks, counting.count_each(masks.values(), holders), strict=True))
     own = alive if holders.size == 1 else None
     if scope == "global":
         num_kept = min(schedules.num_kept(sum(sizes.values()), density), sum(alive.values()))
-        rankings = {"": selection.keep_highest(scores, num_kept, masks, holders, num_alive=own, histogram=histogram)}
+        rankings = {"": selection.keep_highest(scores, num_kept, masks, holders, num_alive=own)}
     else:
         counts = {name: min(schedules.num_kept(sizes[name], density), left) for name, left in alive.items() if left}
         ranked = {name: scores[name] for name in counts}
-        rankings = selection.keep_highest_each(ranked, counts, masks, holders, num_alive=own, histogram=histogram)
+        rankings = selection.keep_highest_each(ranked, counts, masks, holders, num_alive=own)
     found = Masks({**masks, **{name: mask for each in rankings.values() for name, mask in each.masks.items()}})
     prunes = sum(each.num_kept for each in rankings.values()) < sum(alive.values())
     if prunes and all(each.num_above == 0 and each.threshold == 0 for each in rankings.values()):
@@ -501,7 +503,7 @@ def _remedy(scope: str, follows_masks: bool | None) -> str:
 
 def _collapses(masks: Masks, active: Masks | None, explained: Collection[str], remedy: str) -> Iterator[str]:
     """Say where nothing is left, and what commonly helps, unless that is explained otherwise."""
-    empty = measures.collapsed_layers(masks)
+    empty = collapsed_layers(masks)
     is_explained = bool(empty) and set(empty) <= set(explained)
     helps = "" if is_explained else remedy
     if empty:

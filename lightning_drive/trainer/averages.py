@@ -38,8 +38,7 @@ def mask_(averages: Iterable[Mapping[str, Tensor]], masks: Masks) -> None:
 
     """
     for average in averages:
-        for name in average.keys() & masks.keys():
-            zeroing.zero_(average[name], masks[name])
+        zeroing.zero_(average, masks)
 
 
 @torch.no_grad()
