@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_drive.callbacks.base import PruningCallback
-from lightning_drive.core import arguments, saved_values, sparsity
+from lightning_drive.core import arguments, saved_values
 from lightning_drive.core.arguments import Control, Schedule, Scope
+from lightning_drive.core.masks import collapsed_layers
 from lightning_drive.core.messages import listed
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
@@ -326,7 +327,7 @@ class IMPPruningCallback(PruningCallback):
         """Raise if nothing is left to train."""
         masks, active = outcome.found.masks, outcome.diagnosis.active
         if active is not None and not active.num_kept:
-            empty = sparsity.collapsed_layers(masks)
+            empty = collapsed_layers(masks)
             where = f", and no weight is left in {listed(map(repr, empty))}" if empty else ""
             scope = "" if self.scope == "layerwise" else " set `scope='layerwise'`,"
             raise MisconfigurationException(

@@ -1,14 +1,15 @@
-"""What pruning rounds did, small enough to keep: what each one removed from where, and how the last scores lay."""
+"""The history of pruning rounds, small enough to keep: what each removed from where, and the last scores in bins."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_drive.core import selection
-from lightning_drive.core.selection import Ranking
+from lightning_drive.core import grouped_tensors
+from lightning_drive.core.processes import ALONE, Ranks
+from lightning_drive.core.scores import in_full
 
 NUM_BINS = 60
 """Bins of a :class:`ScoreHistogram`."""
@@ -16,13 +17,19 @@ NUM_BINS = 60
 _OUTLIERS = 1e-3
 """Fraction of the scores, the lowest, that do not stretch a histogram."""
 
+_SAMPLE = 1 << 15
+"""About the most scores that are looked at to find the lowest edge."""
+
+_MARGIN = 1e-3
+"""Decades between the edges and what lies just within them: more than a logarithm is rounded by."""
+
 
 @dataclass(frozen=True)
 class Round:
     """One pruning round.
 
     Args:
-        index: Which one, from 1; in iterative magnitude pruning every cycle has one.
+        index: Its number, from 1; in iterative magnitude pruning every cycle has one.
         threshold: The lowest score that was kept; ``None`` where every parameter was ranked by itself.
         removed: How many weights it removed from each prunable parameter, in their order.
 
@@ -60,12 +67,9 @@ class ScoreHistogram:
 def removed_by_round(
     first: int, thresholds: Sequence[float | None], counts: Sequence[Iterable[int]]
 ) -> tuple[Round, ...]:
-    """Say what each of some rounds, one after the other, removed.
+    """Return the rounds from number ``first`` on, from the lowest score that each kept and from counts of weights.
 
-    Args:
-        first: The index of the first one.
-        thresholds: The lowest score that each round kept.
-        counts: How many weights every parameter had before each round, and after the last one: one more than rounds.
+    The counts are those of every parameter before each round, and after the last one: one more than there are rounds.
 
     Example:
         >>> removed_by_round(1, [0.5, 0.7], [(4, 4), (4, 2), (1, 1)])
@@ -80,57 +84,63 @@ def removed_by_round(
     )
 
 
-def score_histogram(rankings: Iterable[Ranking]) -> ScoreHistogram | None:
-    """Draw together the histograms that ranking made anyway, without a look at the scores.
+@torch.no_grad()
+def score_histogram(
+    scores: Mapping[str, Tensor],
+    alive: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    thresholds: Iterable[float],
+    ranks: Ranks = ALONE,
+) -> ScoreHistogram | None:
+    """Count the scores that one round kept, and those that it pruned, in bins; ``None`` if no score is above zero.
+
+    All counts are exact, and over all ranks. It takes two passes over the scores, and memory for some chunks of them.
 
     Args:
-        rankings: The rankings of one round.
-
-    Returns:
-        The histogram, exact in its sums, and at its inner edges to about a hundredth of a decade (a fortieth with
-        float64); ``None`` if no score is above zero.
+        scores: Parameter name to scores; those that are alive are finite and not negative.
+        alive: Parameter name to the mask before the round.
+        kept: Parameter name to the mask after it.
+        thresholds: The lowest score that each ranking of the round kept: the axis goes down to them.
+        ranks: Processes that each hold a part of every tensor.
 
     """
-    parts = [part for part in map(_Part.of, rankings) if part.high > part.low]
-    if not parts:
+    lowest, highest = _range(scores, alive, ranks)
+    if not highest > 0:
         return None
-    low, high = min(part.low for part in parts), max(part.high for part in parts)
-    edges = torch.linspace(low, high, NUM_BINS + 1, dtype=torch.float64)
-    kept = torch.stack([part.below(edges, part.kept) for part in parts]).sum(0).round().long()
-    pruned = torch.stack([part.below(edges, part.every - part.kept) for part in parts]).sum(0).round().long()
-    return ScoreHistogram(
-        low, high, tuple(kept.diff().tolist()), tuple(pruned.diff().tolist()), int(kept[0]), int(pruned[0])
-    )
+    lowest = min(lowest, highest, *(threshold for threshold in thresholds if threshold > 0))
+    low, high = math.log10(lowest) - _MARGIN, math.log10(highest) + _MARGIN
+    counts = torch.zeros(3, NUM_BINS + 1, dtype=torch.int64)
+    for score, before, after in _chunks(scores, alive, kept):
+        place = score.clamp(lowest / 2, highest).log10_()  # of 0 it would be slow, and below the lowest edge as well
+        place = place.sub_(low).mul_(NUM_BINS / (high - low)).add_(1).nan_to_num_(0).clamp_(0).to(torch.int32)
+        place.add_(before.view(torch.int8) + after.view(torch.int8), alpha=NUM_BINS + 1)  # pruned before: 0, now: 1
+        counts += torch.bincount(place, minlength=counts.numel()).view_as(counts).cpu()
+    _, (pruned_below, *pruned), (kept_below, *kept_in_bins) = ranks.sum(counts).tolist()
+    return ScoreHistogram(low, high, tuple(kept_in_bins), tuple(pruned), kept_below, pruned_below)
 
 
-class _Part(NamedTuple):
-    """The scores of one ranking, counted up to every edge of its bins."""
+def _range(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], ranks: Ranks) -> tuple[float, float]:
+    """Return the highest of the scores that are alive, and below it the lowest one above zero but for outliers.
 
-    edges: Tensor
-    """log10, from the lowest edge above zero on."""
-    kept: Tensor
-    """How many scores below each edge were kept."""
-    every: Tensor
-    """How many scores there are below each edge."""
-    low: float
-    high: float
+    The latter is estimated from a sample, if there are many scores. Both are the same on all ranks.
+    """
+    highest, sampled = 0.0, [torch.zeros(0)]
+    stride = max(1, sum(score.numel() for score in scores.values()) // _SAMPLE)
+    for score, mask in _chunks(scores, alive):
+        highest = max(highest, score.mul(mask.view(torch.int8)).nan_to_num_(0).amax().item())  # inf * 0 is NaN
+        sampled.append(score[::stride][mask[::stride]].cpu())
+    sample = torch.cat(sampled)
+    sample = sample[sample > 0]
+    lowest = sample.kthvalue(1 + int(_OUTLIERS * len(sample))).values.item() if len(sample) else math.inf
+    ends = ranks.gather(torch.tensor([lowest, highest], dtype=torch.float64))
+    return ends[:, 0].min().item(), ends[:, 1].max().item()
 
-    @classmethod
-    def of(cls, ranked: Ranking) -> "_Part":
-        assert ranked.histogram is not None
-        values = selection.bin_edges(ranked.dtype)[1:]
-        edges = values.double().clamp(max=torch.finfo(ranked.dtype).max).log10()
-        every = ranked.histogram.cumsum(0).double()
-        pruned = every.clamp(max=every[-1].item() - ranked.num_kept)  # those with the lowest scores
-        positive = every - every[0]
-        lows = int((positive <= _OUTLIERS * positive[-1]).count_nonzero())
-        lows = min(lows, int((values <= ranked.threshold).count_nonzero()) or lows)
-        highs = ranked.histogram[1:].nonzero()
-        low, high = (lows - 1, int(highs[-1]) + 1) if len(highs) else (0, 0)
-        return cls(edges, every - pruned, every, edges[low].item(), edges[high].item())
 
-    def below(self, edges: Tensor, counts: Tensor) -> Tensor:
-        """Count what is below other edges, as if it lay evenly within bins."""
-        left = (torch.searchsorted(self.edges, edges, right=True) - 1).clamp(0, len(self.edges) - 2)
-        share = (edges - self.edges[left]) / (self.edges[left + 1] - self.edges[left])
-        return torch.lerp(counts[left], counts[left + 1], share.clamp(0, 1))
+def _chunks(scores: Mapping[str, Tensor], *masks: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
+    """Return flat chunks of all scores, each with the same chunk of the masks; small tensors are joined before."""
+    values = [in_full(score) for score in scores.values()]
+    named = [values, *([mask[name] for name in scores] for mask in masks)]
+    for group in grouped_tensors.groups(values):
+        flat = [grouped_tensors.joined(tensors[group]) for tensors in named]
+        if len(flat[0]):
+            yield from map(list, zip(*map(grouped_tensors.chunks, flat), strict=True))

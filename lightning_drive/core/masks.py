@@ -1,4 +1,4 @@
-"""Keep masks: what they say, how they are stored, and how they are put on live parameters.
+"""Keep masks: counts and fractions, packed storage, and zeros in the parameters that they prune.
 
 Nothing is reparametrised: a pruned weight is a zero in the dense tensor, so names, order and ``state_dict`` keys stay
 those of the dense module. Zeros are filled in, never multiplied in: a product would keep NaN and make -0.0.
@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_drive.core import saved_values, shards, tensor_kinds
-from lightning_drive.core import sparsity as measures
+from lightning_drive.core import counting, saved_values, shards, tensor_kinds, zeroing
 from lightning_drive.core.bits import pack, unpacked
 from lightning_drive.core.messages import listed
-from lightning_drive.core.zeroing import where_pruned, zero_
 
 _VERSION = 1
 
@@ -23,7 +21,7 @@ _VERSION = 1
 class Masks(Mapping[str, Tensor]):
     """Which weights are kept: parameter name to a boolean tensor, ``True`` keeps.
 
-    Names are those of ``module.named_parameters()``. Without any, it says "not pruned": sparsity 0, density 1.
+    Names are those of ``module.named_parameters()``. Without any masks nothing is pruned: sparsity 0, density 1.
 
     Args:
         masks: Parameter name to boolean mask.
@@ -71,35 +69,35 @@ class Masks(Mapping[str, Tensor]):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the prunable weights that is removed, in ``[0, 1]``."""
-        return measures.sparsity(self)
+        """Fraction of the prunable weights that is removed, in ``[0, 1]``; 0 without any masks."""
+        return (self.num_prunable - self.num_kept) / self.num_prunable if self.num_prunable else 0.0
 
     @property
     def density(self) -> float:
-        """Fraction of the prunable weights that is kept, in ``[0, 1]``."""
-        return measures.density(self)
+        """Fraction of the prunable weights that is kept, in ``[0, 1]``; 1 without any masks."""
+        return self.num_kept / self.num_prunable if self.num_prunable else 1.0
 
     @property
     def num_kept(self) -> int:
         """How many weights are kept."""
-        return measures.num_kept(self)
+        return sum(counting.count_each(self.values()))
 
     @property
     def num_prunable(self) -> int:
         """How many weights the masks cover, kept or not."""
-        return measures.num_prunable(self)
+        return sum(mask.numel() for mask in self.values())
 
     def to(self, device: torch.device | str) -> "Masks":
-        """Give the same masks with all tensors on one device.
+        """Return the same masks with all tensors on one device.
 
         Args:
-            device: Where to.
+            device: The device.
 
         """
         return Masks({name: mask.to(device) for name, mask in self.items()})
 
     def shuffled(self, generator: torch.Generator) -> "Masks":
-        """Give random masks that keep as many weights of every parameter as these do.
+        """Return random masks that keep as many weights of every parameter as these do.
 
         The control of Frankle et al. (2021, "Pruning Neural Networks at Initialization: Why Are We Missing the
         Mark?"): a method whose masks do no better than their shuffled copies has only found out how many weights each
@@ -132,11 +130,10 @@ class Masks(Mapping[str, Tensor]):
             ValueError: If a parameter is missing or has another shape (named).
 
         """
-        for name, parameter in self.parameters_of(module).items():
-            zero_(parameter, self[name], name)
+        zeroing.zero_(self.parameters_of(module), self)
 
     def parameters_of(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """Find the parameters that the masks are for.
+        """Return the parameters that the masks are for.
 
         Args:
             module: Has every masked parameter under its name, in the mask's shape.
@@ -166,15 +163,15 @@ class Masks(Mapping[str, Tensor]):
         return {name: parameters[name] for name in self}
 
     def hold_for(self, module: nn.Module) -> bool:
-        """Whether the module is pruned as the masks say: it has these parameters, and 0 wherever they prune.
+        """Whether a module is pruned by these masks: it has the parameters, and 0 wherever the masks prune.
 
-        Weights may be sparse or quantised by now; what counts are the numbers that they stand for.
+        Weights may be sparse or quantised by now; the numbers that they stand for count.
 
         Args:
             module: Any module.
 
         Raises:
-            TypeError: If it cannot be read what numbers a parameter stands for (named).
+            TypeError: If the numbers that a parameter stands for cannot be read (named).
 
         """
         parameters = dict(module.named_parameters())
@@ -183,7 +180,7 @@ class Masks(Mapping[str, Tensor]):
             and not parameters[name].is_nested
             and parameters[name].shape == mask.shape
             and not tensor_kinds.numbers(shards.local(parameters[name].detach()), name)[
-                where_pruned(mask, parameters[name])
+                zeroing.where_pruned(mask, parameters[name])
             ].any()
             for name, mask in self.items()
         )
@@ -192,7 +189,7 @@ class Masks(Mapping[str, Tensor]):
         """Pack the masks, one bit per weight, into plain types and tensors on the CPU.
 
         Returns:
-            What :meth:`from_state_dict` reads and ``torch.load(weights_only=True)`` accepts.
+            A dictionary that :meth:`from_state_dict` reads and ``torch.load(weights_only=True)`` accepts.
 
         """
         packed = {name: {"shape": list(mask.shape), "bits": pack(mask)} for name, mask in self.items()}
@@ -224,7 +221,7 @@ class Masks(Mapping[str, Tensor]):
         return cls({name: unpacked(name, packed) for name, packed in masks.items()})
 
     def digest(self) -> str:
-        """Name the masks by their content: equal masks, on any device and in any order, have equal digests.
+        """Return a digest of the content: equal masks, on any device and in any order, have equal digests.
 
         Returns:
             A SHA-256 in hexadecimal, over names, shapes and bits.
@@ -235,3 +232,16 @@ class Masks(Mapping[str, Tensor]):
             digest.update(f"{name}{tuple(self[name].shape)}".encode())
             digest.update(pack(self[name]).numpy().tobytes())
         return digest.hexdigest()
+
+
+def collapsed_layers(masks: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors with no survivor: layer collapse (Tanaka et al., 2020, Section 2).
+
+    Without an empty layer a signal may still be cut off: see :func:`lightning_drive.network.synflow.active_masks`.
+
+    Example:
+        >>> collapsed_layers({"a": torch.tensor([True]), "b": torch.tensor([False])})
+        ['b']
+
+    """
+    return [name for name, mask in masks.items() if not mask.any()]

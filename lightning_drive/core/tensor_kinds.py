@@ -18,7 +18,7 @@ def is_plain(tensor: Tensor) -> bool:
 
     Example:
         >>> weight = torch.eye(2)
-        >>> is_plain(weight), is_plain(weight.to_sparse_csr())
+        >>> is_plain(weight), is_plain(weight.to_sparse())
         (True, False)
 
     """

@@ -77,7 +77,7 @@ class RewindPoint:
             for name, parameter in parameters.items():
                 parameter.copy_(self.weights[name])  # type: ignore[arg-type]
                 if masks and name in masks:
-                    zeroing.zero_(parameter, masks[name])
+                    zeroing.zero_({name: parameter}, masks)
             for name, owner, key in list(_buffers_of(module)):
                 now, then = owner[key], self.weights.get(name)
                 if name not in self.weights:

@@ -3,9 +3,8 @@
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from lightning_drive.core import sparsity
 from lightning_drive.core.goal import Goal
-from lightning_drive.core.masks import Masks
+from lightning_drive.core.masks import Masks, collapsed_layers
 from lightning_drive.core.messages import listed
 from lightning_drive.network.costs import Costs, measure
 from lightning_drive.network.forward_passes import ForwardPass
@@ -54,7 +53,7 @@ def _causes(network: Network, method: Method, masks: Masks, history: History) ->
     if not network.reached or network.is_sharded or not network.ranks_agree:
         return Causes()
     all_suffer = network.ranks.broadcast(bool(history.zero_cuts))
-    lost = sparsity.collapsed_layers(masks) or (list(masks) if all_suffer else [])
+    lost = collapsed_layers(masks) or (list(masks) if all_suffer else [])
     return vanishing_scores.explain(network, method, history.near_zero, history.silent, lost)
 
 
@@ -84,7 +83,7 @@ def _zero_cuts(history: History, method: Method) -> Iterator[str]:
 
 def _collapses(masks: Masks, active: Masks | None, explained: Collection[str], remedy: str) -> Iterator[str]:
     """Warn of layer collapse, with what commonly helps, unless it is explained otherwise."""
-    empty = sparsity.collapsed_layers(masks)
+    empty = collapsed_layers(masks)
     is_explained = bool(empty) and set(empty) <= set(explained)
     helps = "" if is_explained else remedy
     if empty:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_drive.core import function_modes, schedules, selection
+from lightning_drive.core import counting, function_modes, schedules, selection
 from lightning_drive.core.goal import Goal
 from lightning_drive.core.history import Round, ScoreHistogram, removed_by_round, score_histogram
 from lightning_drive.core.masks import Masks
@@ -85,7 +85,10 @@ def search(
                 recorder.silent = frozenset(
                     name for name, score in scores.items() if current[name].any() and not score.any()
                 )
-            cut = _cut(network, scores, current, density, goal, recorder.near_zero, histogram=index == indices[-1])
+            cut = _cut(network, scores, current, density, goal, recorder.near_zero)
+            if index == indices[-1]:
+                thresholds = [ranking.threshold for ranking in cut.rankings.values()]
+                recorder.scores = score_histogram(scores, current, cut.masks, thresholds, network.holders)
             del scores  # or they would be there beside the next gradients
             current = cut.masks
             network.mask_(current)
@@ -123,20 +126,18 @@ def _cut(
     density: float,
     goal: Goal,
     near_zero: Mapping[str, float],
-    *,
-    histogram: bool,
 ) -> _Cut:
     """Keep the survivors that score highest, as many as the density says of all prunable weights."""
     sizes, holders = network.num_weights(), network.holders
-    alive = dict(zip(masks, selection.count_each(masks.values(), holders), strict=True))
+    alive = dict(zip(masks, counting.count_each(masks.values(), holders), strict=True))
     own = alive if holders.size == 1 else None
     if goal.scope == "global":
         num_kept = min(schedules.num_kept(sum(sizes.values()), density), sum(alive.values()))
-        rankings = {"": selection.keep_highest(scores, num_kept, masks, holders, num_alive=own, histogram=histogram)}
+        rankings = {"": selection.keep_highest(scores, num_kept, masks, holders, num_alive=own)}
     else:
         counts = {name: min(schedules.num_kept(sizes[name], density), left) for name, left in alive.items() if left}
         ranked = {name: scores[name] for name in counts}
-        rankings = selection.keep_highest_each(ranked, counts, masks, holders, num_alive=own, histogram=histogram)
+        rankings = selection.keep_highest_each(ranked, counts, masks, holders, num_alive=own)
     kept = Masks({**masks, **{name: mask for ranking in rankings.values() for name, mask in ranking.masks.items()}})
     prunes = sum(ranking.num_kept for ranking in rankings.values()) < sum(alive.values())
     if prunes and all(ranking.num_above == 0 and ranking.threshold == 0 for ranking in rankings.values()):
@@ -150,6 +151,7 @@ class _Recorder:
     def __init__(self, near_zero: Mapping[str, float]) -> None:
         self.near_zero = near_zero
         self.silent: frozenset[str] = frozenset()
+        self.scores: ScoreHistogram | None = None
         self._rankings: Mapping[str, Ranking] = {}  # of the last round
         self._thresholds: list[float | None] = []
         self._counts: list[Iterable[int]] = []
@@ -173,11 +175,11 @@ class _Recorder:
     def history(self, masks: Masks, unreached: Iterable[str], *, is_cycle: bool) -> History:
         """Return what was recorded. A zero that stays one goes before all others in later rounds."""
         with function_modes.set_aside():
-            counts = [*self._counts, selection.count_each(masks.values())]
+            counts = [*self._counts, counting.count_each(masks.values())]
         last = [cut for cut in self._zero_cuts if cut.round_index == self._last_round]
         return History(
             removed_by_round(self._first_round, self._thresholds, counts),
-            score_histogram(self._rankings.values()),
+            self.scores,
             tuple(last if self._zeros_stay else self._zero_cuts),
             self.near_zero,
             self.silent,

@@ -204,8 +204,7 @@ class Network:
 
     def mask_(self, masks: Masks) -> None:
         """Set pruned weights to exactly 0."""
-        weights = self.weights
-        zeroing.zero_each_([weights[name] for name in masks], [*masks.values()])
+        zeroing.zero_(self.weights, masks)
 
     def whole(self, masks: Masks) -> Masks:
         """Return masks in full shape, put together from the parts of all ranks, and the same on all of them."""

@@ -43,8 +43,7 @@ class Averages:
     def mask_(self, masks: Masks) -> None:
         """Set the pruned weights of all copies to exactly 0."""
         for tensors in self.tensors():
-            for name in tensors.keys() & masks.keys():
-                zeroing.zero_(tensors[name], masks[name], name)
+            zeroing.zero_(tensors, masks)
 
     @torch.no_grad()
     def load_batch_norm_statistics_(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -96,7 +96,7 @@ class Enforcement:
         for name, mask in self._masks.items():
             value = (state_dict or {}).get(name)
             if isinstance(value, Tensor) and value.shape == mask.shape:
-                zeroing.zero_(value, mask)
+                zeroing.zero_({name: value}, {name: mask})
         if broken and not self.warned:
             self.warned = True
             counts = (f"{name} ({count:,} of {int((~self._masks[name]).sum()):,})" for name, count in broken.items())

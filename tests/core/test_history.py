@@ -1,6 +1,7 @@
-"""What is kept of the rounds is what masks and scores say, and little of it."""
+"""The history of rounds agrees with masks and scores, and its counts are exact."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import models
 import numpy as np
@@ -10,9 +11,10 @@ from searches import search as search_alone
 from torch import Tensor
 
 from lightning_drive import DRIVE, SNIP, Masks, SynFlow
-from lightning_drive.core import history, selection
+from lightning_drive.core import grouped_tensors, history, selection
 from lightning_drive.core.arguments import Scope
-from lightning_drive.core.selection import keep_highest
+from lightning_drive.core.history import ScoreHistogram
+from lightning_drive.core.processes import ALONE, Ranks
 from lightning_drive.network import prunable
 from lightning_drive.search.loop import Found
 from lightning_drive.search.methods import Method
@@ -73,42 +75,73 @@ def scores(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def exact(
-    scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], edges: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Count again, by numpy."""
-    values = np.log10(torch.cat([scores[name].double() for name in scores]).numpy())
-    kept = torch.cat([masks[name] for name in scores]).numpy()
-    return np.histogram(values[kept], edges)[0], np.histogram(values[~kept], edges)[0]
+def histogram_of(
+    scores: Mapping[str, Tensor],
+    num_kept: int | Mapping[str, int],
+    alive: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = ALONE,
+) -> tuple[ScoreHistogram | None, dict[str, Tensor]]:
+    """Prune once, and return the histogram and the masks."""
+    alive = alive or {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
+    if isinstance(num_kept, int):
+        rankings = [selection.keep_highest(scores, num_kept, alive)]
+    else:
+        rankings = [*selection.keep_highest_each(scores, num_kept, alive).values()]
+    masks = {name: mask for ranking in rankings for name, mask in ranking.masks.items()}
+    thresholds = [ranking.threshold for ranking in rankings]
+    return history.score_histogram(scores, alive, masks, thresholds, ranks), masks
+
+
+def counted_again(values: Tensor, found: ScoreHistogram) -> np.ndarray:
+    """Count by numpy, from the lowest edge on."""
+    edges = np.linspace(found.low, found.high, history.NUM_BINS + 1)
+    logarithms = np.log10(np.maximum(values.double().numpy(), 1e-320))
+    return np.histogram(np.maximum(logarithms, found.low - 1), [found.low - 1, *edges])[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_kept", [2000, {"a": 300, "b": 900}], ids=["global", "layerwise"])
+@pytest.mark.parametrize("density", [1.0, 0.4], ids=["dense", "pruned_before"])
+@pytest.mark.parametrize("chunk", [100, 1 << 19], ids=["small_chunks", "one_chunk"])
+def test_score_histogram__counts_are_exact(
+    dtype: torch.dtype, num_kept: Any, density: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every bin, as counted anew; what was pruned before has no score, whatever stands there."""
+    monkeypatch.setattr(grouped_tensors, "CHUNK", chunk)
+    given = scores(dtype)
+    given["a"][:500] = 0
+    generator = torch.Generator().manual_seed(0)
+    alive = {name: torch.rand(score.shape, generator=generator) < density for name, score in given.items()}
+    for name, mask in alive.items():
+        junk = torch.tensor([float("nan"), float("inf"), -1.0, 1e30]).to(dtype).repeat(1000)
+        given[name] = torch.where(mask, given[name], junk[: len(mask)])
+    found, masks = histogram_of(given, num_kept, alive)
+    assert found is not None
+    kept = torch.cat([score[masks[name]] for name, score in given.items()])
+    pruned = torch.cat([score[alive[name] & ~masks[name]] for name, score in given.items()])
+    assert [found.kept_below, *found.kept] == counted_again(kept, found).tolist()
+    assert [found.pruned_below, *found.pruned] == counted_again(pruned, found).tolist()
+    assert 10**found.low < min(score[masks[name]].min().item() for name, score in given.items())
+    assert 10**found.high > kept.max().item() > 10 ** (found.high - 0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("layerwise", [False, True], ids=["global", "layerwise"])
-def test_score_histogram(dtype: torch.dtype, layerwise: bool) -> None:
-    """As counted anew, but for scores that lie within a bit pattern's bin from an edge."""
-    given = scores(dtype)
-    rankings = (
-        list(selection.keep_highest_each(given, {"a": 300, "b": 900}).values())
-        if layerwise
-        else [keep_highest(given, 2000)]
-    )
-    found = history.score_histogram(rankings)
+@pytest.mark.parametrize("seed", range(20))
+def test_score_histogram__threshold_divides(dtype: torch.dtype, seed: int) -> None:
+    """At most the one bin with the threshold in it has both kept and pruned scores."""
+    given = 1 + torch.rand(1000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    found, masks = histogram_of({"a": given}, 470)
     assert found is not None
-    assert len(found.kept) == len(found.pruned) == history.NUM_BINS
-    masks = {name: mask for each in rankings for name, mask in each.masks.items()}
+    threshold = given[masks["a"]].min().log10().item()
     edges = np.linspace(found.low, found.high, history.NUM_BINS + 1)
-    for counts, expected in zip((found.kept, found.pruned), exact(given, masks, edges), strict=True):
-        assert np.abs(np.cumsum(counts) - np.cumsum(expected)).max() < (60 if dtype == torch.float32 else 150)
-        assert np.abs(np.subtract(counts, expected)).sum() < 0.1 * expected.sum()
-    assert sum(found.kept) + found.kept_below == sum(int(mask.sum()) for mask in masks.values())
-    assert sum(found.kept) + found.kept_below + sum(found.pruned) + found.pruned_below == 7000
-    assert 10**found.high >= max(score.max().item() for score in given.values())
+    assert not any(kept for kept, end in zip(found.kept, edges[1:], strict=True) if end < threshold)
+    assert not any(pruned for pruned, start in zip(found.pruned, edges, strict=False) if start > threshold)
 
 
 def test_score_histogram__low_scores() -> None:
     """Zeros and a few tiny scores are counted, and do not stretch the axis."""
     given = torch.cat([torch.zeros(5), torch.tensor([1e-30, 1e-20]), torch.linspace(1, 10, 4993)])
-    found = history.score_histogram([keep_highest({"a": given}, 2500)])
+    found, _ = histogram_of({"a": given}, 2500)
     assert found is not None
     assert (found.kept_below, 7 <= found.pruned_below <= 7 + 5) == (0, True)
     assert found.low == pytest.approx(0, abs=0.01)
@@ -117,33 +150,40 @@ def test_score_histogram__low_scores() -> None:
 def test_score_histogram__threshold_is_shown() -> None:
     """However few scores are below it."""
     given = torch.cat([torch.tensor([1e-6]), torch.linspace(1, 10, 4999)])
-    found = history.score_histogram([keep_highest({"a": given}, 5000)])
+    found, _ = histogram_of({"a": given}, 5000)
     assert found is not None
     assert found.low == pytest.approx(-6, abs=0.01)
+    assert (found.kept[0], found.kept_below) == (1, 0)
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0.0, None), (2.0, 5), (torch.finfo(torch.float32).max, 5)])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.0, None), (2.0, 5), (torch.finfo(torch.float32).max, 5), (1e-45, 5)]
+)
 def test_score_histogram__all_equal(value: float, expected: int | None) -> None:
-    found = history.score_histogram([keep_highest({"a": torch.full((8,), value)}, 5)])
-    assert (found and sum(found.kept) + found.kept_below) == expected
+    found, _ = histogram_of({"a": torch.full((8,), value)}, 5)
+    assert (found and sum(found.kept)) == expected
 
 
-@pytest.mark.parametrize("num_kept", [1, 60, 250])
-def test_score_histogram__few_scores(num_kept: int) -> None:
-    """No bin has fewer than none, or a report could not be read again."""
-    for seed in range(20):
-        given = torch.rand(300, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).pow(9)
-        found = history.score_histogram([keep_highest({"a": given}, num_kept)])
-        assert found is not None
-        assert min(*found.kept, *found.pruned, found.kept_below, found.pruned_below) >= 0
-        assert sum(found.kept) + found.kept_below == num_kept
-        assert sum(found.pruned) + found.pruned_below == 300 - num_kept
-
-
-def test_score_histogram__already_pruned() -> None:
-    """Only what was alive has a score."""
-    given, alive = scores(torch.float32), {"a": torch.arange(4000) % 2 == 0, "b": torch.arange(3000) < 10}
-    found = history.score_histogram([keep_highest(given, 1000, alive)])
+def test_score_histogram__sample_misses_the_few_alive() -> None:
+    """The axis then begins at the threshold; no score is left out."""
+    given, alive = torch.arange(1.0, 200_001), torch.zeros(200_000, dtype=torch.bool)
+    alive[[7, 8, 9, 10]] = True
+    found, _ = histogram_of({"a": given}, 2, {"a": alive})
     assert found is not None
-    assert sum(found.kept) + found.kept_below == 1000
-    assert sum(found.pruned) + found.pruned_below == 1010
+    assert found.low == pytest.approx(1, abs=0.01)
+    assert (sum(found.kept), sum(found.pruned), found.pruned_below) == (2, 0, 2)
+
+
+class OfTwo(Ranks):
+    """Stands for the first of two ranks, the other of which has no score above zero."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return torch.stack([tensor, torch.tensor([float("inf"), 0.0], dtype=torch.float64)])
+
+
+def test_score_histogram__range_is_that_of_all_ranks() -> None:
+    given = scores(torch.float32)
+    assert histogram_of(given, 2000, ranks=OfTwo())[0] == histogram_of(given, 2000)[0]

@@ -3,20 +3,15 @@
 import copy
 import io
 import pickle
-from types import SimpleNamespace
 from typing import Any
 
 import models
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_drive import Masks
-from lightning_drive.core import zeroing
-from lightning_drive.core.bits import pack, unpack
-from lightning_drive.network import masked_parameters, optimizer_state
-from lightning_drive.network.masked_parameters import MaskedParameters
+from lightning_drive.core.masks import collapsed_layers
 
 SHAPES = [(), (0,), (1,), (7,), (8,), (9,), (3, 5), (2, 3, 1, 7), (4, 4, 3, 3), (1, 1000)]
 INF, NAN = float("inf"), float("nan")
@@ -28,31 +23,6 @@ def random_mask(*shape: int, seed: int = 0) -> Tensor:
 
 def mlp_masks(seed: int = 0) -> Masks:
     return Masks({"0.weight": random_mask(5, 4, seed=seed), "2.weight": random_mask(3, 5, seed=seed + 1)})
-
-
-# --- bits
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("seed", range(2))
-def test_pack__round_trip(shape: tuple[int, ...], seed: int) -> None:
-    mask = random_mask(*shape, seed=seed)
-    bits = pack(mask)
-    assert bits.dtype == torch.uint8
-    assert bits.shape == ((mask.numel() + 7) // 8,)
-    found = unpack(bits, list(shape))
-    assert found.dtype == torch.bool
-    assert found.equal(mask)
-
-
-def test_pack__first_entry_in_the_highest_bit() -> None:
-    assert pack(torch.tensor([[True, False, True], [False, False, False]])).tolist() == [0b10100000]
-
-
-def test_pack__layout_does_not_matter() -> None:
-    mask = random_mask(4, 3, 3, 3)
-    assert pack(mask.to(memory_format=torch.channels_last)).equal(pack(mask))
-    assert pack(mask.transpose(0, 1)).equal(pack(mask.transpose(0, 1).contiguous()))
 
 
 # --- a mapping that measures itself
@@ -71,6 +41,18 @@ def test_masks__empty() -> None:
     assert (masks.num_kept, masks.num_prunable, masks.sparsity, masks.density) == (0, 0, 0.0, 1.0)
     assert not masks
     assert Masks.from_state_dict(masks.state_dict()) == masks
+
+
+@pytest.mark.parametrize(("value", "expected"), [(True, 0.0), (False, 1.0)], ids=["all_kept", "all_pruned"])
+def test_masks__limits(value: bool, expected: float) -> None:
+    masks = Masks({"a": torch.full((3, 4), value)})
+    assert (masks.sparsity, masks.density) == (expected, 1 - expected)
+
+
+def test_collapsed_layers() -> None:
+    masks = {"fc": torch.tensor([True, True]), "gone": torch.zeros(2, 1, dtype=torch.bool)}
+    assert collapsed_layers(masks) == ["gone"]
+    assert collapsed_layers({"fc": masks["fc"]}) == []
 
 
 def test_masks__equality() -> None:
@@ -238,221 +220,6 @@ def test_hold_for() -> None:
     assert not masks.hold_for(module)
 
 
-def test_zero_gradients_() -> None:
-    module, masks = models.MLP(4, 5, 3), mlp_masks()
-    live = MaskedParameters(module, masks)
-    live.zero_gradients_()  # there are none yet
-    for parameter in module.parameters():
-        parameter.grad = torch.full_like(parameter, NAN)
-    module[2].weight.grad = None
-    live.zero_gradients_()
-    assert module[0].weight.grad.isnan().equal(masks["0.weight"])
-    assert module[0].weight.grad[~masks["0.weight"]].eq(0).all()
-    assert module[0].bias.grad.isnan().all()
-    assert module[2].weight.grad is None
-
-
-class Wrapper(Optimizer):
-    """An optimizer around another one, as SAM and Lookahead are, with a state of its own."""
-
-    def __init__(self, base: Optimizer) -> None:
-        self.base_optimizer = base
-        super().__init__(base.param_groups, {})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter] = {"slow": torch.ones_like(parameter), "step": torch.ones(()), "note": "x"}
-
-    def step(self, closure: Any = None) -> None:
-        self.base_optimizer.step(closure)
-
-
-OPTIMIZERS = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, amsgrad=True),
-    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.1, momentum=0.9, centered=True),
-    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.1),
-}
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("wrappers", [0, 1, 2])
-def test_zero_optimizer_state_(make: Any, wrappers: int) -> None:
-    """Every state in its parameter's shape forgets pruned weights, and only these."""
-    module, masks = models.randomised(models.MLP(4, 5, 3)), mlp_masks()
-    inner = make(module.parameters())
-    models.loss_fn(module, models.make_batches(4)[0]).backward()
-    inner.step()
-    optimizer: Optimizer = inner
-    for _ in range(wrappers):
-        optimizer = Wrapper(optimizer)
-    before = copy.deepcopy(inner.state_dict()["state"])
-    MaskedParameters(module, masks).zero_optimizer_state_(optimizer)
-
-    checked = 0
-    for i, (name, parameter) in enumerate(module.named_parameters()):
-        for key, value in inner.state[parameter].items():
-            mask = masks.get(name, torch.tensor(True)) if value.shape == parameter.shape else torch.tensor(True)
-            assert value.equal(torch.where(mask, before[i][key], 0))
-            checked += name in masks and value.shape == parameter.shape
-        if wrappers:
-            assert optimizer.state[parameter]["slow"].equal(masks.get(name, torch.ones_like(parameter)).float())
-            assert optimizer.state[parameter]["step"].eq(1)
-    assert checked >= len(masks)
-
-
-def test_masked_parameters__zero_weights_() -> None:
-    module, masks = models.MLP(4, 5, 3), mlp_masks()
-    live = MaskedParameters(module, masks)
-    with torch.no_grad():
-        module[0].weight.fill_(NAN)
-    live.zero_weights_()
-    assert module[0].weight.isnan().equal(masks["0.weight"])
-
-
-FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-LAYOUTS = {
-    "contiguous": lambda tensor: tensor,
-    "channels_last": lambda tensor: tensor.to(memory_format=torch.channels_last),
-    "transposed": lambda tensor: tensor.transpose(0, 3).contiguous().transpose(0, 3),
-    "strided": lambda tensor: torch.stack([tensor, tensor], -1)[..., 0],
-}
-
-
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64, torch.complex128, torch.int32], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("chunk", [1, 100, 1 << 19])
-def test_zero_(dtype: torch.dtype, layout: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is pruned is +0 to the bit, and what is kept is what it was to the bit: NaN, -0.0 and infinities, too."""
-    monkeypatch.setattr(zeroing, "_CHUNK", chunk)
-    values = (
-        torch.tensor([1.5, -2.0, -0.0]) if dtype == torch.int32 else torch.tensor([1.5, -2.0, NAN, INF, -INF, -0.0])
-    )
-    generator = torch.Generator().manual_seed(0)
-    tensor = values[torch.randint(len(values), (6, 5, 3, 4), generator=generator)].to(dtype)
-    mask = torch.rand(tensor.shape, generator=generator) < 0.4
-    kept = mask.flatten().tolist()
-    expected = [bits if keeps else bytes(len(bits)) for bits, keeps in zip(bits_of(tensor), kept, strict=True)]
-
-    once, again = layout(tensor).clone(), layout(tensor).clone()
-    zeroing.zero_(once, mask)
-    module = nn.ParameterDict({"weight": nn.Parameter(again, requires_grad=False)})
-    live = MaskedParameters(module, Masks({"weight": mask}))
-    live.zero_weights_()
-    assert bits_of(once) == bits_of(module["weight"].detach()) == expected
-
-
-def bits_of(tensor: torch.Tensor) -> list[bytes]:
-    flat = tensor.contiguous().view(-1, 1).view(torch.uint8)
-    return [bytes(row) for row in flat.tolist()]
-
-
-def test_zero___scalar_and_empty() -> None:
-    for shape in ((), (0, 3)):
-        tensor = torch.full(shape, NAN)
-        zeroing.zero_(tensor, torch.zeros(shape, dtype=torch.bool))
-        assert tensor.equal(torch.zeros(shape))
-
-
-def test_masked_parameters__other_kinds_of_state() -> None:
-    """State in another precision than the weights, and sparse gradients, are masked all the same."""
-    names = {"exp_avg": torch.float32, "exp_avg_sq": torch.bfloat16, "momentum": torch.float64}
-    embedding = nn.Embedding(4, 3, sparse=True, dtype=torch.bfloat16)
-    live = MaskedParameters(embedding, Masks({"weight": torch.eye(4, 3, dtype=torch.bool)}))
-    optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
-    optimizer.state[embedding.weight] = {name: torch.ones(4, 3, dtype=dtype) for name, dtype in names.items()}
-    live.zero_optimizer_state_(optimizer)
-    assert all(value.float().equal(torch.eye(4, 3)) for value in optimizer.state[embedding.weight].values())
-    embedding(torch.tensor([1, 3])).sum().backward()
-    live.zero_gradients_()
-    expected = torch.zeros(4, 3)
-    expected[1, 1] = 1
-    assert embedding.weight.grad.to_dense().float().equal(expected)
-
-
-class Shard(torch.Tensor):
-    """Stands for a sharded parameter, in whose place its wrapper puts the whole one while a layer runs."""
-
-
-def test_masked_parameters__replaced_in() -> None:
-    """Named are parameters in whose place there is another one or none; a tie or a shard that comes and goes is not."""
-    names = ("tied", "shard", "other", "gone")
-    module = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("early", *names)})
-    module["shard"].weight = nn.Parameter(torch.ones(2, 2).as_subclass(Shard))
-    live = MaskedParameters(module, Masks({f"{name}.weight": torch.eye(2, dtype=torch.bool) for name in names}))
-    assert live.replaced_in(module) == []
-    module["shard"].weight = nn.Parameter(torch.ones(2, 2))
-    module["early"].weight = module["tied"].weight
-    module["other"] = nn.Linear(2, 2)
-    del module["gone"]
-    assert live.replaced_in(module) == ["other.weight", "gone.weight"]
-
-
-def test_zero_optimizer_state__optimizers_that_know_each_other() -> None:
-    """A wrapper and what it wraps may refer to each other; each is visited once."""
-    module = models.MLP(4, 5, 3)
-    inner, outer = (torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9) for _ in range(2))
-    inner.outer, outer.inner = outer, inner  # type: ignore[attr-defined]
-    weight = module[0].weight
-    inner.state[weight]["momentum_buffer"] = torch.ones_like(weight)
-    masks = Masks({"0.weight": torch.zeros_like(weight, dtype=torch.bool)})
-    masked_parameters.MaskedParameters(module, masks).zero_optimizer_state_(outer)
-    assert not inner.state[weight]["momentum_buffer"].any()
-
-
-def test_with_wrapped__lookalikes() -> None:
-    """What wraps need not be an optimizer itself, at any depth, and schedulers that know one are none."""
-    inner = torch.optim.SGD(models.MLP(4, 5, 3).parameters(), lr=0.1)
-    lookalike = SimpleNamespace(param_groups=inner.param_groups, layers={"fast": [inner]}, state={})
-    outer = Wrapper(torch.optim.SGD(models.MLP(2, 2).parameters(), lr=0.1))
-    outer.others = (lookalike, torch.optim.lr_scheduler.StepLR(inner, 1))  # type: ignore[attr-defined]
-    found = optimizer_state.with_wrapped(outer)
-    assert [id(each) for each in found] == [id(each) for each in (outer, outer.base_optimizer, lookalike, inner)]
-
-
-def test_zero_optimizer_state___lbfgs() -> None:
-    """A history in which a pruned weight moved is dropped; one without stays, bit for bit the same objects."""
-    module, masks = models.randomised(models.MLP(4, 5, 3)), mlp_masks()
-    live, batch = MaskedParameters(module, masks), models.make_batches(4)[0]
-    optimizer = torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=3)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = models.loss_fn(module, batch)
-        loss.backward()
-        live.zero_gradients_()
-        return loss
-
-    optimizer.step(closure)  # every weight is in use, but those that are masked do not move
-    state = optimizer.state[module[0].weight]
-    before = {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
-    live.zero_optimizer_state_(optimizer)
-    assert optimizer.state[module[0].weight] is state
-    assert state.keys() == before.keys()
-    assert all(value is before[key] or torch.equal(value, before[key]) for key, value in state.items())
-
-    position = 20 + 5 + int((~masks["2.weight"]).flatten().nonzero()[0])  # behind the first weight and bias
-    state["old_dirs"][0][position] = 1e-20
-    live.zero_optimizer_state_(optimizer)
-    assert not optimizer.state
-
-
-def test_zero_gradients_at_once() -> None:
-    """Masked within every backward pass, accumulated ones too, until the handles are removed."""
-    module, masks = models.randomised(models.MLP(4, 5, 3)), mlp_masks()
-    module[2].weight.requires_grad_(False)
-    handles = MaskedParameters(module, masks).zero_gradients_at_once(keep_overflow=False)
-    assert len(handles) == 1
-    mask = masks["0.weight"]
-    for _ in range(2):
-        models.loss_fn(module, models.make_batches(4)[0]).backward()
-        assert not module[0].weight.grad[~mask].any()
-        assert module[0].weight.grad[mask].any()
-    for handle in handles:
-        handle.remove()
-    models.loss_fn(module, models.make_batches(4)[0]).backward()
-    assert module[0].weight.grad[~mask].any()
-
-
 @pytest.mark.parametrize(
     "packed", [{"shape": [2]}, {"bits": torch.zeros(1, dtype=torch.uint8)}, {"shape": [2], "bits": b"?"}]
 )
@@ -485,111 +252,3 @@ def test_shuffled__seed() -> None:
     assert one == two
     assert one != three
     assert not one["a"].equal(one["b"])
-
-
-class InTwoParts(Tensor):
-    """A tensor whose numbers are those of two others together, as of some quantised ones."""
-
-    @staticmethod
-    def __new__(cls, codes: Tensor, scale: Tensor) -> "InTwoParts":
-        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
-
-    def __init__(self, codes: Tensor, scale: Tensor) -> None:
-        self.codes, self.scale = codes, scale
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].codes, args[0].scale)
-        raise NotImplementedError(f"no {func}")
-
-    @classmethod
-    def of(cls, weight: Tensor) -> "InTwoParts":
-        scale = weight.abs().max() / 127
-        return cls((weight / scale).round().to(torch.int8), scale)
-
-
-class Dequantised(InTwoParts):
-    def dequantize(self) -> Tensor:  # type: ignore[override]
-        return self.codes * self.scale
-
-
-class MadeDense(InTwoParts):
-    def to_dense(self) -> Tensor:  # type: ignore[override]
-        return self.codes * self.scale
-
-
-def _per_channel(weight: Tensor) -> Tensor:
-    return torch.quantize_per_channel(weight, torch.full((4,), 0.05), torch.arange(4), 0, torch.qint8)
-
-
-def _in_parts(weight: Tensor) -> Tensor:
-    """A sparse tensor that holds every entry twice, as halves."""
-    half = (weight / 2).to_sparse()
-    places, values = torch.cat([half.indices()] * 2, 1), torch.cat([half.values()] * 2)
-    return torch.sparse_coo_tensor(places, values, weight.shape, check_invariants=False)
-
-
-FORMS: dict[str, tuple[Any, bool]] = {
-    "coo": (lambda weight: weight.to_sparse(), True),
-    "coo_with_parts": (_in_parts, True),
-    "csr": (lambda weight: weight.to_sparse_csr(), True),
-    "csc": (lambda weight: weight.to_sparse_csc(), True),
-    "bsr": (lambda weight: weight.to_sparse_bsr((2, 3)), True),
-    "bsc": (lambda weight: weight.to_sparse_bsc((2, 3)), True),
-    "qint8": (lambda weight: torch.quantize_per_tensor(weight, 0.05, 3, torch.qint8), True),
-    "qint8_by_channel": (_per_channel, True),
-    "dequantize": (Dequantised.of, False),
-    "to_dense": (MadeDense.of, False),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*(beta state|[qQ]uantize)")
-@pytest.mark.parametrize("form", FORMS)
-def test_masks__of_weights_that_are_not_plain(form: str) -> None:
-    """Masks are told from what the weights stand for, and put on where they can be; else the parameter is named."""
-    convert, can_be_masked = FORMS[form]
-    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    masks, others = Masks({"0.weight": weight > 0}), Masks({"0.weight": weight < 0})
-    module = nn.Sequential(nn.Linear(6, 4))
-    module[0].weight = nn.Parameter(convert(weight.clamp(min=0)), requires_grad=False)
-    assert masks.hold_for(module)
-    assert not others.hold_for(module)
-    masks.apply_(module)  # nothing to do
-    assert masks.hold_for(module)
-    if can_be_masked:
-        half = Masks({"0.weight": (weight > 0) & (torch.arange(6) % 2 == 0)})
-        before = module[0].weight.dequantize() if "int8" in form else module[0].weight.to_dense()
-        half.apply_(module)
-        after = module[0].weight.dequantize() if "int8" in form else module[0].weight.to_dense()
-        assert half.hold_for(module)
-        assert torch.equal(after, before.masked_fill(~half["0.weight"], 0))
-    else:
-        with pytest.raises(TypeError, match=r"'0.weight' is a \w+ of torch.float32, .* before the weights are quant"):
-            others.apply_(module)
-    with pytest.raises(TypeError, match=r"'0.weight' is a .*Put the masks on before"):
-        MaskedParameters(module, masks)
-
-
-@pytest.mark.parametrize("use", [Masks.hold_for, Masks.apply_])
-def test_masks__of_weights_that_cannot_be_read(use: Any) -> None:
-    module = nn.Linear(6, 4)
-    module.weight = nn.Parameter(InTwoParts.of(torch.ones(4, 6)), requires_grad=False)
-    with pytest.raises(TypeError, match=r"'weight' is a InTwoParts of torch.float32, and neither its `dequantize\(\)`"):
-        use(Masks({"weight": torch.zeros(4, 6, dtype=torch.bool)}), module)
-
-
-@pytest.mark.parametrize("use", [Masks.hold_for, Masks.apply_])
-def test_masks__of_weights_on_the_meta_device(use: Any) -> None:
-    masks = Masks({"weight": torch.zeros(4, 6, dtype=torch.bool)})
-    with pytest.raises(TypeError, match="'weight' is on the meta device and has no values"):
-        use(masks, nn.Linear(6, 4, device="meta"))
-
-
-@pytest.mark.filterwarnings("ignore:.*prototype stage")
-def test_masks__of_nested_weights() -> None:
-    module, masks = nn.Module(), Masks({"weight": torch.ones(2, 3, dtype=torch.bool)})
-    module.weight = nn.Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(1)]))
-    assert not masks.hold_for(module)
-    with pytest.raises(TypeError, match="'weight' is a"):
-        masks.apply_(module)

@@ -106,3 +106,12 @@ def test_synflow__float64() -> None:
     found = scores.synflow(torch.tensor([2.0]), torch.tensor([1e200], dtype=torch.float64))
     assert found.dtype == torch.float64
     assert found.item() == 2e200
+
+
+def test_snip_each() -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(3, 4), torch.randn(4, dtype=torch.float64), torch.randn(5).bfloat16(), torch.randn(2, 3).t()]
+    gradients = [torch.randn_like(each).to(torch.promote_types(each.dtype, torch.float32)) for each in weights]
+    expected = [scores.snip(*pair) for pair in zip(weights, gradients, strict=True)]
+    scores.snip_each_(weights, gradients)
+    assert all(one.equal(other) for one, other in zip(gradients, expected, strict=True))

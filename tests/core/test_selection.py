@@ -1,6 +1,7 @@
 """Ranking must be exact, settle ties the same way everywhere, and see order only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_drive.core import sampled_threshold, selection
+from lightning_drive.core import grouped_tensors, sample_select, selection
 
 SCORES = {"a": torch.tensor([[0.1, 0.9], [0.2, 0.5]]), "b": torch.tensor([0.7, 0.8])}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -45,6 +46,14 @@ def random_alive(scores: dict[str, Tensor], seed: int, density: float = 0.6) -> 
 
 def lists(masks: dict[str, Tensor]) -> dict[str, list[bool]]:
     return {name: mask.flatten().tolist() for name, mask in masks.items()}
+
+
+@contextmanager
+def by_digits() -> Generator[None]:
+    """Find thresholds by digits also where a sample would do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_select, "cut", lambda *_: None)
+        yield
 
 
 def all_alive(scores: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,17 +94,25 @@ def test_keep_highest__order_is_that_of_the_mapping() -> None:
     assert lists(selection.keep_highest(scores, 2).masks) == {"z": [True, True], "a": [False, False]}
 
 
-@DTYPES
+DENSITIES = {"no_masks": None, "all_alive": 1.0, "some_alive": 0.6, "few_alive": 0.1}
+CASES = [
+    pytest.param(dtype, chunk, density, id=f"{dtype}-{size}-{masks}")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for size, chunk in (("small_chunks", 7), ("one_chunk", 1 << 20))
+    for masks, density in DENSITIES.items()
+    if dtype.itemsize > 2 or (size == "one_chunk" and masks == "some_alive")  # halves are compared as float32
+]
+
+
 @pytest.mark.parametrize("kind", VALUES)
-@pytest.mark.parametrize("chunk", [7, 1 << 20], ids=["small_chunks", "one_chunk"])
-@pytest.mark.parametrize("density", [None, 1.0, 0.6, 0.1], ids=["no_masks", "all_alive", "some_alive", "few_alive"])
+@pytest.mark.parametrize(("dtype", "chunk", "density"), CASES)
 def test_keep_highest__matches_sort(
     dtype: torch.dtype, kind: str, chunk: int, density: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exactly, with a histogram and without one, whatever the size of chunks and of samples."""
-    monkeypatch.setattr(selection, "CHUNK", chunk)
-    monkeypatch.setattr(sampled_threshold, "_CHUNK", chunk)
-    monkeypatch.setattr(sampled_threshold, "_SAMPLE", min(chunk, 1 << 15))
+    """Exactly, by a sample and by digits, whatever the size of chunks and of samples."""
+    monkeypatch.setattr(grouped_tensors, "CHUNK", chunk)
+    monkeypatch.setattr(sample_select, "_CHUNK", chunk)
+    monkeypatch.setattr(sample_select, "_SAMPLE", min(chunk, 1 << 15))
     scores = random_scores(3, dtype, kind)
     alive = None if density is None else random_alive(scores, 3, density)
     total = sum(int(mask.sum()) for mask in (alive or all_alive(scores)).values())
@@ -104,9 +121,10 @@ def test_keep_highest__matches_sort(
         expected = reference.keep_highest(scores, num_kept, alive or all_alive(scores))
         assert lists(found.masks) == lists(expected)
         assert all(found.masks[name].shape == score.shape for name, score in scores.items())
-        quick = selection.keep_highest(scores, num_kept, alive, histogram=False)
-        assert lists(quick.masks) == lists(expected)
-        assert quick[1:5] == found[1:5]
+        with by_digits():
+            again = selection.keep_highest(scores, num_kept, alive)
+        assert lists(again.masks) == lists(expected)
+        assert again[1:] == found[1:]
 
 
 def test_keep_highest__many_counts() -> None:
@@ -117,13 +135,14 @@ def test_keep_highest__many_counts() -> None:
 
 
 @pytest.mark.parametrize("kind", ["distinct", "many_ties"])
-@pytest.mark.parametrize("histogram", [True, False])
-def test_keep_highest__larger_than_a_chunk(kind: str, histogram: bool) -> None:
+@pytest.mark.parametrize("way", [by_digits, nullcontext])
+def test_keep_highest__larger_than_a_chunk(kind: str, way: Callable[[], AbstractContextManager[None]]) -> None:
     generator = torch.Generator().manual_seed(0)
-    size = selection.CHUNK + 12_345
+    size = grouped_tensors.CHUNK + 12_345
     score = torch.rand(size, generator=generator)
     score = (1000 * score).round() if kind == "many_ties" else score
-    found = selection.keep_highest({"a": score}, 100_001, histogram=histogram).masks["a"]
+    with way():
+        found = selection.keep_highest({"a": score}, 100_001).masks["a"]
     expected = torch.zeros(size, dtype=torch.bool)
     expected[score.argsort(descending=True, stable=True)[:100_001]] = True
     assert found.equal(expected)
@@ -242,7 +261,7 @@ def test_keep_highest__waits_do_not_grow_with_tensors(density: float) -> None:
     def waits(num_tensors: int) -> int:
         generator = torch.Generator().manual_seed(0)
         scores = {str(index): torch.rand(30, generator=generator) for index in range(num_tensors)}
-        with Waits() as found:
+        with by_digits(), Waits() as found:
             selection.keep_highest(scores, 10 * num_tensors, random_alive(scores, 0, density))
         return found.count
 
@@ -266,8 +285,6 @@ def test_keep_highest__non_finite_error(dtype: torch.dtype, bad: float) -> None:
     scores = {"conv": torch.ones(3, dtype=dtype), "fc": torch.tensor([1.0, bad, bad], dtype=dtype)}
     with pytest.raises(ValueError, match=r"scores of 'fc' contain nan or inf \(2 of 3\)"):
         selection.keep_highest(scores, 2)
-    with pytest.raises(ValueError, match=r"scores of 'fc' contain nan or inf \(2 of 3\)"):
-        selection.keep_highest(scores, 2, histogram=False)
 
 
 @DTYPES
@@ -275,8 +292,6 @@ def test_keep_highest__negative_error(dtype: torch.dtype) -> None:
     scores = {"conv": torch.ones(3, dtype=dtype), "fc": torch.tensor([1.0, -0.5, -0.25], dtype=dtype)}
     with pytest.raises(ValueError, match=r"scores of 'fc' must not be negative, but the lowest is -0.5"):
         selection.keep_highest(scores, 2)
-    with pytest.raises(ValueError, match=r"scores of 'fc' must not be negative, but the lowest is -0.5"):
-        selection.keep_highest(scores, 2, histogram=False)
 
 
 @pytest.mark.parametrize("num_kept", [0, -1, 7])
@@ -300,53 +315,3 @@ def test_keep_highest_each(masked: bool) -> None:
     for name, score in scores.items():
         lives = {name: (alive or all_alive(scores))[name]}
         assert lists(found[name].masks) == lists(reference.keep_highest({name: score}, counts[name], lives))
-
-
-# --- without a histogram
-
-
-def pieces_of(values: Tensor, alive: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    """Divide numbers and their mask into pieces of different sizes, an empty one among them."""
-    sizes = [1000, 0, 7, len(values) - 1007]
-    masks: list[Tensor | None] = [None] * 4 if alive is None else [*alive.split(sizes)]
-    return [*zip(values.split(sizes), masks, strict=True)]
-
-
-@pytest.mark.parametrize("density", [None, 0.5, 0.1])
-@pytest.mark.parametrize("kind", ["distinct", "wide", "tiny"])
-def test_bracket(kind: str, density: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sample leads to the number, of which only the neighbourhood is copied out."""
-    monkeypatch.setattr(sampled_threshold, "_SAMPLE", 1 << 12)
-    torch.manual_seed(0)
-    values = VALUES[kind](torch.rand(200_001))
-    alive = None if density is None else torch.rand(len(values)) < density
-    living = values if alive is None else values[alive]
-    for num_kept in (1, len(living) // 20, len(living) // 2, len(living) - 1):
-        found = sampled_threshold.cut(pieces_of(values, alive), len(living), num_kept)
-        threshold = living.sort(descending=True).values[num_kept - 1]
-        expected = threshold.item(), int((living > threshold).sum()), int((living == threshold).sum())
-        assert found == expected
-
-
-@pytest.mark.parametrize("share", [0.9, 0.5])
-def test_bracket__ties(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the whole range is one number, nothing is copied out."""
-    monkeypatch.setattr(sampled_threshold, "_SAMPLE", 1 << 10)
-    monkeypatch.setattr(sampled_threshold, "_marked", pytest.fail)
-    torch.manual_seed(0)
-    values = torch.rand(100_001) * (torch.rand(100_001) > share)
-    num_above = int(values.count_nonzero())
-    found = sampled_threshold.cut(pieces_of(values, None), len(values), (len(values) + num_above) // 2)
-    assert found == (0, num_above, len(values) - num_above)
-
-
-def test_bracket__misled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sample that sees only what is special leads to the histogram, not to a wrong mask."""
-    monkeypatch.setattr(sampled_threshold, "_SAMPLE", 1 << 7)
-    torch.manual_seed(0)
-    values = torch.rand(100_000)
-    values[::781] += 1  # the stride of the sample
-    assert sampled_threshold._range([(values, None)], len(values), 50_000)[0] > 1
-    assert sampled_threshold.cut([(values, None)], len(values), 50_000) is None
-    found = selection.keep_highest({"a": values}, 50_000, histogram=False)
-    assert found.threshold == values.sort(descending=True).values[49_999]

@@ -1,18 +1,19 @@
-"""The k-th highest of many numbers, with little more than two comparisons for each of them.
+"""Find the k-th highest of many numbers on the CPU with little more than two comparisons for each of them.
 
-A sample says in which narrow range it must be. The numbers above that range are counted, those within it are copied
-out, and the k-th highest is found among these few: exactly, or not at all where the sample misled.
+A sample gives the narrow range in which it must be. The numbers above that range are counted, those within it are
+copied out, and the k-th highest is found among these few: exactly, or not at all where the sample misled.
 """
 
 from collections.abc import Sequence
 from itertools import repeat
 from math import gcd, inf, sqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_drive.core import flat_tensors
+from lightning_drive.core.counting import count
+from lightning_drive.core.ranked_parts import Cut
 
 _SAMPLE = 1 << 15
 """The most numbers of a sample; where no more are left than these, all of them are copied out."""
@@ -28,24 +29,16 @@ _FEW = 4
 """At most one number in so many is copied out, if there are many."""
 
 _WORD = 8
-"""Marks that are looked at together, since few of them are set."""
-
-
-class Cut(NamedTuple):
-    """The k-th highest number, and how many there are from it on."""
-
-    threshold: float
-    num_above: int
-    num_tied: int
+"""Marks that are looked at together, as one number, since few of them are set."""
 
 
 def cut(pieces: Sequence[tuple[Tensor, Tensor | None]], num_alive: int, num_kept: int) -> Cut | None:
-    """Find the ``num_kept``-th highest number.
+    """Find the ``num_kept``-th highest of the numbers that are alive.
 
     Args:
-        pieces: Flat tensors of one floating-point type on the CPU, each with a mask of what counts, or ``None`` if all
-            does.
-        num_alive: How many numbers count.
+        pieces: Flat tensors of one floating-point type on the CPU, each with a mask of what is alive, or ``None``
+            if all is.
+        num_alive: How many numbers are alive.
         num_kept: Which one to find, in ``1..num_alive``.
 
     Returns:
@@ -69,27 +62,28 @@ def cut(pieces: Sequence[tuple[Tensor, Tensor | None]], num_alive: int, num_kept
             higher.logical_and_(alive)
             within.logical_and_(alive)
         within.logical_xor_(higher)
-        num_above += int(flat_tensors.count(higher))
+        num_above += int(count(higher))
         if low < high:
             copied.append(_marked(values, within))
             num_within += len(copied[-1])
             if num_within > max(_SAMPLE, num_alive // _FEW):
                 return None
         else:
-            num_within += int(flat_tensors.count(within))
+            num_within += int(count(within))
     place = num_kept - num_above
     if not 1 <= place <= num_within:
         return None
     if low == high:
         return Cut(low, num_above, num_within)
-    found = torch.cat(copied)
-    threshold = found.kthvalue(num_within - place + 1).values
-    num_above += int((found > threshold).count_nonzero())
-    return Cut(threshold.item() + 0.0, num_above, int((found == threshold).count_nonzero()))  # 0.0 in place of -0.0
+    within_range = torch.cat(copied)
+    threshold = within_range.kthvalue(num_within - place + 1).values
+    num_above += int((within_range > threshold).count_nonzero())
+    num_tied = int((within_range == threshold).count_nonzero())
+    return Cut(threshold.item() + 0.0, num_above, num_tied)  # 0.0 in place of -0.0
 
 
 def _range(pieces: Sequence[tuple[Tensor, Tensor | None]], num_alive: int, num_kept: int) -> tuple[float, float]:
-    """Say from where to where the number may be that is looked for; everywhere if there are few."""
+    """Return the lowest and the highest value that the number may have; all of them if there are few numbers."""
     if num_alive <= _SAMPLE:
         return 0.0, inf
     stride = max(_LEAST_STRIDE, sum(values.numel() for values, _ in pieces) // _SAMPLE)
@@ -117,7 +111,7 @@ def _chunks(pieces: Sequence[tuple[Tensor, Tensor | None]]) -> Any:
 
 
 def _marked(values: Tensor, marks: Tensor) -> Tensor:
-    """Copy out the few values that are marked, in order: as ``values[marks]``, which looks at one after the other."""
+    """Return ``values[marks]`` of a few marks, without looking at one after the other."""
     even = len(values) - len(values) % _WORD
     words = marks[:even].view(torch.int64)
     places = words.nonzero().view(-1)
