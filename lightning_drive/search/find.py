@@ -12,6 +12,7 @@ from lightning_drive.core.masks import Masks
 from lightning_drive.network import gradients, prunable, prunable_checks
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.network.prunable import dense_matrices, parameters_by_name
+from lightning_drive.network.repeated_batches import Passes
 from lightning_drive.network.undisturbed import undisturbed
 from lightning_drive.search.loop import Found, check_settings, of_reached, search
 from lightning_drive.search.methods import Method, check_method
@@ -93,7 +94,7 @@ def find_masks(
     include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     names = prunable.prunable_parameters(module, include, exclude)
     prunable_checks.check_numbers(names)
-    passes = None if batches is None else gradients.Passes(batches)
+    passes = None if batches is None else Passes(batches)
     others = dense_matrices(module, names, exclude) if include is None else ()
 
     def once(names: Collection[str], masks: Mapping[str, Tensor] | None) -> Found:

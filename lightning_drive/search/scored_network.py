@@ -12,8 +12,9 @@ from lightning_drive.core.messages import listed, shown_error
 from lightning_drive.core.processes import ALONE, Ranks
 from lightning_drive.network import forward_calls, gradients, synflow
 from lightning_drive.network.forward_calls import Passage
-from lightning_drive.network.gradients import LossFunction, Passes
+from lightning_drive.network.gradients import LossFunction
 from lightning_drive.network.random_state import preserved_rng
+from lightning_drive.network.repeated_batches import Passes, endless
 from lightning_drive.network.without_dropout import in_mode
 
 _MOST_IN_A_ROW = 10_000
@@ -51,7 +52,7 @@ class Network:
         self._ranks = ranks
         self.is_sharded = any(map(shards.is_sharded, parameters.values()))
         self._passes = batches if batches is None or isinstance(batches, Passes) else Passes(batches)
-        self._batches = None if self._passes is None else self._watched(gradients.endless(self._passes))
+        self._batches = None if self._passes is None else self._watched(endless(self._passes))
         self._skipped_in_a_row = 0
         self._reason = ""  # why the last batch was skipped
         self.num_skipped = 0
