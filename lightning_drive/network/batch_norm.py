@@ -1,4 +1,4 @@
-"""Estimate BatchNorm's statistics from batches, and load them."""
+"""Running statistics of BatchNorm layers: estimated afresh over batches, and loaded into a module."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,23 +13,15 @@ from lightning_drive.network.gradients import LossFunction, batch_in_float32
 def batch_norm_statistics(
     module: nn.Module, loss_fn: LossFunction, batches: Iterable[Any]
 ) -> dict[str, dict[str, Tensor]]:
-    """Estimate BatchNorm's running statistics afresh, as cumulative averages over the batches.
+    """Return the statistics of BatchNorm layers as cumulative averages over the batches: values by layer and buffer.
 
-    Pruning shifts what flows through a trained network, and its running statistics no longer fit (10 % instead of
+    Pruning shifts the activations of a trained network, and its running statistics no longer fit (10 % instead of
     43 % accuracy in one of our measurements). As in ``torch.optim.swa_utils.update_bn``, averages start at zero and
-    every batch weighs the same. It leaves traces: give it a replica, and the result to
-    :func:`load_batch_norm_statistics` afterwards.
+    every batch weighs the same; ``loss_fn`` runs a batch through the module, and its loss is not used. This leaves
+    traces, so the module should be a replica.
 
-    Only layers whose statistics are being tracked take part: in training mode (not frozen) and not untrained.
-
-    Args:
-        module: The pruned module.
-        loss_fn: Runs a batch through the module; its loss is not used.
-        batches: The batches to average over.
-
-    Returns:
-        Name of a BatchNorm layer to the names and new values of its buffers, without layers that no batch reached.
-
+    Only layers whose statistics are being tracked take part, in training mode (not frozen) and not untrained, and only
+    layers that a batch reached are returned.
     """
     layers = {
         name: layer
@@ -56,20 +48,14 @@ def batch_norm_statistics(
 
 
 def load_batch_norm_statistics(module: nn.Module, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write what :func:`batch_norm_statistics` measured into a module.
+    """Write statistics of :func:`batch_norm_statistics` into the module, or into a running average of it.
 
-    Args:
-        module: The module, or a running average of it.
-        statistics: Name of a BatchNorm layer to the names and values of its buffers.
-
-    Raises:
-        ValueError: If a layer or a buffer is missing, new, or in another shape (named); nothing is written then.
-
+    Raise a ``ValueError`` before anything is written if a layer or a buffer is missing, new or of another shape.
     """
     layers = dict(module.named_modules())
     for path, values in statistics.items():
         buffers = dict(layers[path].named_buffers()) if path in layers else {}
-        now, then = ({name: value.shape for name, value in each.items()} for each in (buffers, values))
+        now, then = ({name: value.shape for name, value in tensors.items()} for tensors in (buffers, values))
         if now != then:
             raise ValueError(
                 f"The new statistics of the BatchNorm layer {path!r} ({listed(then)}) do not fit the module, which has"

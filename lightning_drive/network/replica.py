@@ -1,4 +1,9 @@
-"""Copies of a module to compute on, so that nothing that scoring does can reach the module itself."""
+"""A copy of a module to compute on, so that nothing that scoring does can reach the module itself.
+
+Unlike :class:`lightning_drive.trainer.data_copies.Copier`, which pickles objects in memory with everything that they
+hold, this one maps objects onto counterparts some of which are given, such as parameters in another precision, and
+that bound methods, weak references and keys made of an ``id`` must lead to, too.
+"""
 
 import copy
 import copyreg
@@ -15,36 +20,34 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_drive.network.held_objects import empty_copy, fill, held_by
+
 T = TypeVar("T")
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, range, torch.device, torch.dtype, torch.Size}
 _CONTAINERS = {list, dict, set, tuple, OrderedDict}
 _CACHED = type(lru_cache(lambda: None))
+_WEAK = {*weakref.ProxyTypes, weakref.ref, weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary}
 _MOST_ENTRIES = 1000
-"""Entries of a container in which a function's parts of the module are looked for; records in more are shared."""
+"""Entries of a container that are searched for parts of the module; records of longer ones are shared."""
 
 _SHARED = (Dataset, DataLoader)
 _SHARED_PACKAGES = ("lightning", "pytorch_lightning")
-"""Kinds of attributes that the copy has, too: data, which may be large, and parts of Lightning, such as a Trainer."""
+"""Classes, and packages of classes, whose objects are shared: large data, and parts of Lightning such as a Trainer."""
 
 
 class Replica:
     """A copy of a module: its own parameters, buffers, submodules, hooks and plain attributes.
 
-    Whatever is the same object under two names (tied weights, aliases of layers, states that metrics share) is one
-    object in the copy, too. Bound methods, hooks, functions and weak references that hold parts of the module hold
-    those of the copy. Functions that ``torch.compile`` made are replaced by what they were made from. What cannot be
-    copied, such as an open file, is shared with the original, and so are data sets and the records of a long list; an
+    An object with two names (tied weights, aliases of layers, states that metrics share) is one object in the copy,
+    too. Bound methods, hooks, functions and weak references that hold parts of the module hold those of the copy.
+    Functions that ``torch.compile`` made are replaced by the functions they were made from. Objects that cannot be
+    copied, such as an open file, are shared with the original, and so are data sets and the records of a long list; an
     iterator that cannot be copied must not be used.
 
-    Args:
-        module: The module; it is only read.
-        tensor: Returns what stands for a parameter or buffer, given its name (the first one, if it has several) and
-            itself.
-        known: ``id`` of an object to what stands for it, wherever attributes refer to it.
-
-    Attributes:
-        module: The copy.
+    The attribute ``module`` is the copy; the module that is given is only read. ``tensor`` returns the counterpart of a
+    parameter or buffer, given its name (the first one, if it has several) and itself. ``known`` has counterparts of
+    other objects, by the ``id`` of the object.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2))
@@ -61,15 +64,15 @@ class Replica:
         self._memo: dict[int, Any] = dict(known or {})
         self._is_complete = False
         self._shared_kinds: dict[type, bool] = {}
-        self._temporary: list[Any] = []  # objects whose `id` stands in the memo and must not be used again
+        self._temporary: list[Any] = []  # objects whose `id` stands in the memo, so it must not become another one's
         for name, value in (*module.named_parameters(), *module.named_buffers()):
             self._memo[id(value)] = tensor(name, value)
-        originals = [each for each in module.modules() if id(each) not in self._memo]
-        for each in originals:
-            if id(each) not in self._memo:
-                self._memo[id(each)] = self._shell(each)
-        for each in originals:
-            self._filled(each, self._memo[id(each)])
+        originals = [submodule for submodule in module.modules() if id(submodule) not in self._memo]
+        for submodule in originals:
+            if id(submodule) not in self._memo:  # else it lies within a scripted one
+                self._memo[id(submodule)] = self._shell(submodule)
+        for submodule in originals:
+            self._filled(submodule, self._memo[id(submodule)])
         for parameter in module.parameters():
             if parameter._backward_hooks:
                 self._memo[id(parameter)]._backward_hooks = self.of(parameter._backward_hooks)
@@ -77,14 +80,9 @@ class Replica:
         self.module: nn.Module = self._memo[id(module)]
 
     def of(self, value: Any) -> Any:
-        """Return the copy's counterpart of a value: an attribute, or a function that refers to the module.
-
-        Args:
-            value: Anything.
-
-        """
+        """Return the copy's counterpart of any value, such as an attribute, or a function that refers to the module."""
         kind = type(value)
-        if kind is int and value in self._memo:  # the `id` of a parameter, a key to what is kept of it
+        if kind is int and value in self._memo:  # the `id` of a parameter, as a key
             return id(self._memo[value])
         if kind in _ATOMS:
             return value
@@ -100,8 +98,8 @@ class Replica:
     def _of_kind(self, value: Any) -> Any:
         """Copy an object that is no container."""
         kind = type(value)
-        if kind in weakref.ProxyTypes:
-            return self._noted(value, weakref.proxy(self.of(value.__reduce_ex__.__self__)))
+        if kind in _WEAK:  # before anything asks for attributes, which a proxy has of another object
+            return self._noted(value, self._weak(value))
         if (plain := _uncompiled(value)) is not value:
             return self.of(plain)
         if kind is object or self._is_shared(value):  # a bare object says something by being this very one
@@ -119,20 +117,25 @@ class Replica:
         if kind is types.BuiltinMethodType and not isinstance(value.__self__, (type, types.ModuleType, type(None))):
             return getattr(self.of(value.__self__), value.__name__)
         if kind is partial:
-            keywords = {name: self.of(each) for name, each in value.keywords.items()}
+            keywords = {name: self.of(argument) for name, argument in value.keywords.items()}
             return partial(self.of(value.func), *map(self.of, value.args), **keywords)
         if kind is _CACHED:
             return self._noted(value, lru_cache(**value.cache_parameters())(self.of(value.__wrapped__)))
-        if kind is weakref.ref:
-            return self._noted(value, weakref.ref(self.of(value())))
-        if kind in (weakref.WeakKeyDictionary, weakref.WeakValueDictionary):
-            return self._noted(value, kind({self.of(key): self.of(each) for key, each in value.items()}))
-        if kind is weakref.WeakSet:
-            return self._noted(value, kind(map(self.of, value)))
         return self._rebuilt(value)
 
+    def _weak(self, value: Any) -> Any:
+        """Copy a weak reference, or a container of some."""
+        kind = type(value)
+        if kind in weakref.ProxyTypes:
+            return weakref.proxy(self.of(value.__reduce_ex__.__self__))
+        if kind is weakref.ref:
+            return weakref.ref(self.of(value()))
+        if kind is weakref.WeakSet:
+            return kind(map(self.of, value))
+        return kind({self.of(key): self.of(entry) for key, entry in value.items()})
+
     def _rebuilt(self, value: Any) -> Any:
-        """Copy an object as ``copy.deepcopy`` does, but what it holds as :meth:`of` does."""
+        """Copy an object as ``copy.deepcopy`` does, but the objects that it holds as :meth:`of` does."""
         if hasattr(value, "__deepcopy__"):
             return self._noted(value, value.__deepcopy__(self._memo))
         reduce = copyreg.dispatch_table.get(type(value))
@@ -140,15 +143,15 @@ class Replica:
         if isinstance(reduced, str):
             return value
         make, arguments, state, *entries = (*reduced, None, None, None)[:5]
-        items, pairs = (list(each or ()) for each in entries)
+        items, pairs = (list(iterator or ()) for iterator in entries)
         self._temporary.append((reduced, items, pairs))
         twin = self._noted(value, make(*map(self.of, arguments)))
         if state is not None:
             _set_state(twin, self.of(state))
-        for each in self._entries(items):
-            twin.append(each)
-        for key, each in pairs:
-            twin[self.of(key)] = self.of(each)
+        for item in self._entries(items):
+            twin.append(item)
+        for key, entry in pairs:
+            twin[self.of(key)] = self.of(entry)
         return twin
 
     def _is_shared(self, value: object) -> bool:
@@ -177,7 +180,7 @@ class Replica:
         for name, value in (*module.named_parameters(), *module.named_buffers()):
             path, _, key = name.rpartition(".")
             setattr(twins[path], key, self._memo[id(value)])
-        self._memo.update({id(each): twins[name] for name, each in module.named_modules()})
+        self._memo.update({id(part): twins[name] for name, part in module.named_modules()})
         return twin
 
     def _noted(self, original: object, twin: T) -> T:
@@ -189,7 +192,7 @@ class Replica:
             return self._noted(value, tuple(map(self.of, value)))
         twin = self._noted(value, type(value)())
         if isinstance(value, dict):
-            twin.update((self.of(key), self.of(each)) for key, each in value.items())
+            twin.update((self.of(key), self.of(entry)) for key, entry in value.items())
         else:
             (twin.extend if isinstance(value, list) else twin.update)(self._entries(value))
         return twin
@@ -197,37 +200,26 @@ class Replica:
     def _entries(self, entries: Collection[Any]) -> Iterator[Any]:
         """Copy entries; records in a long list, such as a replay buffer's, are shared, or it would take seconds."""
         is_long = len(entries) > _MOST_ENTRIES
-        return (each if is_long and self._is_record(each) else self.of(each) for each in entries)
+        return (entry if is_long and self._is_record(entry) else self.of(entry) for entry in entries)
 
     def _is_record(self, value: Any) -> bool:
         return isinstance(value, tuple) and all(
-            type(each) in _ATOMS
-            or type(each).__module__ == "numpy"
-            or (type(each) is Tensor and each.grad_fn is None and id(each) not in self._memo)
-            for each in value
+            type(field) in _ATOMS
+            or type(field).__module__ == "numpy"
+            or (type(field) is Tensor and field.grad_fn is None and id(field) not in self._memo)
+            for field in value
         )
 
     def _function(self, function: types.FunctionType) -> Any:
-        """Let a function that holds parts of the module in its closure or its defaults hold those of the copy."""
-        if not any(map(self._is_ours, _held_by(function))):
+        """Copy a function that holds parts of the module in its closure or its defaults; share any other one."""
+        if not any(map(self._is_ours, held_by(function))):
             return function
-        cells = tuple(types.CellType() for _ in function.__closure__ or ())
-        twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells or None)
-        self._noted(function, twin)  # before what it holds, which may be itself
-        for new, old in zip(cells, function.__closure__ or (), strict=True):
-            if _is_filled(old):
-                new.cell_contents = self._held(old.cell_contents)
-        twin.__defaults__ = function.__defaults__ and tuple(map(self._held, function.__defaults__))
-        keywords = function.__kwdefaults__
-        twin.__kwdefaults__ = keywords and {name: self._held(value) for name, value in keywords.items()}
-        vars(twin).update({name: self._held(value) for name, value in vars(function).items()})
+        twin = self._noted(function, empty_copy(function))  # before the objects that it holds, which may be itself
+        fill(twin, function, lambda value: self.of(value) if self._is_ours(value) else value)
         return twin
 
-    def _held(self, value: Any) -> Any:
-        return self.of(value) if self._is_ours(value) else value
-
     def _is_ours(self, value: Any, above: tuple[int, ...] = ()) -> bool:
-        """Whether a function that holds this must hold something else in the copy."""
+        """Whether a function that holds this value must hold another one in the copy."""
         if id(value) in self._memo:
             return self._memo[id(value)] is not value
         if id(value) in above:
@@ -235,20 +227,20 @@ class Replica:
         if isinstance(value, types.MethodType):
             held: tuple[Any, ...] = (value.__self__,)
         elif type(value) is types.FunctionType:
-            held = _held_by(value)
+            held = held_by(value)
         elif type(value) is partial:
             held = (value.func, *value.args, *value.keywords.values())
-        elif not self._is_complete:  # what hooks write to; a `loss_fn` of the user's may go on collecting
+        elif not self._is_complete:  # hooks write to it; a `loss_fn` of the user's may go on collecting
             return not (type(value) in _ATOMS or isinstance(value, (type, types.ModuleType)) or self._is_shared(value))
         elif type(value) in _CONTAINERS:
             held = tuple(value.values() if isinstance(value, dict) else value)[:_MOST_ENTRIES]
         else:
             return False
-        return any(self._is_ours(each, (*above, id(value))) for each in held)
+        return any(self._is_ours(part, (*above, id(value))) for part in held)
 
 
 class _Uncopied:
-    """Stands for an iterator that cannot be copied: what scoring takes from it, training would miss."""
+    """Stands for an iterator that cannot be copied: training would miss the values that scoring takes from it."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self._kind = type(iterator).__name__
@@ -273,8 +265,8 @@ def _set_state(twin: Any, state: Any) -> None:
         return
     attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
     vars(twin).update(attributes or {})
-    for name, each in (slots or {}).items():
-        object.__setattr__(twin, name, each)
+    for name, value in (slots or {}).items():
+        object.__setattr__(twin, name, value)
 
 
 def _is_shared_kind(kind: type) -> bool:
@@ -285,19 +277,5 @@ def _is_shared_kind(kind: type) -> bool:
 
 
 def _uncompiled(value: Any) -> Any:
-    """Return what ``torch.compile`` made a function from, or the value itself."""
+    """Return the function that ``torch.compile`` made another one from, or the value itself."""
     return getattr(value, "__dict__", {}).get("_torchdynamo_orig_callable", value)
-
-
-def _held_by(function: types.FunctionType) -> tuple[Any, ...]:
-    """Return what a function holds in its closure and in its defaults."""
-    cells = (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
-    return (*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True

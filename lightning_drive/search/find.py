@@ -13,8 +13,9 @@ from lightning_drive.core import shards
 from lightning_drive.core.arguments import Schedule, Scope, check_patterns
 from lightning_drive.core.goal import Goal
 from lightning_drive.core.masks import Masks
-from lightning_drive.network import gradients, prunable, prunable_checks
+from lightning_drive.network import prunable, prunable_checks
 from lightning_drive.network.gradients import LossFunction
+from lightning_drive.network.repeated_batches import Passes
 from lightning_drive.search import unscored
 from lightning_drive.search.diagnosis import Diagnosis, diagnose
 from lightning_drive.search.loop import Found, search
@@ -99,7 +100,7 @@ def find_masks(
     names = prunable.prunable_parameters(module, include, exclude)
     prunable_checks.check_numbers(names)
     others = prunable.dense_matrices(module, names, exclude) if include is None else ()
-    passes = None if batches is None else gradients.Passes(batches)
+    passes = None if batches is None else Passes(batches)
     example = getattr(module, "example_input_array", None) if example_input is None else example_input
 
     def opened(names: Sequence[str]) -> AbstractContextManager[Network]:

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator
 from itertools import repeat
 from typing import Any
 
-from lightning_drive.network import gradients
-from lightning_drive.network.gradients import Passes
+from lightning_drive.network.repeated_batches import Passes, endless
 
 _MOST_IN_A_ROW = 10_000
 """How many batches to skip one after another before that is an error, where the end of the data is not known."""
@@ -21,7 +20,7 @@ class ScoringBatches:
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._passes = batches if isinstance(batches, Passes) else Passes(batches)
-        self._batches = self._remembering_first(gradients.endless(self._passes))
+        self._batches = self._remembering_first(endless(self._passes))
         self._first: Any = None
         self._skipped_in_a_row = 0
         self._reason = ""  # why the last batch was skipped

@@ -1,8 +1,7 @@
-"""Gradients are those of the loss in full precision without Dropout, and afterwards nobody can tell they were taken."""
+"""Gradients are those of the loss summed over the batches, owned by the caller, and no parameter keeps one."""
 
 import copy
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from typing import Any
 
 import models
@@ -10,14 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 
-from lightning_drive import DRIVE, SNIP, find_masks
 from lightning_drive.core import function_modes
-from lightning_drive.network import batch_norm, gradients
-from lightning_drive.search.methods import Method
+from lightning_drive.network import gradients
 
 MODES = pytest.mark.parametrize("mode", ["train", "eval"])
 
@@ -119,84 +114,6 @@ def test_loss_gradients__no_batches_error() -> None:
         gradients.loss_gradients(module, prunable(module), models.loss_fn, [])
 
 
-# --- endless
-
-
-def test_endless__reads_a_loader_anew() -> None:
-    """Every pass over a shuffling loader has its own order; only an iterator is repeated."""
-    loader = DataLoader(list(range(20)), batch_size=None, shuffle=True, generator=torch.Generator().manual_seed(0))
-    found = list(islice(gradients.endless(loader), 40))
-    assert sorted(found[:20]) == sorted(found[20:]) == list(range(20))
-    assert found[:20] != found[20:]
-
-
-def test_endless__takes_no_more_than_asked() -> None:
-    taken = []
-
-    def stream() -> Iterator[int]:
-        for i in range(100):
-            taken.append(i)
-            yield i
-
-    assert list(islice(gradients.endless(stream()), 3)) == [0, 1, 2]
-    assert taken == [0, 1, 2]
-
-
-@pytest.mark.parametrize("empty", [[], iter([]), (i for i in ())], ids=["list", "iterator", "generator"])
-def test_endless__empty_error(empty: Any) -> None:
-    with pytest.raises(ValueError, match="nothing to score on: `batches` is empty"):
-        next(gradients.endless(empty))
-
-
-# --- BatchNorm statistics
-
-
-def trained_conv_net() -> models.ConvNet:
-    module = models.randomised(models.ConvNet())
-    for batch in models.make_batches(2, 6, 6, seed=1):
-        models.loss_fn(module.train(), batch)
-    return module
-
-
-def test_batch_norm_statistics() -> None:
-    """What `torch.optim.swa_utils.update_bn` writes, but written only when asked to."""
-    module, batches = trained_conv_net(), models.make_batches(2, 6, 6, count=4)
-    expected = copy.deepcopy(module)
-    update_bn(batches, expected)
-    before = models.fingerprint(module)
-    statistics = batch_norm.batch_norm_statistics(copy.deepcopy(module), models.loss_fn, batches)
-    assert list(statistics) == ["norm1", "norm2"]
-    batch_norm.load_batch_norm_statistics(module, statistics)
-    for (name, found), wanted in zip(module.named_buffers(), expected.buffers(), strict=True):
-        assert found.equal(wanted), name
-    assert set(models.changes(module, before)) >= {"buffer norm1.running_mean", "buffer norm2.running_var"}
-
-
-def test_batch_norm_statistics__frozen_and_untrained() -> None:
-    module = trained_conv_net()
-    module.norm1.eval()
-    assert list(batch_norm.batch_norm_statistics(module, models.loss_fn, models.make_batches(2, 6, 6))) == ["norm2"]
-    assert batch_norm.batch_norm_statistics(models.ConvNet(), models.loss_fn, models.make_batches(2, 6, 6)) == {}
-
-
-def test_batch_norm_statistics__no_batches() -> None:
-    """Mean 0 and variance 1 of nothing would be worse than what is there."""
-    assert batch_norm.batch_norm_statistics(trained_conv_net(), models.loss_fn, []) == {}
-
-
-def test_batch_norm_statistics__momentum_returns_after_an_error() -> None:
-    module = trained_conv_net()
-    momentum = module.norm1.momentum
-
-    def broken(module: nn.Module, batch: models.Batch) -> Tensor:
-        models.loss_fn(module, batch)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        batch_norm.batch_norm_statistics(module, broken, models.make_batches(2, 6, 6))
-    assert module.norm1.momentum == momentum
-
-
 class Checkpointed(nn.Module):
     """Runs its hidden layers twice: forward, and again in the backward pass."""
 
@@ -241,55 +158,6 @@ def test_on_replica_only() -> None:
     )
     assert checked(replica, batch).isfinite()
     assert gradients.on_replica_only(models.loss_fn, net)(net, batch).isfinite()  # scored itself
-
-
-# --- what checkpoints compute again
-
-
-class Recomputed(nn.Module):
-    """A layer in which dropout is called as a function, run by ``run``."""
-
-    def __init__(self, hidden: Callable[[Tensor, bool], Tensor], run: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
-        self.hidden, self.run = hidden, run
-
-    def block(self, x: Tensor) -> Tensor:
-        return self.hidden(self.second(x).relu(), self.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.run(self.block, self.first(x).relu()))
-
-
-def attended(x: Tensor, training: bool) -> Tensor:
-    parts = x.view(4, 4, 16)
-    return F.scaled_dot_product_attention(parts, parts, parts, dropout_p=0.5 * training).reshape(16, 16)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize(
-    "hidden",
-    [
-        pytest.param(lambda x, training: F.dropout(x, 0.5, training), id="F.dropout"),
-        pytest.param(lambda x, training: torch.dropout(x, 0.5, training).tanh(), id="torch.dropout"),
-        pytest.param(attended, id="attention"),
-    ],
-)
-@pytest.mark.parametrize("method", [DRIVE(rounds=3), SNIP()], ids=["DRIVE", "SNIP"])
-def test_checkpoint__no_dropout(hidden: Callable[[Tensor, bool], Tensor], reentrant: bool, method: Method) -> None:
-    """Dropout is off also where a checkpoint computes something again: masks are those of the plain network."""
-
-    def masks(run: Callable[..., Tensor]) -> str:
-        torch.manual_seed(0)
-        net = Recomputed(hidden, run)
-        batch = torch.randn(16, 8), torch.randint(4, (16,))
-        found = find_masks(
-            net, method, sparsity=0.5, batches=[batch], loss_fn=lambda m, b: F.cross_entropy(m(b[0]), b[1])
-        )
-        return found.digest()
-
-    plain = masks(lambda function, x: function(x))
-    assert masks(lambda function, x: checkpoint(function, x, use_reentrant=reentrant)) == plain
 
 
 def test_backward__subclass() -> None:
