@@ -29,9 +29,9 @@ class Part(NamedTuple):
     node: Node
     reads: bool
     """Whether they are input channels of a layer whose output channels are others."""
-    index: list[int]
-    root: list[int]
-    """For each index the root's channel that it goes with."""
+    indices: list[int]
+    roots: list[int]
+    """For each of the indices the root's channel that it goes with."""
 
 
 class DependencyGraph:
@@ -51,16 +51,14 @@ class DependencyGraph:
         self._graph.build_dependency(module, given, forward_fn=forward, ignored_layers=ignored, verbose=False)
 
     def pass_over_failures(self, candidates: Iterable[nn.Module]) -> bool:
-        """After a failed build, leave channels where they are at operations that cannot be followed, such as some views.
+        """After a failed build, leave channels where they are at operations that torch-pruning fails to follow.
 
-        Groups that these take part in are left alone then, unless the channels do stay where they are. Return whether
-        the rest can be followed.
+        Such are some views. Groups that these take part in are left alone then, unless the channels do stay where they
+        are. Return whether the rest can be followed.
         """
         nodes = getattr(self._graph, "module2node", {})
         root = next((layer for layer in candidates if layer in nodes), None)
-        if root is None or any(
-            len(node.dependencies) < len(node.inputs) + len(node.outputs) for node in nodes.values()
-        ):
+        if root is None or not all(map(_is_linked, nodes.values())):
             return False
         prune = self._graph.get_pruner_of_module(root).prune_out_channels
         for module, node in nodes.items():
@@ -108,6 +106,11 @@ class DependencyGraph:
         """Take input or output channels out of a layer's tensors, and nothing out of others."""
         pruner = self._graph.get_pruner_of_module(layer)
         (pruner.prune_in_channels if reads else pruner.prune_out_channels)(layer, sorted(index))
+
+
+def _is_linked(node: Any) -> bool:
+    """Whether the build came as far as to connect a node with all its neighbours."""
+    return len(node.dependencies) >= len(node.inputs) + len(node.outputs)
 
 
 def _stop(indices: Sequence[Any]) -> Sequence[Any]:

@@ -44,6 +44,11 @@ def _constant(group: Group, trace: Trace) -> Tensor:
     """Return which channels do not hang on the input, wherever they are read: those that no weight writes to."""
     known: dict[Node, Tensor] = {}
 
+    def passes_on(node: Node) -> bool:
+        if layers.joins_channels(node.module):
+            return False
+        return node.module in trace.plain or not autograd_nodes.takes_ungraded(node.grad_fn)
+
     def at(node: Node) -> Tensor:
         if node not in known:
             item = group.items[node, False]
@@ -51,10 +56,8 @@ def _constant(group: Group, trace: Trace) -> Tensor:
             if isinstance(item.layer, (nn.Linear, _ConvNd, _BatchNorm)):
                 silent = group.everywhere(item, ~item.rows())
             sources = group.sources(node)
-            is_layer = node.module in trace.plain
-            if sources and not layers.joins_channels(item.layer):
-                if is_layer or not autograd_nodes.takes_ungraded(node.grad_fn):
-                    silent = silent | torch.stack([at(source) | ~group.has(source) for source in sources]).all(0)
+            if sources and passes_on(node):
+                silent = silent | torch.stack([at(source) | ~group.has(source) for source in sources]).all(0)
             known[node] = silent & group.has(node)
         return known[node]
 

@@ -14,7 +14,7 @@ from lightning_drive.compaction.tracing import Trace
 
 
 def is_sound(group: Group, trace: Trace) -> bool:
-    """Whether channels stay apart in all of a group, are where torch-pruning says they are, and something reads them."""
+    """Whether channels stay apart in a group, are where torch-pruning says they are, and something reads them."""
     positions = _Positions(group, trace)
     return (
         bool(group.readers)

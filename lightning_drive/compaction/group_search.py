@@ -31,10 +31,10 @@ def group_of(graph: DependencyGraph, trace: Trace, layer: nn.Module, channels: l
     position = {channel: number for number, channel in enumerate(channels)}
     items: dict[tuple[Node, bool], Item] = {}
     for part in graph.parts(layer, channels) or ():
-        if (part.node, part.reads) in items or any(root not in position for root in part.root):
+        if (part.node, part.reads) in items or any(root not in position for root in part.roots):
             return None
-        index = torch.tensor(part.index, device=device)
-        root = torch.tensor([position[root] for root in part.root], device=device)
+        index = torch.tensor(part.indices, device=device)
+        root = torch.tensor([position[root] for root in part.roots], device=device)
         items[part.node, part.reads] = Item(part.node, part.reads, index, root)
     group = Group(trace.names[layer], layer, channels, items, device)
     return group if group_check.is_sound(group, trace) else None

@@ -79,7 +79,7 @@ class Group:
         return [source for source in node.inputs if (source, False) in self.items]
 
     def everywhere(self, item: Item, is_true: Tensor) -> Tensor:
-        """Turn a statement about an item's channels into one about the root's: true if it is of all that go with one."""
+        """Return for which of the root's channels a statement is true of all channels of an item that go with it."""
         result = self.has(item.node)
         result[item.root[~is_true]] = False
         return result
