@@ -193,13 +193,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compress(checkpoint: Path, out: Path, overwrite: bool, trust_pickle: bool) -> None:
-    from lightning_drive.export import checkpoints, sparse_files
+    from lightning_drive.export import checkpoint_metadata, checkpoints, sparse_writer
 
     _check_free(out, checkpoint, overwrite)
     content = _loaded(checkpoint, trust_pickle)
     state_dict = checkpoints.state_dict_of(content, checkpoint)
-    rest = checkpoints.packed(content)
-    sparse_files.save_sparse(state_dict, out, metadata=rest.metadata)
+    rest = checkpoint_metadata.packed(content)
+    sparse_writer.save_sparse(state_dict, out, metadata=rest.metadata)
 
     weights = sum({tensor.data_ptr(): tensor.nbytes for tensor in state_dict.values()}.values())
     size = out.stat().st_size
@@ -225,13 +225,13 @@ def _compress(checkpoint: Path, out: Path, overwrite: bool, trust_pickle: bool) 
 def _expand(sparse: Path, out: Path, overwrite: bool) -> None:
     import torch
 
-    from lightning_drive.export import checkpoints, sparse_files
+    from lightning_drive.export import checkpoint_metadata, files, sparse_reader
 
     _check_free(out, sparse, overwrite)
-    state_dict, metadata = sparse_files.load_with_metadata(sparse)
-    checkpoint = checkpoints.unpacked(metadata, sparse)
+    state_dict, metadata = sparse_reader.load_with_metadata(sparse)
+    checkpoint = checkpoint_metadata.unpacked(metadata, sparse)
     checkpoint[_VERSION] = _current(checkpoint.get(_VERSION))
-    with sparse_files.replacing(out) as temporary:
+    with files.replacing(out) as temporary:
         torch.save({**checkpoint, "state_dict": state_dict}, temporary)
 
     hyper_parameters = checkpoint.get("hyper_parameters")
@@ -240,11 +240,11 @@ def _expand(sparse: Path, out: Path, overwrite: bool) -> None:
 
 
 def _report(checkpoint: Path, as_json: bool, trust_pickle: bool) -> None:
-    from lightning_drive.export import checkpoints, sparse_files
+    from lightning_drive.export import checkpoint_metadata, checkpoints, sparse_reader
 
     is_sparse = checkpoints.is_safetensors(checkpoint)
     if is_sparse:
-        content = checkpoints.unpacked(sparse_files.read_metadata(checkpoint), checkpoint)
+        content = checkpoint_metadata.unpacked(sparse_reader.read_metadata(checkpoint), checkpoint)
     else:
         content = _loaded(checkpoint, trust_pickle, needs_weights=False)
     callback, values = checkpoints.pruning_in(content)
@@ -253,7 +253,7 @@ def _report(checkpoint: Path, as_json: bool, trust_pickle: bool) -> None:
     if not report:
         whole = _loaded(checkpoint, trust_pickle) if checkpoint.is_dir() else content  # or say that it is in parts
         zeros = _zeros(
-            sparse_files.load_sparse(checkpoint) if is_sparse else checkpoints.state_dict_of(whole, checkpoint)
+            sparse_reader.load_sparse(checkpoint) if is_sparse else checkpoints.state_dict_of(whole, checkpoint)
         )
     if as_json:
         found = {"callback": callback or None, "report": report.to_dict() if report else None}

@@ -56,12 +56,7 @@ def is_concatenation(node: Node) -> bool:
 def after(grad_fn: Any, before: Sequence[Position], shapes: Sequence[Shape], shape: Shape) -> Position | None:
     """Return where channels are after an operation other than a concatenation; nothing if it may mix them.
 
-    Args:
-        grad_fn: Autograd's node of the operation.
-        before: Where they are in each of its inputs.
-        shapes: The inputs' shapes.
-        shape: The output's shape.
-
+    They are where ``before`` says in its inputs, which have ``shapes``; its output has ``shape``.
     """
     name, first = autograd_nodes.operation(grad_fn), before[0]
     dimension = first.dimension
@@ -82,14 +77,9 @@ def after(grad_fn: Any, before: Sequence[Position], shapes: Sequence[Shape], sha
 def after_concatenation(
     grad_fn: Any, before: Sequence[Position | None], widths: Sequence[int], shape: Shape
 ) -> Position | None:
-    """Return where channels are after their tensors were joined, in dimension 1; nothing if it may mix them.
+    """Return where channels are after tensors were joined in dimension 1; nothing if they were joined in another.
 
-    Args:
-        grad_fn: Autograd's node of the concatenation.
-        before: Where they are in each of its inputs, ``None`` for an input without any.
-        widths: The inputs' sizes in dimension 1.
-        shape: The output's shape.
-
+    They are where ``before`` says in its inputs, ``None`` for one without any; these have ``widths`` in dimension 1.
     """
     known = [position for position in before if position is not None]
     if any(position.dimension != 1 for position in known):

@@ -11,7 +11,7 @@ from lightning_drive.core.arguments import Control
 from lightning_drive.core.history import Round, ScoreHistogram
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
-from lightning_drive.export import checkpoints, sparse_files
+from lightning_drive.export import checkpoint_metadata, checkpoints, sparse_reader
 from lightning_drive.report import figures, tables
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ class PruningReport:
         """
         path = Path(path)
         if checkpoints.is_safetensors(path):
-            checkpoint = checkpoints.unpacked(sparse_files.read_metadata(path), path)
+            checkpoint = checkpoint_metadata.unpacked(sparse_reader.read_metadata(path), path)
         else:
             checkpoint = checkpoints.load(path, needs_weights=False)
         callback, values = checkpoints.pruning_in(checkpoint)

@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_drive import Masks, PruningReport, load_sparse, save_sparse
 from lightning_drive.command import main
-from lightning_drive.export import sparse_files
+from lightning_drive.export import sparse_format, sparse_reader
 from lightning_drive.network.rewinding import RewindPoint
 
 MISSING = object()
@@ -287,17 +287,17 @@ def test_metadata__every_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         path = tmp_path / f"{former}"
         with monkeypatch.context() as patch:
             if former:
-                patch.setattr(sparse_files, "_digest_of_texts", lambda *_: None)
+                patch.setattr(sparse_format, "digest_of_texts", lambda *_: None)
             save_sparse({"a": torch.eye(30)}, path, metadata={"checkpoint": '{"epoch": 12}'})
         if former:
             with safetensors.safe_open(path, "pt") as file:
                 metadata, stored = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             record = json.loads(metadata.pop("lightning_drive"))
             del record["digest_of_texts"]
-            record["digest"] = sparse_files._digest(record, metadata, stored)
+            record["digest"] = sparse_format.digest_of(record, metadata, stored)
             safetensors.torch.save_file(stored, path, {**metadata, "lightning_drive": json.dumps(record)})
         assert torch.equal(load_sparse(path)["a"], torch.eye(30))
-        assert sparse_files.read_metadata(path) == {"checkpoint": '{"epoch": 12}'}
+        assert sparse_reader.read_metadata(path) == {"checkpoint": '{"epoch": 12}'}
         whole = path.read_bytes()
         place = whole.index(b"epoch")
         for bit in range(8 * place, 8 * (place + 12)):
@@ -305,7 +305,7 @@ def test_metadata__every_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             wrong[bit // 8] ^= 1 << bit % 8
             path.write_bytes(wrong)
             with pytest.raises(ValueError, match="damaged"):
-                sparse_files.read_metadata(path)
+                sparse_reader.read_metadata(path)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "/dev/zero", "/dev/null", "dangling"])
@@ -323,7 +323,7 @@ def test_no_file(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert main([str(word) for word in words]) == 2
         error = capsys.readouterr().err
         assert ("There is no file" if kind == "dangling" else "must be a file, but is a") in error
-    for function in (load_sparse, sparse_files.read_metadata, PruningReport.from_checkpoint):
+    for function in (load_sparse, sparse_reader.read_metadata, PruningReport.from_checkpoint):
         with pytest.raises((ValueError, FileNotFoundError), match=r"must be a file|There is no file"):
             function(path)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_drive import load_sparse, save_sparse
 from lightning_drive.core.bits import pack
-from lightning_drive.export import sparse_files
+from lightning_drive.export import sparse_format, sparse_reader
 
 FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")  # some are newer
 DTYPES = [
@@ -141,7 +141,7 @@ def test_round_trip__views_of_one_number(view: str, dtype: torch.dtype, tmp_path
 
 
 def test_save_sparse__format(tmp_path: Path) -> None:
-    """The bits of `masking.pack` and the values in order; all else as any reader of safetensors expects it."""
+    """The bits of `bits.pack` and the values in order; all else as any reader of safetensors expects it."""
     weight, bias = torch.zeros(30, 40), torch.randn(40)
     weight[2, 3], weight[4, 5] = 0.5, -2.0
     save_sparse({"weight": weight, "bias": bias}, tmp_path / "file")
@@ -362,9 +362,9 @@ def test_save_sparse__bad_names(name: Any, tmp_path: Path) -> None:
 def test_metadata(tmp_path: Path) -> None:
     metadata = {"note": 'two\nlines, "quoted", é', "": ""}
     save_sparse({"a": torch.ones(1)}, tmp_path / "file", metadata=metadata)
-    assert sparse_files.read_metadata(tmp_path / "file") == metadata
+    assert sparse_reader.read_metadata(tmp_path / "file") == metadata
     save_sparse({"a": torch.ones(1)}, tmp_path / "file")
-    assert sparse_files.read_metadata(tmp_path / "file") == {}
+    assert sparse_reader.read_metadata(tmp_path / "file") == {}
 
 
 class Unread:
@@ -389,7 +389,7 @@ def test_metadata__reads_no_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """It may be of a file that is large."""
     save_sparse({"a": torch.ones(1), "b": torch.eye(100)}, tmp_path / "file", metadata={"mine": "text"})
     monkeypatch.setattr(safetensors, "safe_open", Unread)
-    assert sparse_files.read_metadata(tmp_path / "file") == {"mine": "text"}
+    assert sparse_reader.read_metadata(tmp_path / "file") == {"mine": "text"}
     with pytest.raises(AssertionError):
         load_sparse(tmp_path / "file")
 
@@ -414,7 +414,7 @@ def test_files__without_safetensors(function: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     arguments = ({}, tmp_path / "file") if function == "save_sparse" else (tmp_path / "file",)
     with pytest.raises(ModuleNotFoundError, match=f"`{function}` needs safetensors: `pip install safetensors`"):
-        getattr(sparse_files, function)(*arguments)
+        {"save_sparse": save_sparse, "load_sparse": load_sparse}[function](*arguments)
 
 
 # How a file comes to its place.
@@ -499,7 +499,7 @@ def test_load_sparse__flipped(small: Path) -> None:
         small.write_bytes(wrong)
         try:
             assert_same(load_sparse(small), SMALL)
-            assert sparse_files.read_metadata(small) == {"note": "text"}
+            assert sparse_reader.read_metadata(small) == {"note": "text"}
         except ValueError as error:
             assert "small.safetensors" in str(error)  # noqa: PT017  # in most, not in all
             refused += 1
@@ -560,7 +560,7 @@ def _torch_checkpoint() -> bytes:
 def test_load_sparse__foreign(content: Callable[[], bytes], message: str, tmp_path: Path) -> None:
     """Refused by name, with nothing unpickled."""
     (tmp_path / "foreign.file").write_bytes(content())
-    for function in (load_sparse, sparse_files.read_metadata):
+    for function in (load_sparse, sparse_reader.read_metadata):
         with pytest.raises(ValueError, match=rf"foreign\.file.*{message}"):
             function(tmp_path / "foreign.file")
     assert not Payload.ran
@@ -582,7 +582,7 @@ def crafted(path: Path, change: Change) -> None:
         stored = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     record = json.loads(metadata.pop("lightning_drive"))
     change(record, stored)
-    record["digest"] = sparse_files._digest(record, metadata, stored)
+    record["digest"] = sparse_format.digest_of(record, metadata, stored)
     safetensors.torch.save_file(stored, path, {**metadata, "lightning_drive": json.dumps(record)})
 
 
