@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_drive import compact, load_sparse, save_sparse
 from lightning_drive.compaction import compact as compact_module
+from lightning_drive.compaction import removal
 from lightning_drive.core import containers
 from lightning_drive.network import paths
 
@@ -509,12 +510,12 @@ def test_compact__never_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     given = randomised(MLP(6, 8, 8, 3))
     with torch.no_grad():
         given[4].weight[:, :2] = 0
-    right = compact_module._unread_
+    right = removal._unread_
 
     def wrong(group: Any) -> Tensor:
         return torch.ones_like(right(group)) if group.name == "0" else right(group)
 
-    monkeypatch.setattr(compact_module, "_unread_", wrong)
+    monkeypatch.setattr(removal, "_unread_", wrong)
     small = compact(given, numbers(2, 6))
     assert sizes(small) == [(8, 6), (6, 8), (3, 6)]
     assert_same(given, small, (6,))
@@ -523,7 +524,7 @@ def test_compact__never_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compact__disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
     given = randomised(MLP(6, 8, 3))
     before = fingerprint(given)
-    monkeypatch.setattr(compact_module, "_shrunk", lambda library, module, example: randomised(module, 5))
+    monkeypatch.setattr(compact_module, "shrunk", lambda module, example: randomised(module, 5))
     with pytest.raises(RuntimeError, match=r"must give the outputs of the given one, and does not"):
         compact(given, numbers(2, 6))
     assert changes(given, before) == []

@@ -1,18 +1,19 @@
-"""A checkpoint is read without running code in it, or refused in one line; JSON gives back what it took."""
+"""A checkpoint is read without running code in it, or is an error in one line."""
 
 import argparse
-import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fits
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from odd_values import mutations
 
+from lightning_drive.command import main
 from lightning_drive.export import checkpoints
 
 CONTENT = {"state_dict": {"weight": torch.arange(300.0)}, "callbacks": {}, "epoch": 3, "labels": ("cat", 1.5)}
@@ -60,6 +61,8 @@ def test_load__sharded(tmp_path: Path) -> None:
 
 
 DAMAGED = "is not a file that `torch.save` wrote, or it is damaged or cut off"
+
+
 WRONG: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
     "missing": (lambda folder: folder / "missing", FileNotFoundError, "There is no file"),
     "folder": (lambda folder: folder, ValueError, "is a folder, not a checkpoint. Give a file in it"),
@@ -185,9 +188,6 @@ def test_load__trusted_but_unknown(tmp_path: Path) -> None:
         checkpoints.load(cut(tmp_path, -100), weights_only=False)
 
 
-# What our callbacks left in it.
-
-
 def state(report: object) -> dict[str, Any]:
     return {"version": 1, "masks": {}, "report": report}
 
@@ -208,44 +208,58 @@ def test_pruning_in(content: dict[str, Any], expected: tuple[str, Any]) -> None:
     assert checkpoints.pruning_in(content) == expected
 
 
-# JSON and back.
+@pytest.fixture(scope="module")
+def report_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    callback = fits.CALLBACKS["IMP"]()
+    trainer = fits.trainer(tmp_path_factory.mktemp("run"), callback, limit_train_batches=1, max_epochs=3)
+    trainer.fit(fits.ConvModule(), fits.loader())
+    assert callback.report is not None
+    return callback.report.to_dict()
 
 
-def test_packed() -> None:
-    """Training state and weights stay out, and what JSON cannot hold is named."""
-    plain = {"epoch": 3, "labels": ("cat", [1.5, None, True]), "none": None, "deep": {"a": {"b": (1, (2,))}}}
-    training = {"loops": {}, "optimizer_states": [], "lr_schedulers": [], "callbacks": {"A": state({"x": [1]})}}
-    odd = {"tensor": torch.ones(1), "keys": {1: 2}, "size": torch.Size([2]), "__tuple__": [1], 3: 4}
-    hyper_parameters = {"width": 3, "dtype": torch.float32, "size": (1, 2)}
-    found = checkpoints.packed(
-        {"state_dict": {}, **plain, **training, **odd, "hyper_parameters": hyper_parameters}
-        | {"datamodule_hyper_parameters": {"folder": Path("x")}}
-    )
-    assert found.entries_left_out == ["tensor (Tensor)", "keys (dict)", "size (Size)", "__tuple__ (list)", "3 (int)"]
-    assert [text.split()[0] for text in found.hyper_parameters_left_out] == ["dtype", "folder"]
-    assert json.loads(found.metadata["checkpoint"]).keys() & {"state_dict", *training} == set()
-    assert checkpoints.unpacked(found.metadata, Path("x")) == {
-        **plain,
-        "hyper_parameters": {"width": 3, "size": (1, 2)},
-        "datamodule_hyper_parameters": {},
-        "lightning_drive": {"callback": "A", "report": {"x": [1]}},
+def test_load__odd_content(report_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 0, or 2 and one line, for checkpoints and sparse files alike."""
+    state = {"version": 1, "masks": {}, "report": report_values}
+    content = {
+        "state_dict": {"a": torch.eye(40)},
+        "callbacks": {"IMP": state},
+        "hyper_parameters": {"width": 3},
+        "pytorch-lightning_version": "2.6.0",
+        "epoch": 1,
     }
+    path, small, out = tmp_path / "a.ckpt", tmp_path / "a.small", tmp_path / "out"
+    for odd in mutations(content, deepest=3, every=3):
+        torch.save(odd, path)
+        for words in (
+            ("report", path),
+            ("report", path, "--json"),
+            ("compress", path, small, "--overwrite"),
+            ("report", small),
+            ("expand", small, out, "--overwrite"),
+        ):
+            status = main([str(word) for word in words])
+            error = capsys.readouterr().err
+            assert (status, len(error.splitlines())) in ((0, 0), (2, 1)), (words, error)
 
 
-def test_packed__bare() -> None:
-    """A ``state_dict`` has nothing else, whatever its tensors are called."""
-    assert checkpoints.packed({"epoch": torch.ones(1)}) == ({}, [], [])
-    assert checkpoints.unpacked({}, Path("x")) == {}
-    assert checkpoints.unpacked({"mine": "text"}, Path("x")) == {}
-
-
-def test_unpacked__no_training_state() -> None:
-    """A file that others wrote cannot bring in what `compress` leaves out."""
-    text = json.dumps({"state_dict": {}, "callbacks": {}, "epoch": 1})
-    assert checkpoints.unpacked({"checkpoint": text}, Path("x")) == {"epoch": 1}
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "[" * 100_000, '{"__tuple__": 1}', '{"__tuple__": [1]}'])
-def test_unpacked__error(text: str) -> None:
-    with pytest.raises(ValueError, match=re.escape("'x' has metadata under 'checkpoint' that `lightning-drive compr")):
-        checkpoints.unpacked({"checkpoint": text}, Path("x"))
+def test_checkpoint__every_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flipped bit is an error where it is read: in a text by all, in a weight where weights are stored anew."""
+    path = tmp_path / "a.ckpt"
+    for has_checksums in (True, False):
+        torch.serialization.set_crc32_options(has_checksums)
+        torch.save({"state_dict": {"a": 0.7 * torch.ones(50)}, "note": "found"}, path)
+        assert main(["report", str(path)]) == 0
+    torch.serialization.set_crc32_options(True)
+    torch.save({"state_dict": {"a": 0.7 * torch.ones(50)}, "note": "found"}, path)
+    whole = path.read_bytes()
+    for what, words in (
+        (b"found", [["report", path], ["compress", path, tmp_path / "b"]]),
+        (torch.tensor(0.7).numpy().tobytes(), [["compress", path, tmp_path / "b"]]),
+    ):
+        for bit in range(8 * whole.index(what), 8 * (whole.index(what) + 4)):
+            wrong = bytearray(whole)
+            wrong[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(wrong)
+            for each in words:
+                assert main([str(word) for word in each]) == 2
+                assert "damaged" in capsys.readouterr().err

@@ -1,76 +1,22 @@
-"""Whatever is wrong with a state, report or file: it loads, or one error of ours says what is wrong."""
+"""Whatever is wrong with a callback's state in a checkpoint: it loads, or one error of ours says what is wrong."""
 
 import contextlib
 import copy
 import functools
 import json
-import os
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fits
 import lightning.pytorch as pl
 import pytest
-import safetensors.torch
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from odd_values import changed, mutations, paths
 
-from lightning_drive import Masks, PruningReport, load_sparse, save_sparse
-from lightning_drive.command import main
-from lightning_drive.export import sparse_files
+from lightning_drive import Masks, PruningReport
 from lightning_drive.network.rewinding import RewindPoint
-
-MISSING = object()
-ODD: list[Any] = [
-    *(MISSING, None, [], {}, (), "", "x", -1, 0, 10**30, 10**5000, float("nan"), float("inf"), True, (1,), [None]),
-    *({"a": 1}, {("a", 1): 2}, {1: {}}, b"x", torch.ones(2), torch.ones(1).expand(10**12), [[]], ["x"], [10**12]),
-]
-
-
-def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every place in nested dictionaries and lists; of a list the first and the last."""
-    if path:
-        yield path
-    if isinstance(value, dict):
-        for key in value:
-            yield from paths(value[key], (*path, key))
-    elif isinstance(value, (list, tuple)) and value:
-        for index in {0, len(value) - 1}:
-            yield from paths(value[index], (*path, index))
-
-
-def changed(value: Any, path: tuple[Any, ...], odd: Any) -> Any:
-    """A copy of dictionaries and lists with another value in one place."""
-    head, *rest = path
-    new = dict(value) if isinstance(value, dict) else list(value)
-    if rest:
-        new[head] = changed(value[head], tuple(rest), odd)
-    elif odd is MISSING:
-        del new[head]
-    else:
-        new[head] = odd
-    return new
-
-
-def renamed(value: Any, path: tuple[Any, ...]) -> Any:
-    """A copy with a tuple in place of a name."""
-    *rest, name = path
-    owner = value
-    for key in rest:
-        owner = owner[key]
-    if not isinstance(owner, dict):
-        return changed(value, path, (1, 2))
-    new = {("a", 1) if key == name else key: each for key, each in owner.items()}
-    return changed(value, tuple(rest), new) if rest else new
-
-
-def mutations(value: Any) -> Iterator[Any]:
-    for path in paths(value):
-        yield renamed(value, path)
-        for odd in ODD:
-            yield changed(value, path, odd)
 
 
 @pytest.fixture(scope="module", params=["DRIVE", "IMP", "IMP in its cycles", "IMP before them"])
@@ -108,7 +54,7 @@ def test_callback_state(made: tuple[Callable[[], Any], dict[str, Any]]) -> None:
     make, state = made
     make().load_state_dict(state)
     refused = total = 0
-    for odd in mutations(state):
+    for odd in mutations(state, every=3):
         callback = make()
         total += 1
         try:
@@ -118,7 +64,7 @@ def test_callback_state(made: tuple[Callable[[], Any], dict[str, Any]]) -> None:
             assert len(str(error)) < 2000  # noqa: PT017
             assert not callback.pruned
             assert callback.report is None
-    assert total > 500
+    assert total > 250
     assert refused > 0.3 * total
 
 
@@ -213,7 +159,7 @@ def report_values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_report(report_values: dict[str, Any]) -> None:
     """What is read can be printed in every form."""
     refused = total = 0
-    for odd in mutations(report_values):
+    for odd in mutations(report_values, every=2):
         total += 1
         try:
             report = PruningReport.from_dict(odd)
@@ -223,146 +169,8 @@ def test_report(report_values: dict[str, Any]) -> None:
             assert str(report)
             assert report.to_markdown()
             assert json.dumps(report.to_dict())
-    assert total > 1000
+    assert total > 500
     assert refused > 0.5 * total
-
-
-def test_command(report_values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit status 0, or 2 and one line, for checkpoints and sparse files alike."""
-    state = {"version": 1, "masks": {}, "report": report_values}
-    content = {
-        "state_dict": {"a": torch.eye(40)},
-        "callbacks": {"IMP": state},
-        "hyper_parameters": {"width": 3},
-        "pytorch-lightning_version": "2.6.0",
-        "epoch": 1,
-    }
-    every = [
-        odd
-        for path in paths(content)
-        if len(path) < 4
-        for odd in (renamed(content, path), *(changed(content, path, odd) for odd in ODD))
-    ]
-    path, small, out = tmp_path / "a.ckpt", tmp_path / "a.small", tmp_path / "out"
-    for odd in every:
-        torch.save(odd, path)
-        for words in (
-            ("report", path),
-            ("report", path, "--json"),
-            ("compress", path, small, "--overwrite"),
-            ("report", small),
-            ("expand", small, out, "--overwrite"),
-        ):
-            status = main([str(word) for word in words])
-            error = capsys.readouterr().err
-            assert (status, len(error.splitlines())) in ((0, 0), (2, 1)), (words, error)
-
-
-def test_checkpoint__every_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A flipped bit is an error where it is read: in a text by all, in a weight where weights are stored anew."""
-    path = tmp_path / "a.ckpt"
-    for has_checksums in (True, False):
-        torch.serialization.set_crc32_options(has_checksums)
-        torch.save({"state_dict": {"a": 0.7 * torch.ones(50)}, "note": "found"}, path)
-        assert main(["report", str(path)]) == 0
-    torch.serialization.set_crc32_options(True)
-    torch.save({"state_dict": {"a": 0.7 * torch.ones(50)}, "note": "found"}, path)
-    whole = path.read_bytes()
-    for what, words in (
-        (b"found", [["report", path], ["compress", path, tmp_path / "b"]]),
-        (torch.tensor(0.7).numpy().tobytes(), [["compress", path, tmp_path / "b"]]),
-    ):
-        for bit in range(8 * whole.index(what), 8 * (whole.index(what) + 4)):
-            wrong = bytearray(whole)
-            wrong[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(wrong)
-            for each in words:
-                assert main([str(word) for word in each]) == 2
-                assert "damaged" in capsys.readouterr().err
-
-
-def test_metadata__every_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a new file and of one of the former version, whose only checksum is that of everything."""
-    for former in (False, True):
-        path = tmp_path / f"{former}"
-        with monkeypatch.context() as patch:
-            if former:
-                patch.setattr(sparse_files, "_digest_of_texts", lambda *_: None)
-            save_sparse({"a": torch.eye(30)}, path, metadata={"checkpoint": '{"epoch": 12}'})
-        if former:
-            with safetensors.safe_open(path, "pt") as file:
-                metadata, stored = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            record = json.loads(metadata.pop("lightning_drive"))
-            del record["digest_of_texts"]
-            record["digest"] = sparse_files._digest(record, metadata, stored)
-            safetensors.torch.save_file(stored, path, {**metadata, "lightning_drive": json.dumps(record)})
-        assert torch.equal(load_sparse(path)["a"], torch.eye(30))
-        assert sparse_files.read_metadata(path) == {"checkpoint": '{"epoch": 12}'}
-        whole = path.read_bytes()
-        place = whole.index(b"epoch")
-        for bit in range(8 * place, 8 * (place + 12)):
-            wrong = bytearray(whole)
-            wrong[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(wrong)
-            with pytest.raises(ValueError, match="damaged"):
-                sparse_files.read_metadata(path)
-
-
-@pytest.mark.parametrize("kind", ["pipe", "socket", "/dev/zero", "/dev/null", "dangling"])
-def test_no_file(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Never opened: a pipe without a writer, or a device without an end, would never end."""
-    path = Path(kind) if kind.startswith("/") else tmp_path / "x"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "dangling":
-        path.symlink_to(tmp_path / "nothing")
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(str(path))
-    for words in (("report", path), ("compress", path, tmp_path / "out"), ("expand", path, tmp_path / "out")):
-        assert main([str(word) for word in words]) == 2
-        error = capsys.readouterr().err
-        assert ("There is no file" if kind == "dangling" else "must be a file, but is a") in error
-    for function in (load_sparse, sparse_files.read_metadata, PruningReport.from_checkpoint):
-        with pytest.raises((ValueError, FileNotFoundError), match=r"must be a file|There is no file"):
-            function(path)
-
-
-HUGE = {
-    "expanded": torch.ones(1).expand(10**12),
-    "rows": torch.ones(1, 10).expand(10**11, 10),
-    "windows": torch.ones(2 * 10**6).as_strided((10**6, 10**6), (1, 1)),
-}
-
-
-@pytest.mark.parametrize("name", HUGE)
-def test_expanded(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TypeError, match=r"'a' claims 1,000,000,000,000 numbers, and has"):
-        save_sparse({"a": HUGE[name]}, tmp_path / "out")
-    torch.save({"state_dict": {"a": HUGE[name]}}, tmp_path / "a.ckpt")
-    assert main(["compress", str(tmp_path / "a.ckpt"), str(tmp_path / "out")]) == 2
-    assert main(["report", str(tmp_path / "a.ckpt")]) == (2 if name == "windows" else 0)
-    bits = {"shape": [8 * 10**12], "bits": torch.ones(1).byte().expand(10**12)}
-    with pytest.raises(ValueError, match="does not hold"):
-        Masks.from_state_dict({"version": 1, "masks": {"a": bits}})
-
-
-def test_replaced_while_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was opened is read to its end; what is written to meanwhile is named."""
-    for name, value in (("old", 1.0), ("new", 2.0)):
-        save_sparse({"a": value * torch.eye(30)}, tmp_path / name)
-    opened, act = safetensors.safe_open, {"do": lambda: (tmp_path / "new").replace(tmp_path / "old")}
-
-    def slowly(*args: Any, **settings: Any) -> Any:
-        act.pop("do", lambda: None)()
-        return opened(*args, **settings)
-
-    monkeypatch.setattr(safetensors, "safe_open", slowly)
-    assert torch.equal(load_sparse(tmp_path / "old")["a"], torch.eye(30))
-    assert torch.equal(load_sparse(tmp_path / "old")["a"], 2 * torch.eye(30))
-    act["do"] = lambda: (tmp_path / "old").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"was changed while it was read\. Try again"):
-        load_sparse(tmp_path / "old")
 
 
 @pytest.mark.parametrize(
