@@ -14,8 +14,8 @@ def begin_epoch_again(trainer: pl.Trainer) -> None:
     """Have a checkpoint that is saved at the start of an epoch, after an exception, resume with all of that epoch.
 
     Scoring takes its time there, so there is where an interrupt falls. The Trainer counts batches from the last epoch
-    on until the new one gets its first, so it would find nothing left to do in it; and an epoch that it takes for one
-    that was under way gets no step of ``ReduceLROnPlateau``.
+    on until the new one gets its first, so it would find next to nothing left to do in it; and an epoch that it takes
+    for one that was under way gets no step of ``ReduceLROnPlateau``.
     """
     counts = facts.counts(trainer)
     _begin_epoch_again(counts)

@@ -19,7 +19,6 @@ import lightning.pytorch as pl
 import processes
 import pytest
 import torch
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch import nn
 
 from lightning_drive import DRIVEPruningCallback, SNIPPruningCallback
@@ -157,13 +156,6 @@ def test_handover__other_launchers() -> None:
     for launcher in (None, object()):
         Handover("address").send(launcher, dict)
     assert results_of(Handover(), {}) == {"callback_metrics_bytes": b""}
-
-
-def test_handover__lightning() -> None:
-    """Lightning's launchers that return results have the method for more of them; others do not."""
-    assert callable(_MultiProcessingLauncher.get_extra_results)
-    assert "extra" in _MultiProcessingLauncher._collect_rank_zero_results.__code__.co_varnames
-    assert not hasattr(_SubprocessScriptLauncher, "get_extra_results")
 
 
 # Callbacks that travel by other means.

@@ -1,4 +1,4 @@
-"""Data that know where they are lose nothing to scoring: not a batch, not a random number, not a count."""
+"""Scoring reads the batches that training will read, and data that know where they are lose nothing to it."""
 
 import copy
 import itertools
@@ -15,6 +15,8 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from fits import ConvModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
@@ -318,19 +320,25 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.001)
 
 
-def seen(path: Path, loader: Any, *callbacks: pl.Callback, max_epochs: int = 3) -> list[Any]:
+def seen(path: Path, loader: Any, *callbacks: pl.Callback) -> list[Any]:
     net = Net()
-    fits.trainer(path, *callbacks, max_epochs=max_epochs).fit(net, loader)
+    fits.trainer(path, *callbacks, max_epochs=2).fit(net, loader)
     return net.seen
 
 
-@pytest.mark.parametrize("warmup_epochs", [0, 1])
-@pytest.mark.parametrize("make", DATA.values(), ids=DATA)
-def test_training__same_batches(make: Callable[[Path], Any], warmup_epochs: int, tmp_path: Path) -> None:
-    """Training reads what it would without pruning, whatever the data keep and wherever."""
-    loader = make(tmp_path)
-    pruned = seen(tmp_path, loader, fits.drive(warmup_epochs=warmup_epochs, rounds=8, sparsity=0.5))
-    assert pruned == seen(tmp_path, make(tmp_path))
+KEEP_ITERATORS = ["loader", "stateful", "kept_iterator", "epoch_loader_with_worker", "stream_in_worker", "file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup_epochs"), [*((name, 1) for name in DATA), *((name, 0) for name in KEEP_ITERATORS)]
+)
+def test_training__same_batches(name: str, warmup_epochs: int, tmp_path: Path) -> None:
+    """Training reads what it would without pruning, whatever the data keep and wherever.
+
+    The iterator of the first epoch is there before scoring, those of later ones are not.
+    """
+    pruned = seen(tmp_path, DATA[name](tmp_path), fits.drive(warmup_epochs=warmup_epochs, rounds=8, sparsity=0.5))
+    assert pruned == seen(tmp_path, DATA[name](tmp_path))
 
 
 class Player(Net):
@@ -538,3 +546,129 @@ def test_save_while_scoring__places(name: str, tmp_path: Path) -> None:
     trainer.fit(type("Saving", (AtScoring,), {"on_scoring": save})(), DATA[name](tmp_path))
     assert len(saved) == 2
     assert saved[0] == saved[1] != []
+
+
+# Which batches scoring reads.
+
+
+class Samples(IterableDataset[Any]):
+    """An endless-looking stream without a length, restarted by each ``iter``."""
+
+    def __init__(self, num_batches: int = 4) -> None:
+        self.num_batches = num_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return (sample for index, sample in enumerate(fits.dataset(16 * self.num_batches)) if index >= 0)
+
+
+class Reiterable:
+    """Not a DataLoader, but it gives batches."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(list(fits.loader()))
+
+
+def two_loaders(shape: str, mode: str) -> Any:
+    first, second = fits.loader(48), fits.loader(32)
+    loaders = {"dict": {"a": first, "b": second}, "list": [first, second]}[shape]
+    return CombinedLoader(loaders, mode)
+
+
+class PairModule(ConvModule):
+    """Trains on a pair of batches."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        first, second = batch.values() if isinstance(batch, dict) else batch
+        self.calls.append(first[0][:, 0, 0, 0].clone())
+        return F.cross_entropy(self(first[0]), first[1]) + (
+            0.0 if second is None else F.cross_entropy(self(second[0]), second[1])
+        )
+
+
+@pytest.mark.parametrize(
+    ("module", "data"),
+    [
+        (ConvModule, lambda: fits.loader()),
+        (ConvModule, lambda: fits.loader(num_workers=1, persistent_workers=True)),
+        (ConvModule, lambda: fits.loader(num_workers=2)),
+        (ConvModule, lambda: DataLoader(Samples(), batch_size=16)),
+        (ConvModule, lambda: DataLoader(Samples(), batch_size=16, num_workers=1, persistent_workers=True)),
+        (ConvModule, lambda: Reiterable()),
+        (PairModule, lambda: {"a": fits.loader(48), "b": fits.loader(32)}),
+        (PairModule, lambda: [fits.loader(48), fits.loader(32)]),
+        (PairModule, lambda: two_loaders("dict", "min_size")),
+        (PairModule, lambda: two_loaders("list", "max_size")),
+    ],
+    ids=[
+        "plain",
+        "persistent",
+        "workers",
+        "stream",
+        "stream_in_worker",
+        "any_iterable",
+        "dict",
+        "list",
+        "min_size",
+        "max_size",
+    ],
+)
+@pytest.mark.parametrize("warmup_epochs", [0, 1])
+def test_training_batches(tmp_path: Path, module: Any, data: Any, warmup_epochs: int) -> None:
+    """Scoring reads the loader's own order from its first batch, cycled, and training loses none of its batches."""
+    plain = module()
+    fits.trainer(tmp_path, max_epochs=2).fit(plain, data())
+    trained = [batch.tolist() for batch in plain.calls]
+    epoch = trained[: len(trained) // 2]
+
+    scored = module()
+    rounds = len(epoch) + 2
+    callback = fits.drive(warmup_epochs=warmup_epochs, rounds=rounds, bn_batches=0)
+    fits.trainer(tmp_path, callback, max_epochs=2).fit(scored, data())
+    calls = [batch.tolist() for batch in scored.calls]
+    start = warmup_epochs * len(epoch)
+    assert calls[start : start + rounds] == (epoch + epoch)[:rounds]
+    assert calls[:start] + calls[start + rounds :] == trained
+    assert callback.pruned
+
+
+def test_training_batches__limit(tmp_path: Path) -> None:
+    """``limit_train_batches`` holds for scoring, too."""
+    module = ConvModule()
+    callback = fits.drive(warmup_epochs=0, rounds=4, bn_batches=0)
+    fits.trainer(tmp_path, callback, max_epochs=1, limit_train_batches=2).fit(module, fits.loader())
+    first, second = module.calls[0].tolist(), module.calls[1].tolist()
+    assert [call.tolist() for call in module.calls] == [first, second] * 3
+
+
+def test_training_batches__transfer_hooks(tmp_path: Path) -> None:
+    """A module that moves or augments its batches on the way does so for scoring as well."""
+
+    class Doubled(ConvModule):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0] * 2, batch[1]
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0] + 1, batch[1]
+
+    module = Doubled()
+    fits.trainer(tmp_path, fits.drive(warmup_epochs=0, rounds=1, bn_batches=0), max_epochs=1).fit(module, fits.loader())
+    assert torch.equal(module.calls[0], next(iter(fits.loader()))[0][:, 0, 0, 0] * 2 + 1)
+
+
+class Spent(IterableDataset[Any]):
+    """A stream that can be read only once."""
+
+    def __init__(self) -> None:
+        self.samples = iter(fits.dataset())
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.samples)
+
+
+def test_training_batches__iterator_error(tmp_path: Path) -> None:
+    """Reading ahead in a stream that cannot be restarted would take batches away from training: refused."""
+    with pytest.raises(MisconfigurationException, match=r"\(Spent\) is an iterator: .*`num_workers=1`"):
+        fits.trainer(tmp_path, fits.drive(warmup_epochs=0)).fit(ConvModule(), DataLoader(Spent(), batch_size=16))

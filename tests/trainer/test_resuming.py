@@ -1,0 +1,106 @@
+"""A run that is saved or stopped before an epoch or a batch resumes with it; Lightning itself would leave it out."""
+
+from pathlib import Path
+from typing import Any
+
+import fits
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lightning_drive.trainer import resuming
+
+SETTINGS: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 0}
+
+
+class Stopping(pl.Callback):
+    """Saves where scoring takes its time, or stops there and saves then."""
+
+    def __init__(self, file: Path, batch_idx: int | None, *, mends: bool, stops: bool) -> None:
+        self.file, self.batch_idx, self.mends, self.stops = file, batch_idx, mends, stops
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.batch_idx is None:
+            self.save(trainer)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.batch_idx == batch_idx:
+            self.save(trainer)
+
+    def save(self, trainer: Any) -> None:
+        if trainer.current_epoch == 1:
+            if self.stops:
+                raise RuntimeError("stopped")
+            trainer.save_checkpoint(self.file)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.mends and not self.stops:
+            resuming.begin_saved_epoch_again(checkpoint)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.mends:
+            resuming.begin_epoch_again(trainer)
+        trainer.save_checkpoint(self.file)
+
+
+class Resumed(pl.Callback):
+    def __init__(self, *, mends: bool) -> None:
+        self.mends = mends
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.mends:
+            resuming.begin_batch_again(trainer)
+
+
+def batches_after_resume(tmp_path: Path, batch_idx: int | None, *, mends: bool, stops: bool) -> list[list[float]]:
+    """Return what is trained on after a resume, the first numbers of each batch."""
+    stopping = Stopping(tmp_path / "saved.ckpt", batch_idx, mends=mends, stops=stops)
+    trainer = fits.trainer(tmp_path, stopping, **SETTINGS)
+    if stops:
+        with pytest.raises(RuntimeError, match="stopped"):
+            trainer.fit(fits.ConvModule(), fits.loader())
+    else:
+        trainer.fit(fits.ConvModule(), fits.loader())
+    module = fits.ConvModule()
+    trainer = fits.trainer(tmp_path, Resumed(mends=mends), **SETTINGS)
+    trainer.fit(module, fits.loader(), ckpt_path=tmp_path / "saved.ckpt", weights_only=True)
+    assert trainer.current_epoch == 2
+    return [batch.tolist() for batch in module.calls]
+
+
+ALL = [batch[0][:, 0, 0, 0].tolist() for batch in fits.loader()]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize("mends", [False, True])
+def test_begin_epoch_again(tmp_path: Path, mends: bool, stops: bool) -> None:
+    batches = batches_after_resume(tmp_path, None, mends=mends, stops=stops)
+    assert batches == ALL if mends else len(batches) < len(ALL)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize(("mends", "expected"), [(True, 1), (False, 0)])
+def test_begin_batch_again__last(tmp_path: Path, mends: bool, expected: int, stops: bool) -> None:
+    assert len(batches_after_resume(tmp_path, 2, mends=mends, stops=stops)) == expected
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize("batch_idx", [0, 1])
+def test_begin_batch_again__others(tmp_path: Path, batch_idx: int, stops: bool) -> None:
+    assert len(batches_after_resume(tmp_path, batch_idx, mends=True, stops=stops)) == 3 - batch_idx
+
+
+def test_copied() -> None:
+    """What is copied shares no memory, and keeps versions of modules, which ``load_state_dict`` reads."""
+    module = nn.BatchNorm1d(2)
+    state = {"weights": module.state_dict(), "list": [torch.ones(2)], "epoch": 3}
+    twin = resuming.copied(state)
+    assert twin["weights"]._metadata == module.state_dict()._metadata
+    assert twin["epoch"] == 3
+    with torch.no_grad():
+        module.weight.zero_()
+        state["list"][0].zero_()
+    assert twin["weights"]["weight"].tolist() == twin["list"][0].tolist() == [1, 1]
