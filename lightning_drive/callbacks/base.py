@@ -35,12 +35,14 @@ from lightning_drive.trainer import (
     end_of_training,
     facts,
     loggers,
-    loop_progress,
     other_callbacks,
+    ranks,
     reporting,
     restored_masks,
+    resuming,
     sandbox,
     search,
+    step_counts,
     terminal,
     trained_parameters,
 )
@@ -215,8 +217,8 @@ class PruningCallback(pl.Callback):
 
         """
         module: Any = pl_module
-        trainer: Any = getattr(module, "_trainer", None)
-        in_fit = isinstance(trainer, pl.Trainer) and trainer.optimizers
+        trainer: Any = facts.trainer_of(module)
+        in_fit = trainer is not None and trainer.optimizers
         return plan_module.plan(
             module,
             self._selected(trainer, module) if in_fit else self.prunable_parameters(module),
@@ -265,7 +267,7 @@ class PruningCallback(pl.Callback):
 
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse, once the data is loaded and a checkpoint restored, what cannot work; warn of what may not."""
-        if not facts.is_quick_check(trainer):
+        if not step_counts.is_quick_check(trainer):
             intent = self._intent()
             last_cut = intent.last_epoch, intent.step, intent.when
             end_of_training.warn_of_unknown_length(trainer, *last_cut, self._remedy_for_unknown_length)
@@ -323,7 +325,7 @@ class PruningCallback(pl.Callback):
         """Take up restored masks again, now that weights and optimizers are restored too."""
         self._phase_start = time.monotonic() if trainer.global_step == 0 else None  # else only part of it is known
         self._resumes_epoch = True  # unless ``on_train_epoch_start`` comes first
-        loop_progress.begin_batch_again(trainer)
+        resuming.begin_batch_again(trainer)
         if not self._finished:
             self._check_training(trainer, pl_module)
         if self.pruned:
@@ -420,7 +422,7 @@ class PruningCallback(pl.Callback):
             with suppress(ValueError):  # masks that do not fit, which were the exception then
                 self.masks.apply_(pl_module)
         other_callbacks.hold_off_early_stopping(trainer, False)
-        loop_progress.begin_epoch_again(trainer)
+        resuming.begin_epoch_again(trainer)
         self._handover.discard()
         self._unmasked = None
         self._release()
@@ -440,7 +442,7 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Note a search for a learning rate or batch size: it saves before training starts, and returns to that."""
         self._searching = not self._fit_started
-        loop_progress.let_epoch_begin_again(checkpoint)
+        resuming.begin_saved_epoch_again(checkpoint)
         if self._live is not None and self._pruning.unfinished is None:  # else masks are just being put on
             self._live.renew(checkpoint.get("state_dict"))
         if self._fit_started and threading.get_ident() != self._thread:
@@ -452,7 +454,7 @@ class PruningCallback(pl.Callback):
     ) -> None:
         """Take over the state of a pruning callback of another name; Lightning restores that of the same name."""
         states = checkpoint.get("callbacks") or {}
-        own = [states[name] for name in (self.state_key, self._legacy_state_key) if name in states]
+        own = [states[name] for name in (self.state_key, facts.legacy_state_key(self)) if name in states]
         taken = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
         others = {name: states[name] for name in checkpoints.pruning_states(checkpoint) if name not in taken}
         pruned = [name for name, state in others.items() if state["report"] is not None]
@@ -514,7 +516,7 @@ class PruningCallback(pl.Callback):
         before = None
         while before is not self._pruning:  # else it was pruned meanwhile: once more
             before = self._pruning
-            copies = {name: loop_progress.copied(checkpoint[name]) for name in ("state_dict", "optimizer_states")}
+            copies = {name: resuming.copied(checkpoint[name]) for name in ("state_dict", "optimizer_states")}
             state = self.state_dict()
         checkpoint.update(copies)
         checkpoint["callbacks"][self.state_key] = state
@@ -554,7 +556,7 @@ class PruningCallback(pl.Callback):
                 self._start = None
         elif self._start is None and self._remember_epoch is not None:
             past = trainer.current_epoch > self._remember_epoch or batch_idx > 0
-            if facts.is_quick_check(trainer) or (trainer.current_epoch == self._remember_epoch and not past):
+            if step_counts.is_quick_check(trainer) or (trainer.current_epoch == self._remember_epoch and not past):
                 schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
                 self._start = RewindPoint.take(pl_module, trainer.optimizers, schedulers)
             elif trainer.current_epoch >= self._remember_epoch:
@@ -682,7 +684,7 @@ class PruningCallback(pl.Callback):
     def _reinitialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Return to the remembered weights, with new initial values for the survivors."""
         assert self._start is not None
-        redrawn = self._start.snapshot.redrawn(self.masks, sandbox.random_numbers(trainer))
+        redrawn = self._start.snapshot.redrawn(self.masks, ranks.random_numbers(trainer))
         redrawn.rewind_(pl_module, self.masks)
 
     def _selected(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:

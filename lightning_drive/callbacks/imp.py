@@ -29,11 +29,10 @@ from lightning_drive.search.methods import Magnitude
 from lightning_drive.search.vanishing_scores import patterns
 from lightning_drive.trainer import (
     end_of_training,
-    facts,
-    loop_progress,
     other_callbacks,
     phases,
     restored_masks,
+    step_counts,
     terminal,
     training_step,
 )
@@ -155,7 +154,7 @@ class IMPPruningCallback(PruningCallback):
         """Let ``configure_optimizers`` see one cycle."""
         super().setup(trainer, pl_module, stage)
         self._planned = None
-        if stage != "fit" or facts.is_quick_check(trainer):
+        if stage != "fit" or step_counts.is_quick_check(trainer):
             return
         if self._finished and self.masks.hold_for(pl_module):
             return
@@ -173,7 +172,7 @@ class IMPPruningCallback(PruningCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up restored masks again, and a schedule for the phase that the run is in."""
-        if self._restored and not facts.is_quick_check(trainer):
+        if self._restored and not step_counts.is_quick_check(trainer):
             self._resume_schedule(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
         if self._without_gradient is None:
@@ -267,7 +266,7 @@ class IMPPruningCallback(PruningCallback):
         return f"IMP({_listed(self._cycle_settings())})"
 
     def _due_cycle(self, trainer: pl.Trainer) -> int:
-        if facts.is_quick_check(trainer):
+        if step_counts.is_quick_check(trainer):
             return self.cycles
         return min(trainer.current_epoch // self.epochs_per_cycle, self.cycles)
 
@@ -286,7 +285,7 @@ class IMPPruningCallback(PruningCallback):
             only_round=cycle,
             shuffle=is_last and self.control == "shuffle",
         )
-        if not facts.is_quick_check(trainer):
+        if not step_counts.is_quick_check(trainer):
             self._check_paths(outcome.found, cycle)
         if left_out:
             outcome.found.warnings.append(
@@ -379,7 +378,7 @@ class IMPPruningCallback(PruningCallback):
         if self._finished and self.report is not None:
             steps = float(self.report.step)
         else:  # before training, to see whether the schedule will do
-            steps = last_cut * loop_progress.steps_per_epoch(trainer)
+            steps = last_cut * step_counts.steps_per_epoch(trainer)
         return round(steps * (1 - self.rewind_epoch / last_cut))
 
     @property
@@ -453,10 +452,10 @@ class IMPPruningCallback(PruningCallback):
                 f" `include={self.include}` and `exclude={self.exclude}` select now: its cycles would not follow on."
                 f" Resume with the settings of the checkpoint, which select: {listed(self.masks)}."
             )
-        if facts.is_quick_check(trainer) or self._planned is None:
+        if step_counts.is_quick_check(trainer) or self._planned is None:
             return
         last_cut = self.cycles * self.epochs_per_cycle
-        steps_per_epoch = loop_progress.steps_per_epoch(trainer)
+        steps_per_epoch = step_counts.steps_per_epoch(trainer)
         is_known = pl_module.automatic_optimization  # else a batch may have any number of steps
         if is_known and 0 <= trainer.max_steps <= last_cut * steps_per_epoch < math.inf:
             raise MisconfigurationException(

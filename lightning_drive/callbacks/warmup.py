@@ -21,7 +21,7 @@ from lightning_drive.network import gradients, prunable
 from lightning_drive.report.plan import Intent
 from lightning_drive.search import methods
 from lightning_drive.search.methods import Method
-from lightning_drive.trainer import end_of_training, facts, loop_progress, other_callbacks, terminal, training_step
+from lightning_drive.trainer import checks, end_of_training, other_callbacks, step_counts, terminal, training_step
 from lightning_drive.trainer.batches import check_data
 from lightning_drive.trainer.sandbox import Sandbox
 from lightning_drive.trainer.unmasked_weights import zeros_without_masks
@@ -117,11 +117,11 @@ class WarmupPruningCallback(PruningCallback):
 
     @override
     def _is_due(self, trainer: pl.Trainer) -> bool:
-        if facts.is_quick_check(trainer):
+        if step_counts.is_quick_check(trainer):
             return True
         if self.warmup_steps is None:
             return trainer.current_epoch >= self.warmup_epochs
-        return trainer.global_step >= self.warmup_steps and not loop_progress.is_accumulating(trainer)
+        return trainer.global_step >= self.warmup_steps and not step_counts.is_accumulating(trainer)
 
     @property
     def _warmup(self) -> tuple[str, int]:
@@ -133,7 +133,7 @@ class WarmupPruningCallback(PruningCallback):
     @override
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.monotonic()
-        method = methods.with_fewer_rounds(self.method, 2) if facts.is_quick_check(trainer) else self.method
+        method = methods.with_fewer_rounds(self.method, 2) if step_counts.is_quick_check(trainer) else self.method
         outcome = self._search(
             trainer,
             pl_module,
@@ -179,7 +179,7 @@ class WarmupPruningCallback(PruningCallback):
     def _loss(self, sandbox: Sandbox) -> gradients.LossFunction:
         """Return what runs a batch through the module, and returns the loss to score by."""
         if self.loss_fn is not None:
-            return sandbox.of(self.loss_fn)  # type: ignore[no-any-return]
+            return sandbox.replica_of(self.loss_fn)  # type: ignore[no-any-return]
         return training_step.loss_of(sandbox)
 
     @property
@@ -191,8 +191,8 @@ class WarmupPruningCallback(PruningCallback):
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_module(trainer, pl_module)
         if self._needs_loss and self.loss_fn is None:
-            training_step.check_training_step(pl_module)
-        if facts.is_quick_check(trainer) or self.warmup_steps is not None:
+            checks.check_training_step(pl_module)
+        if step_counts.is_quick_check(trainer) or self.warmup_steps is not None:
             return
         if 0 <= self._max_epochs <= self.warmup_epochs:
             raise MisconfigurationException(
@@ -207,12 +207,12 @@ class WarmupPruningCallback(PruningCallback):
         reads_statistics = self.bn_batches > 0 and self._warmup[1] > 0
         if self._needs_loss or reads_statistics or pl_module.example_input_array is None:
             check_data(trainer)
-        if facts.is_quick_check(trainer):
+        if step_counts.is_quick_check(trainer):
             return
         if self.warmup_steps is not None:
             self._check_steps(trainer, pl_module, self.warmup_steps)
             return
-        steps = sum(loop_progress.steps_per_epoch(trainer, epoch) for epoch in range(self.warmup_epochs))
+        steps = sum(step_counts.steps_per_epoch(trainer, epoch) for epoch in range(self.warmup_epochs))
         is_known = math.isfinite(steps) and pl_module.automatic_optimization  # else a batch may have any number
         if is_known and 0 <= trainer.max_steps <= steps:
             raise MisconfigurationException(
@@ -228,7 +228,7 @@ class WarmupPruningCallback(PruningCallback):
             ends_after["max_steps"] = float(trainer.max_steps)
         if self._max_epochs >= 0 and pl_module.automatic_optimization:  # else a batch may have any number of steps
             left = range(trainer.current_epoch, self._max_epochs)
-            steps = sum(loop_progress.steps_per_epoch(trainer, epoch) for epoch in left)
+            steps = sum(step_counts.steps_per_epoch(trainer, epoch) for epoch in left)
             ends_after["max_epochs"] = trainer.global_step + steps
         for name, last in ends_after.items():
             if last <= warmup_steps:

@@ -23,7 +23,8 @@ from lightning_drive.search.methods import Method
 from lightning_drive.trainer import sandbox as sandbox_module
 from lightning_drive.trainer import terminal, training_step
 from lightning_drive.trainer.batches import TrainingBatches
-from lightning_drive.trainer.sandbox import Sandbox, random_numbers, ranks_of
+from lightning_drive.trainer.ranks import random_numbers, ranks_of
+from lightning_drive.trainer.sandbox import Sandbox
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,10 @@ import lightning.pytorch as pl
 import processes
 import pytest
 import torch
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch import nn
 
 from lightning_drive import DRIVEPruningCallback, SNIPPruningCallback
-from lightning_drive.trainer.spawned import Handover, _Parcel
+from lightning_drive.trainer.spawned import Handover, Parcel
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -146,10 +145,10 @@ def test_handover__copies(tmp_path: Path, copied: Callable[[Any], Any]) -> None:
     state = {**job(fits.drive(warmup_epochs=0), 0, tmp_path)[0].state_dict(), "start": None}
     for callback in (others[1], others[0], original):
         assert not callback.pruned
-        pickle.loads(pickle.dumps(_Parcel(callback._handover._address, state)))
+        pickle.loads(pickle.dumps(Parcel(callback._handover.address, state)))
         assert callback.pruned
         launched = pickle.loads(pickle.dumps(callback))
-        assert launched._handover._origin == callback._handover._address
+        assert launched._handover.origin == callback._handover.address
 
 
 def test_handover__other_launchers() -> None:
@@ -157,13 +156,6 @@ def test_handover__other_launchers() -> None:
     for launcher in (None, object()):
         Handover("address").send(launcher, dict)
     assert results_of(Handover(), {}) == {"callback_metrics_bytes": b""}
-
-
-def test_handover__lightning() -> None:
-    """Lightning's launchers that return results have the method for more of them; others do not."""
-    assert callable(_MultiProcessingLauncher.get_extra_results)
-    assert "extra" in _MultiProcessingLauncher._collect_rank_zero_results.__code__.co_varnames
-    assert not hasattr(_SubprocessScriptLauncher, "get_extra_results")
 
 
 # Callbacks that travel by other means.
