@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_drive.command_imports import current_folder
-from lightning_drive.export import checkpoints, sparse_files
+from lightning_drive.export import checkpoint_metadata, checkpoints, files, sparse_reader, sparse_writer
 from lightning_drive.report import zeros
 from lightning_drive.report.pruning_report import PruningReport
 
@@ -21,7 +21,7 @@ _VERSION = "pytorch-lightning_version"
 def report(checkpoint: Path, as_json: bool, trust_pickle: bool) -> None:
     """Print the report in a file, or the zeros in its tensors where it has none."""
     if checkpoints.is_safetensors(checkpoint):
-        content = checkpoints.unpacked(sparse_files.read_metadata(checkpoint), checkpoint)
+        content = checkpoint_metadata.unpacked(sparse_reader.read_metadata(checkpoint), checkpoint)
     else:
         content = _loaded(checkpoint, trust_pickle, needs_weights=False)
     callback, values = checkpoints.pruning_in(content)
@@ -44,8 +44,8 @@ def compress(checkpoint: Path, out: Path, overwrite: bool, trust_pickle: bool) -
     _check_free(out, checkpoint, overwrite)
     content = _loaded(checkpoint, trust_pickle)
     state_dict = checkpoints.state_dict_of(content, checkpoint)
-    rest = checkpoints.packed(content)
-    sparse_files.save_sparse(state_dict, out, metadata=rest.metadata)
+    rest = checkpoint_metadata.packed(content)
+    sparse_writer.save_sparse(state_dict, out, metadata=rest.metadata)
 
     weights = sum({tensor.data_ptr(): tensor.nbytes for tensor in state_dict.values()}.values())
     size = out.stat().st_size
@@ -71,10 +71,10 @@ def compress(checkpoint: Path, out: Path, overwrite: bool, trust_pickle: bool) -
 def expand(sparse: Path, out: Path, overwrite: bool) -> None:
     """Write a sparse file as a checkpoint again, and print its size."""
     _check_free(out, sparse, overwrite)
-    state_dict, metadata = sparse_files.load_with_metadata(sparse)
-    checkpoint = checkpoints.unpacked(metadata, sparse)
+    state_dict, metadata = sparse_reader.load_with_metadata(sparse)
+    checkpoint = checkpoint_metadata.unpacked(metadata, sparse)
     checkpoint[_VERSION] = _loadable_version(checkpoint.get(_VERSION))
-    with sparse_files.replacing(out) as temporary:
+    with files.replacing(out) as temporary:
         torch.save({**checkpoint, "state_dict": state_dict}, temporary)
 
     hyper_parameters = checkpoint.get("hyper_parameters")
@@ -92,7 +92,7 @@ def _loaded(checkpoint: Path, trust_pickle: bool, *, needs_weights: bool = True)
 def _state_dict(path: Path, content: Mapping[str, Any], trust_pickle: bool) -> Mapping[str, Tensor]:
     """Return the weights of a file whose other content was read already; raise for a folder: it has them in parts."""
     if checkpoints.is_safetensors(path):
-        return sparse_files.load_sparse(path)
+        return sparse_reader.load_sparse(path)
     return checkpoints.state_dict_of(_loaded(path, trust_pickle) if path.is_dir() else content, path)
 
 

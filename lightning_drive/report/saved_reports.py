@@ -8,7 +8,7 @@ from typing import Any
 from lightning_drive.core import saved_values
 from lightning_drive.core.history import Round, ScoreHistogram
 from lightning_drive.core.messages import listed
-from lightning_drive.export import checkpoints, sparse_files
+from lightning_drive.export import checkpoint_metadata, checkpoints, files, sparse_reader, sparse_writer
 from lightning_drive.report.parts import LayerReport
 
 
@@ -22,7 +22,7 @@ def plain(value: Any) -> Any:
 def values_in(path: Path) -> Mapping[str, Any]:
     """Return the saved values of the report in a file; raise if it has none, and say why."""
     if checkpoints.is_safetensors(path):
-        checkpoint = checkpoints.unpacked(sparse_files.read_metadata(path), path)
+        checkpoint = checkpoint_metadata.unpacked(sparse_reader.read_metadata(path), path)
     else:
         checkpoint = checkpoints.load(path, needs_weights=False)
     callback, values = checkpoints.pruning_in(checkpoint)

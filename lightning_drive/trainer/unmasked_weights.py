@@ -71,7 +71,7 @@ class UnmaskedWeights:
 
     def _warn_of_averages(self, masks: Masks) -> None:
         """Warn of copies in attributes that change while training goes on, so that they are no mere records."""
-        callbacks = [each for each in other_callbacks.callbacks_of(self._trainer) if each is not self._pruning]
+        callbacks = other_callbacks.others(self._pruning, self._trainer)
         for copy, sums, equals_module in copies_in_attributes(self._pl_module, callbacks, self._names):
             if self._sums.setdefault(copy.name, sums) != sums and not equals_module:
                 self._warn_of(copy, masks)

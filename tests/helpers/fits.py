@@ -1,6 +1,6 @@
 """Small but real fits: a module with everything that scoring could disturb, its data, and a quiet Trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,24 @@ PRUNABLE = ("features.0.weight", "features.4.weight", "head.weight")  # of `Conv
 NUM_PRUNABLE = 6 * 9 + 8 * 6 * 9 + 8 * 16 * 4
 NUM_KEPT = 200  # at a sparsity of 0.8
 LAST_CUT = 2  # epoch, of the callbacks below
+NUM_KEPT_IN = {"DRIVE": (998, 998, 200, 200), "IMP": (998, 446, 200, 200)}  # epochs 0 to 3
 CALLBACKS: dict[str, Callable[..., PruningCallback]] = {
     "DRIVE": drive,
     "IMP": lambda **settings: IMPPruningCallback(**{"sparsity": 0.8, "cycles": 2, "epochs_per_cycle": 1, **settings}),
 }
+
+
+def num_zeros(state: Mapping[str, Tensor]) -> int:
+    """Count the zeros in the prunable parameters of a `ConvModule`."""
+    return sum(int((state[name] == 0).sum()) for name in PRUNABLE)
+
+
+def assert_pruned(callback: PruningCallback, module: nn.Module) -> None:
+    """A `ConvModule` was pruned once and to the end, at the start of the right epoch, to the exact count."""
+    assert callback.report is not None
+    assert callback.report.epoch == LAST_CUT
+    assert callback.masks.num_kept == NUM_KEPT == round(NUM_PRUNABLE * 0.2)
+    assert callback.masks.hold_for(module)
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Callbacks beside the pruning one: averages are pruned as well, the best model is sparse, and the rest agrees."""
+"""Callbacks beside the pruning one: the best model is sparse, searches prune nothing, and the rest agrees."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from fits import CALLBACKS, LAST_CUT, NUM_KEPT, NUM_PRUNABLE, PRUNABLE, ConvModule
+from fits import CALLBACKS, LAST_CUT, NUM_KEPT, NUM_KEPT_IN, NUM_PRUNABLE, ConvModule, assert_pruned, num_zeros
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -34,26 +34,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_drive import Masks, SNIPPruningCallback
-from lightning_drive.callbacks.base import PruningCallback
 
-EACH = pytest.mark.parametrize("method", CALLBACKS)
-NUM_KEPT_IN = {"DRIVE": (998, 998, 200, 200), "IMP": (998, 446, 200, 200)}  # epochs 0 to 3
-
-since_lightning_2_6 = pytest.mark.skipif(
-    not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="weight averaging came with Lightning 2.6"
-)
-
-
-def check(callback: PruningCallback, module: nn.Module) -> None:
-    """Pruned once and to the end, at the start of the right epoch, to the exact count."""
-    assert callback.report is not None
-    assert callback.report.epoch == LAST_CUT
-    assert callback.masks.num_kept == NUM_KEPT == round(NUM_PRUNABLE * 0.2)
-    assert callback.masks.hold_for(module)
-
-
-def num_zeros(state: Any) -> int:
-    return sum(int((state[name] == 0).sum()) for name in PRUNABLE)
+each_method = pytest.mark.parametrize("method", CALLBACKS)
 
 
 class Scripted(ConvModule):
@@ -115,34 +97,10 @@ def test_reset_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert "ModelCheckpoint (monitor='val_loss'): tracking of the best begins again" in caplog.text
 
 
-@since_lightning_2_6
-@pytest.mark.parametrize("pruning_first", [True, False])
-def test_averaged_weights_are_sparse(tmp_path: Path, pruning_first: bool) -> None:
-    """What an EMA callback averages, validates with, saves, and leaves behind is pruned, too."""
-    module, callback = ConvModule(), fits.drive()
-    average = pl.callbacks.EMAWeightAveraging(decay=0.9)
-    checkpoint = ModelCheckpoint(tmp_path, filename="last")
-    callbacks = [callback, average] if pruning_first else [average, callback]
-    fits.trainer(tmp_path, *callbacks, checkpoint).fit(module, fits.loader())
-    assert callback.masks.hold_for(module)
-    saved = ConvModule()
-    saved.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
-    assert callback.masks.hold_for(saved)
-
-
-@pytest.mark.filterwarnings("ignore:.*swa:UserWarning", "ignore:Swapping scheduler:UserWarning")
-def test_averaged_weights_are_sparse__swa(tmp_path: Path) -> None:
-    """Also where the averaging began with the dense network."""
-    module, callback = ConvModule(), fits.drive(bn_batches=2)
-    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
-    fits.trainer(tmp_path, callback, averaging, max_epochs=5).fit(module, fits.loader())
-    assert callback.masks.hold_for(module)
-
-
 # Checkpoints.
 
 
-@EACH
+@each_method
 def test_every_checkpoint_is_consistent(tmp_path: Path, method: str) -> None:
     """By steps, by time or by epochs, whole or weights only: weights, masks and the step go together in each file."""
     callback, module = CALLBACKS[method](), ConvModule()
@@ -152,7 +110,7 @@ def test_every_checkpoint_is_consistent(tmp_path: Path, method: str) -> None:
         "light": ModelCheckpoint(tmp_path / "light", save_weights_only=True, every_n_epochs=1, save_top_k=-1),
     }
     fits.trainer(tmp_path, callback, *savings.values()).fit(module, fits.loader())
-    check(callback, module)
+    assert_pruned(callback, module)
     saved = {name: [torch.load(path, weights_only=True) for path in (tmp_path / name).iterdir()] for name in savings}
     assert {name: len(each) for name, each in saved.items()} == {"step": 6, "time": 12, "light": 4}
     for name, each in saved.items():
@@ -168,7 +126,7 @@ def test_every_checkpoint_is_consistent(tmp_path: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("with_names", [True, False])
-@EACH
+@each_method
 def test_checkpoint_names(tmp_path: Path, method: str, with_names: bool) -> None:
     """The sparsity of each epoch can be part of a file's name, though its key has a slash."""
     naming = ModelCheckpoint(
@@ -185,7 +143,7 @@ def test_checkpoint_names(tmp_path: Path, method: str, with_names: bool) -> None
 
 
 @pytest.mark.parametrize("save_last", [True, "link"])
-@EACH
+@each_method
 def test_last_checkpoint(tmp_path: Path, method: str, save_last: Any) -> None:
     """The last one is the last one, also when the best was forgotten in between."""
     callback, module = CALLBACKS[method](), Scripted()
@@ -198,89 +156,12 @@ def test_last_checkpoint(tmp_path: Path, method: str, save_last: Any) -> None:
     assert Path(saving.best_model_path).name == "epoch=3.ckpt"
 
 
-# Averages.
-
-
-def resume_from_each(
-    tmp_path: Path, method: str, average: Callable[[], Callback], max_epochs: int
-) -> tuple[PruningCallback, ConvModule, list[tuple[PruningCallback, ConvModule]]]:
-    """Train with an average, and again from the checkpoint of each epoch but the last."""
-    callback, module = CALLBACKS[method](), ConvModule()
-    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    fits.trainer(tmp_path, callback, average(), saving, max_epochs=max_epochs).fit(module, fits.loader())
-    resumed = []
-    for epoch in range(max_epochs - 1):
-        other = CALLBACKS[method](), ConvModule()
-        for parameter in other[1].parameters():
-            nn.init.zeros_(parameter)
-        running = fits.trainer(tmp_path, other[0], average(), max_epochs=max_epochs)
-        running.fit(other[1], fits.loader(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
-        resumed.append(other)
-    return callback, module, resumed
-
-
-NO_CHECKPOINTS = "ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning"
-
-
-@since_lightning_2_6
-@pytest.mark.filterwarnings(NO_CHECKPOINTS)
-@EACH
-def test_averaged_weights_are_sparse__resumed(tmp_path: Path, method: str) -> None:
-    """From a checkpoint of any epoch, dense or sparse, the average ends where it would have, bit for bit."""
-
-    def average() -> Callback:
-        return pl.callbacks.EMAWeightAveraging(decay=0.9)
-
-    callback, module, resumed = resume_from_each(tmp_path, method, average, 5)
-    check(callback, module)
-    for other, again in resumed:
-        check(other, again)
-        assert other.masks == callback.masks
-        assert fits.equal_states(fits.state_of(again), fits.state_of(module))
-    for epoch, kept in enumerate(NUM_KEPT_IN[method]):
-        saved = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
-        assert num_zeros(saved["state_dict"]) == num_zeros(saved["current_model_state"]) == NUM_PRUNABLE - kept
-
-
-@since_lightning_2_6
-@pytest.mark.parametrize("pruning_first", [True, False])
-def test_averaged_statistics_are_re_estimated(tmp_path: Path, pruning_first: bool) -> None:
-    """BatchNorm's statistics in an average are those of the pruned network, not an average with the dense one's."""
-
-    class Compare(Callback):
-        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            theirs = dict(average._average_model.module.named_buffers())
-            own = dict(pl_module.named_buffers())
-            equal.append(all(torch.equal(theirs[name], own[name]) for name in own if name.endswith("running_var")))
-
-    equal: list[bool] = []
-    average = pl.callbacks.EMAWeightAveraging(decay=0.99)
-    callbacks = [fits.drive(), average]
-    fits.trainer(tmp_path, *callbacks[:: 1 if pruning_first else -1], Compare()).fit(ConvModule(), fits.loader())
-    assert equal == [True, False, True, False]  # the start, an average with it, pruning, an average with that
-
-
 SWA_WARNINGS = ("ignore:.*swa:UserWarning", "ignore:Swapping scheduler:UserWarning")
-
-
-@pytest.mark.filterwarnings(*SWA_WARNINGS, NO_CHECKPOINTS)
-@pytest.mark.parametrize("first", [1, 2, 3], ids=["before", "with", "after"])
-def test_averaged_weights_are_sparse__swa_resumed(tmp_path: Path, first: int) -> None:
-    """Whenever SWA starts, before, with or after pruning, and wherever it is resumed."""
-
-    def average() -> Callback:
-        return StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=first + 1)  # it counts from 1
-
-    callback, module, resumed = resume_from_each(tmp_path, "DRIVE", average, 5)
-    check(callback, module)
-    for other, again in resumed:
-        check(other, again)
-        assert other.masks == callback.masks
 
 
 @pytest.mark.filterwarnings(*SWA_WARNINGS)
 @pytest.mark.parametrize("pruning_first", [True, False])
-@EACH
+@each_method
 def test_swa_does_not_make_training_longer(tmp_path: Path, method: str, pruning_first: bool) -> None:
     """It adds an epoch for BatchNorm's statistics, which is none to prune in."""
     callbacks = [CALLBACKS[method](), StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)]
@@ -327,7 +208,7 @@ def test_search__tuner(tmp_path: Path, method: str, what: str) -> None:
     assert fits.equal_states(fits.state_of(module), weights)
 
     running.fit(module)
-    check(callback, module)
+    assert_pruned(callback, module)
     masks, weights = callback.masks, fits.state_of(module)
     search(Tuner(fits.trainer(tmp_path, callback, max_epochs=6)), module, what)
     assert callback.masks == masks
@@ -345,19 +226,19 @@ def test_search__callback(tmp_path: Path, method: str, what: str) -> None:
     """A search at the start of training does not prune, and is no resume: another module still starts afresh."""
     callback, module = CALLBACKS[method](), Searched()
     fits.trainer(tmp_path, callback, SEARCHES[what]()).fit(module)
-    check(callback, module)
+    assert_pruned(callback, module)
     masks = callback.masks
 
     other = Searched()
     nn.init.kaiming_normal_(other.head.weight, generator=torch.Generator().manual_seed(5))
     fits.trainer(tmp_path, callback, SEARCHES[what]()).fit(other)
-    check(callback, other)
+    assert_pruned(callback, other)
     assert callback.masks != masks
     assert other.zeros[0] == 0
     assert sorted({*other.zeros}) == sorted({NUM_PRUNABLE - kept for kept in NUM_KEPT_IN[method]})
 
 
-@EACH
+@each_method
 def test_search__during_training(tmp_path: Path, method: str) -> None:
     """Searches for a new learning rate at later epochs, as Lightning's documentation shows: zeros come through."""
 
@@ -374,7 +255,7 @@ def test_search__during_training(tmp_path: Path, method: str) -> None:
     callback, module = CALLBACKS[method](), Searched()
     fits.trainer(tmp_path, callback, AtEpochs(num_training_steps=20), max_epochs=5).fit(module)
     assert searched == [1, 3]
-    check(callback, module)
+    assert_pruned(callback, module)
     first = module.zeros.index(NUM_PRUNABLE - NUM_KEPT)
     assert set(module.zeros[first:]) == {NUM_PRUNABLE - NUM_KEPT}
 
@@ -390,7 +271,7 @@ def test_accumulation_schedule(tmp_path: Path, max_steps: int, is_enough: bool) 
     running = fits.trainer(tmp_path, callback, scheduling, max_steps=max_steps, max_epochs=9)
     if is_enough:
         running.fit(module, fits.loader())
-        check(callback, module)
+        assert_pruned(callback, module)
         assert running.global_step == max_steps
     else:
         with pytest.raises(MisconfigurationException, match=r"prunes after 3 steps, .* max_steps=3, .* never prune"):
@@ -402,7 +283,7 @@ def test_accumulation_schedule__imp(tmp_path: Path) -> None:
     callback, module = CALLBACKS["IMP"](), ConvModule()
     running = fits.trainer(tmp_path, callback, GradientAccumulationScheduler({0: 3}), max_steps=3, max_epochs=9)
     running.fit(module, fits.loader())
-    check(callback, module)
+    assert_pruned(callback, module)
     running = fits.trainer(tmp_path, CALLBACKS["IMP"](), GradientAccumulationScheduler({0: 3, 1: 2}))
     with pytest.raises(MisconfigurationException, match=r"scheduling=\{0: 3, 1: 2\}\) changes it at epochs counted"):
         running.fit(ConvModule(), fits.loader())
@@ -429,7 +310,7 @@ def test_finetuning__unfrozen_before_pruning(tmp_path: Path) -> None:
     """What is unfrozen by then is pruned with the rest, and its zeros stay in the parameter group it was given."""
     callback, module = fits.drive(), WithBackbone()
     fits.trainer(tmp_path, callback, BackboneFinetuning(1), max_epochs=5).fit(module, fits.loader())
-    check(callback, module)
+    assert_pruned(callback, module)
     assert set(callback.masks) == {"backbone.0.weight", "backbone.4.weight", "head.weight"}
 
 
@@ -469,7 +350,7 @@ def test_finetuning__cannot_return_error(tmp_path: Path, make: Any) -> None:
     ],
     ids=["SNIPPruningCallback", "ModelPruning"],
 )
-@EACH
+@each_method
 def test_two_that_prune_error(tmp_path: Path, method: str, make_other: Any, others_first: bool) -> None:
     """Refused by name before anything is trained or reparametrised, in any order, whatever each would cover."""
     callbacks = [CALLBACKS[method](exclude=["head.*"]), make_other()]
@@ -491,7 +372,7 @@ def test_two_that_prune_error__same_kind(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`:UserWarning")
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
-@EACH
+@each_method
 def test_onlookers(tmp_path: Path, method: str, bar: type[Callback]) -> None:
     """Callbacks that only look on see the run, and change nothing about it."""
     callback, module, alone, plain = CALLBACKS[method](), ConvModule(), CALLBACKS[method](), ConvModule()
@@ -507,6 +388,6 @@ def test_onlookers(tmp_path: Path, method: str, bar: type[Callback]) -> None:
         tmp_path, *onlookers, callback, logger=logger, enable_progress_bar=True, enable_model_summary=True
     ).fit(module, fits.loader())
     fits.trainer(tmp_path, alone).fit(plain, fits.loader())
-    check(callback, module)
+    assert_pruned(callback, module)
     assert fits.equal_states(fits.state_of(module), fits.state_of(plain))
     assert "lr-SGD" in Path(logger.log_dir, "metrics.csv").read_text()

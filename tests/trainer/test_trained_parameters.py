@@ -1,4 +1,4 @@
-"""What is pruned is what is trained: what no optimizer holds is left out, and zeros without masks are said."""
+"""What is pruned is what is trained: parameters that no optimizer holds are left out."""
 
 import warnings
 from collections.abc import Callable
@@ -468,104 +468,7 @@ def test_requires_grad_is_put_back(tmp_path: Path) -> None:
     assert [each.requires_grad for each in module.parameters()] == before
 
 
-# Zeros that arrive.
-
-
-def said_of_zeros(caught: list[warnings.WarningMessage]) -> list[str]:
-    return [str(each.message) for each in caught if "are 0 already" in str(each.message)]
-
-
-def zeros_said(folder: Path, module: Any, pruning: PruningCallback, **kwargs: Any) -> list[str]:
-    ckpt_path = kwargs.pop("ckpt_path", None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fits.trainer(folder, pruning, **kwargs).fit(module, fits.loader(), ckpt_path=ckpt_path)
-    return said_of_zeros(caught)
-
-
-def sparse(module: Any, share: float = 0.9) -> Any:
-    """Prune a module at random, without a mask that anybody keeps."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for each in module.parameters():
-            if each.ndim > 1:
-                each.mul_(torch.rand(each.shape, generator=generator) > share)
-    return module
-
-
-@pytest.mark.parametrize("make", [Classifier, fits.ConvModule, fits.BiaslessMLP])
-@pytest.mark.parametrize("method", ["DRIVE", "IMP"])
-def test_zeros_that_arrive(tmp_path: Path, make: Any, method: str) -> None:
-    module = sparse(make())
-    module.configure_optimizers = lambda: SGD(module.parameters(), 0.05)
-    [text] = zeros_said(tmp_path, module, METHODS[method]())
-    assert "has no masks for them: these zeros will be trained" in text
-    assert "`ckpt_path`" in text
-
-
-def test_zeros_that_arrive__by_a_hook_of_the_module(tmp_path: Path) -> None:
-    """Hooks of the module come after those of callbacks; said once, before the first step."""
-
-    class Loads(Classifier):
-        def on_train_start(self) -> None:
-            sparse(self)
-
-    [text] = zeros_said(tmp_path, Loads(), METHODS["IMP"]())
-    assert "these zeros will be trained" in text
-
-
-@pytest.mark.parametrize("left", ["nothing", "renamed"])
-def test_zeros_that_arrive__checkpoint_without_state(tmp_path: Path, left: str) -> None:
-    module, pruning = Classifier(), METHODS["SNIP"]()
-    fit(tmp_path, module, pruning, max_epochs=2).save_checkpoint(tmp_path / "own.ckpt")
-    content = torch.load(tmp_path / "own.ckpt", weights_only=True)
-    content["callbacks"] = {} if left == "nothing" else {"Other": {"x": 1}}
-    torch.save(content, tmp_path / "own.ckpt")
-    later = DRIVEPruningCallback(sparsity=0.8, warmup_epochs=3, rounds=2)
-    assert len(zeros_said(tmp_path, Classifier(), later, max_epochs=4, ckpt_path=tmp_path / "own.ckpt")) == 1
-
-
-def test_zeros_that_arrive__restored(tmp_path: Path) -> None:
-    """Not where the masks are known, from the checkpoint or from the fit before."""
-    module, pruning = Classifier(), METHODS["SNIP"]()
-    running = fit(tmp_path, module, pruning, max_epochs=2)
-    running.save_checkpoint(tmp_path / "own.ckpt")
-    assert not zeros_said(tmp_path, module, pruning, max_epochs=2)
-    again = METHODS["SNIP"]()
-    assert not zeros_said(tmp_path, Classifier(), again, max_epochs=3, ckpt_path=tmp_path / "own.ckpt")
-
-
-def with_new_layer(module: Any) -> Any:
-    """Its widest layer begins at zero, as the last layer of a branch does."""
-    nn.init.zeros_(module.net[1].weight)
-    return module
-
-
-@pytest.mark.parametrize("make", [Classifier, lambda: sparse(Classifier(), 0.4), lambda: with_new_layer(Classifier())])
-def test_zeros_that_arrive__few(tmp_path: Path, make: Any) -> None:
-    assert not zeros_said(tmp_path, make(), METHODS["IMP"]())
-
-
-@pytest.mark.parametrize("method", ["SNIP", "SynFlow"])
-@pytest.mark.parametrize("make", [Classifier, fits.ConvModule])
-@pytest.mark.parametrize("sparsity", [0.95, 0.9, 0.5])
-def test_zeros_that_arrive__cut_at_once(tmp_path: Path, sparsity: float, make: Any, method: str) -> None:
-    """Zeros go first; those that are kept are counted."""
-    module = sparse(make())
-    empty = {name: each == 0 for name, each in module.named_parameters()}
-    kinds = {"SNIP": SNIPPruningCallback, "SynFlow": SynFlowPruningCallback}
-    pruning = kinds[method](sparsity=sparsity, scope="layerwise")
-    said = zeros_said(tmp_path, module, pruning)
-    kept = sum(int((mask & empty[name]).sum()) for name, mask in pruning.masks.items())
-    assert bool(said) == (kept > 0)
-    assert all(f"no masks for them: {kept:,} of these zeros are kept" in text for text in said)
-
-
-def test_zeros_that_arrive__two_of_four(tmp_path: Path) -> None:
-    module = Classifier()
-    with torch.no_grad():
-        module.net[1].weight.view(-1, 4)[:, :2] = 0  # type: ignore[index]
-    assert zeros_said(tmp_path, module, METHODS["DRIVE"]())
+# Parameters that an optimizer holds, but that have no gradient.
 
 
 class AllInOne(Distilled):
