@@ -1,26 +1,15 @@
-"""Multiply-adds are those one counts by hand, per weight and sample, and zeros that are lost in products are seen."""
+"""Multiply-adds are those one counts by hand, per weight and sample."""
 
 import re
-from collections.abc import Callable, Collection
-from typing import Any
 
 import models
 import pytest
 import torch
-import torch.nn.functional as F
+from costing import measure
 from torch import Tensor, nn
 
-from lightning_drive.network import costs, flop_formulas, prunable
-from lightning_drive.network.costs import Costs
+from lightning_drive.network import costs, prunable
 from lightning_drive.network.forward_passes import ForwardPass
-from lightning_drive.network.undisturbed import undisturbed
-
-
-def measure(module: nn.Module, example_input: Any, names: Collection[str] | None = None, **masks: Any) -> Costs:
-    names = prunable.prunable_parameters(module) if names is None else names
-    with undisturbed(module, "eval") as scored:
-        parameters = dict(scored.module.named_parameters())
-        return costs.measure(scored.module, {name: parameters[name] for name in names}, example_input, **masks)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
@@ -147,18 +136,6 @@ def test_measure__computed_weight(layer: nn.Module, shape: tuple[int, ...], expe
     assert (found.multiply_adds, found.others) == ({"0.weight": expected}, 0)
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        pytest.param((7, 4), (3, 4, 5), 7 * 4 * 5, id="rows_in_groups"),
-        pytest.param((3, 2, 4), (4, 6), 2 * 4 * 6, id="columns_in_groups"),
-        pytest.param((3, 2, 4), (3, 4, 5), 3 * 2 * 4 * 5, id="batch"),
-    ],
-)
-def test_grouped_products(first: tuple[int, ...], second: tuple[int, ...], expected: int) -> None:
-    assert flop_formulas.grouped(first, second, None, offs=None) == 2 * expected
-
-
 def test_measure__others() -> None:
     """What is left out of pruning costs all the same."""
     module = models.MLP(6, 4, 3)
@@ -237,196 +214,6 @@ def test_measure__not_possible(example_input: Tensor | None, error: str | None) 
         assert re.match(error, found.error)
 
 
-# What is multiplied with: zeros that stay, and what is added to them.
-
-
-class Computing(nn.Linear):
-    """Multiplies with what it computes from its weight."""
-
-    def __init__(self, compute: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__(6, 5)
-        self.compute = compute
-        self.shift, self.scale = nn.Parameter(torch.zeros(5, 1)), nn.Parameter(torch.zeros(5, 1))
-        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(5, 2))
-        self.step = nn.Parameter(torch.tensor(0.1))
-        self.register_buffer("nothing", torch.zeros(5, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.compute(self, self.weight), self.bias)
-
-
-@pytest.mark.parametrize(
-    ("compute", "is_dense"),
-    [
-        (lambda layer, weight: weight + layer.lora_B @ layer.lora_A, True),
-        (lambda layer, weight: weight - layer.shift, True),
-        (lambda layer, weight: weight.clone().add_(0.5 * layer.shift), True),
-        (lambda layer, weight: weight * (1 + layer.scale), False),
-        (lambda layer, weight: weight + layer.nothing, False),
-        (lambda layer, weight: weight + ((weight / layer.step).round() * layer.step - weight).detach(), False),
-    ],
-    ids=["low_rank", "shift", "in_place", "scale", "buffer", "learned_step"],
-)
-def test_what_is_still_zero_is_added(compute: Any, is_dense: bool) -> None:
-    """A term that training will make other than 0 counts as what it will be; one that nobody trains as what it is."""
-    module = nn.Sequential(Computing(compute), nn.ReLU(), nn.Linear(5, 3))
-    masks = {"0.weight": torch.rand(5, 6, generator=torch.Generator().manual_seed(0)) > 0.5}
-    with torch.no_grad():
-        module.get_parameter("0.weight").mul_(masks["0.weight"])
-    measured = measure(module, torch.ones(2, 6), ["0.weight"], masks=masks)
-    assert measured.error is None
-    assert measured.dense_again == (("0.weight",) if is_dense else ())
-
-
-def test_products_with_one_vector() -> None:
-    class OneByOne(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(5, 3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([torch.addmv(torch.ones(3), self.second.T, torch.mv(self.first, each)) for each in x])
-
-    module = OneByOne()
-    measured = measure(module, torch.ones(4, 6), ["first", "second"])
-    assert measured.multiply_adds == {"first": 30, "second": 15}
-    assert measured.in_products == ("first", "second")
-    assert not measured.warnings
-
-
-# --- what is multiplied with
-
-
-def standardised(weight: Tensor) -> Tensor:
-    return (weight - weight.mean(1, keepdim=True)) / (weight.std(1, keepdim=True) + 1e-6)
-
-
-def merged(weight: Tensor) -> Tensor:
-    torch.manual_seed(1)
-    return weight + torch.rand(len(weight), 2) @ torch.rand(2, weight[0].numel())
-
-
-def centred_in_place(weight: Tensor) -> Tensor:
-    return weight.clone().sub_(weight.mean())
-
-
-def gain(weight: Tensor) -> Tensor:
-    return weight * torch.linspace(1, 2, len(weight)).unsqueeze(1)
-
-
-DENSE = {
-    "standardised": standardised,
-    "centred": lambda weight: weight - weight.mean(),
-    "centred_in_place": centred_in_place,
-    "added_to": merged,
-    "binarised": lambda weight: torch.where(weight >= 0, 1.0, -1.0),
-    "softmax": lambda weight: weight.softmax(1),
-    "real_part": lambda weight: torch.fft.fft(weight).real,
-    "smoothed": lambda weight: weight + 0.1 * weight.roll(1, 1),
-}
-SPARSE = {
-    "itself": lambda weight: weight,
-    "gain": gain,
-    "normalised": lambda weight: weight / weight.norm(dim=1, keepdim=True).clamp(min=1e-9),
-    "clipped": lambda weight: weight.clamp(-0.1, 0.1),
-    "transposed_twice": lambda weight: weight.t().contiguous().t(),
-    "repeated": lambda weight: weight.repeat(2, 1)[: len(weight)],
-    "sign": torch.sign,
-    "cast": lambda weight: weight.double().float(),
-    "masked": lambda weight: standardised(weight) * (weight != 0),
-}
-
-
-class Computes(nn.Module):
-    """Multiplies, in one of several ways, with what it computes from its weight."""
-
-    def __init__(self, compute: Any, way: str) -> None:
-        super().__init__()
-        self.weight, self.compute, self.way = nn.Parameter(torch.randn(12, 9)), compute, way
-        self.last = nn.Linear(4 if way == "conv" else 12, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.compute(self.weight)
-        if self.way == "linear":
-            return self.last(nn.functional.linear(x, weight))  # type: ignore[no-any-return]
-        if self.way == "matmul":
-            return self.last(x @ weight.t())  # type: ignore[no-any-return]
-        if self.way == "einsum":
-            return self.last(torch.einsum("bi,oi->bo", x, weight))  # type: ignore[no-any-return]
-        if self.way == "chunks":
-            return self.last(torch.cat([x @ part.t() for part in weight.chunk(3)], 1))  # type: ignore[no-any-return]
-        images = x.reshape(-1, 1, 3, 3).expand(-1, 3, 3, 3)
-        return self.last(nn.functional.conv2d(images, weight.reshape(4, 3, 3, 3)).flatten(1))  # type: ignore[no-any-return]
-
-
-WAYS = ["linear", "matmul", "einsum", "chunks", "conv"]
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", [*DENSE, *SPARSE])
-def test_measure__dense_again(kind: str, way: str) -> None:
-    """Zeros that do not stay zeros are seen, whatever the layer does, and those that do are never complained of."""
-    torch.manual_seed(0)
-    module = Computes((DENSE | SPARSE)[kind], way)
-    mask = torch.rand(12, 9) > 0.7
-    with torch.no_grad():
-        module.weight.mul_(mask)
-    found = measure(module, torch.randn(5, 9), ["weight"], masks={"weight": mask})
-    assert found.error is None
-    assert found.dense_again == (("weight",) if kind in DENSE else ())
-    assert "weight" in found.in_products
-
-
-def test_measure__dense_again_only_where_something_is_pruned() -> None:
-    module = Computes(standardised, "linear")
-    found = measure(module, torch.randn(5, 9), ["weight"], masks={"weight": torch.ones(12, 9, dtype=torch.bool)})
-    assert found.dense_again == ()
-
-
-class Expert(nn.Module):
-    """Chooses one matrix of a parameter for every sample."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.table, self.shift = nn.Embedding(7, 6), nn.Parameter(torch.randn(1, 6))
-        self.up, self.how = nn.Parameter(torch.randn(4, 6, 5)), how
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.table(tokens) + self.shift
-        if self.how == "bmm":
-            return torch.bmm(x.unsqueeze(1), self.up[tokens % 4])
-        if self.how == "einsum":
-            return torch.einsum("bi,eio->beo", x, self.up)
-        return torch.stack([row @ self.up[int(token) % 4] for row, token in zip(x, tokens, strict=True)])
-
-
-@pytest.mark.parametrize("how", ["bmm", "einsum", "loop"])
-def test_measure__in_products(how: str) -> None:
-    """Experts are multiplied with; a table is looked up, a shift is added."""
-    found = measure(Expert(how), torch.tensor([1, 2, 3]), ["up"])
-    assert found.in_products == ("up",)
-
-
-@pytest.mark.parametrize(
-    ("layer", "expected"),
-    [
-        (nn.LSTM(4, 5, batch_first=True), {"0.weight_ih_l0": 7 * 4 * 20, "0.weight_hh_l0": 7 * 5 * 20}),
-        (nn.GRU(4, 5, batch_first=True), {"0.weight_ih_l0": 7 * 4 * 15, "0.weight_hh_l0": 7 * 5 * 15}),
-        (nn.RNN(4, 5, batch_first=True), {"0.weight_ih_l0": 7 * 4 * 5, "0.weight_hh_l0": 7 * 5 * 5}),
-    ],
-    ids=["lstm", "gru", "rnn"],
-)
-def test_measure__recurrent(layer: nn.Module, expected: dict[str, int]) -> None:
-    """Each weight once for every step of a sequence."""
-
-    class Last(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return self[0](x)[0]  # type: ignore[no-any-return]
-
-    found = measure(Last(layer), torch.randn(3, 7, 4), expected)
-    assert (found.multiply_adds, found.others) == (expected, 0)
-
-
 def test_empty_parts_cost_nothing() -> None:
     """An expert that got no sample is one that the counter has a formula for."""
 
@@ -442,57 +229,6 @@ def test_empty_parts_cost_nothing() -> None:
     found = costs.measure(module, prunable.prunable_parameters(module), torch.zeros(1, 4))
     assert found.multiply_adds == {"first.weight": 12, "second.weight": 0}
     assert (found.others, found.warnings) == (0, ())
-
-
-@pytest.mark.parametrize(
-    "product",
-    [lambda w, x: w @ x, lambda w, x: torch.addmv(w[:, 0], w, x), lambda w, x: torch.stack([row.dot(x) for row in w])],
-    ids=["mv", "addmv", "dot"],
-)
-def test_products_with_a_vector(product: Any) -> None:
-    class OneByOne(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([product(self.weight, row) for row in x])
-
-    found = costs.measure(OneByOne(), prunable.prunable_parameters(OneByOne(), ["*"]), torch.zeros(1, 4))
-    assert found.multiply_adds == {"weight": 12}
-    assert found.others == 0
-
-
-@torch.library.custom_op("lightning_drive_tests::attention", mutates_args=())
-def attention(query: Tensor, key: Tensor) -> Tensor:
-    """Compute what no formula is known for, as a kernel of another library does."""
-    return (query @ key.mT).softmax(-1) @ key
-
-
-UNKNOWN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "custom": (lambda x: attention(x, x), "lightning_drive_tests::attention"),
-    "fft": (lambda x: torch.fft.fft2(x).real, "aten::_fft_c2c"),
-    "cdist": (lambda x: torch.cdist(x, x) @ x, "aten::_cdist_forward"),
-    "solve": (lambda x: torch.linalg.solve(x.mT @ x + torch.eye(4), x.mT).mT, "aten::_linalg_solve_ex"),
-    "sparse": (lambda x: torch.sparse.mm(torch.eye(3).to_sparse(), x[0])[None], "aten::_sparse_addmm"),
-}
-
-
-@pytest.mark.parametrize(("function", "name"), UNKNOWN.values(), ids=UNKNOWN)
-def test_products_without_a_formula_are_named(function: Callable[[Tensor], Tensor], name: str) -> None:
-    """No parameter takes part in them, so only the total of all others is unknown."""
-
-    class Products(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(function(x))
-
-    found = measure(Products(), torch.randn(1, 3, 4))
-    assert (found.multiply_adds, found.others) == ({"head.weight": 24}, None)
-    assert [f"`{name}`" in text for text in found.warnings] == [True]
 
 
 @pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo], ids=str)

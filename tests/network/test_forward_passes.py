@@ -1,21 +1,27 @@
-"""Data go through a network as training sends them, whatever training calls."""
+"""A forward pass goes through the network as training does, and what it returns is what the network computes."""
 
+import warnings
 from collections import UserDict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import models
 import pytest
+import searches
 import torch
 import torch.nn.functional as F
+from followed import Between, dense_masks
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lightning_drive import DRIVE, SNIP, Magnitude, SynFlow, find_masks
+from lightning_drive import SNIP, Magnitude, SynFlow, find_masks
+from lightning_drive.core.goal import Goal
 from lightning_drive.core.masks import Masks
-from lightning_drive.network import forward_passes, paths
+from lightning_drive.network import forward_passes, paths, prunable, synflow
 from lightning_drive.network.forward_passes import ForwardPass
-from lightning_drive.network.prunable import parameters_by_name, prunable_parameters
-from lightning_drive.network.undisturbed import undisturbed
-from lightning_drive.search.loop import search
+from lightning_drive.network.prunable import prunable_parameters
+from lightning_drive.search.diagnosis import Diagnosis
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
@@ -120,21 +126,12 @@ CASES = [
 ]
 
 
-def found_by(
-    module: nn.Module, method: Any, loss_fn: Any, batches: Any = (X,), sparsity: float = 0.5, **settings: Any
-) -> Any:
-    names = prunable_parameters(module)
-    with undisturbed(module, method.mode) as scored:
-        parameters = parameters_by_name(scored.module, names)
-        return search(
-            scored.module,
-            method,
-            sparsity=sparsity,
-            parameters=parameters,
-            batches=[*batches],
-            loss_fn=loss_fn,
-            **settings,
-        )
+def search(module: nn.Module, method: Any, loss_fn: Any, **masks: Any) -> tuple[Masks, Diagnosis]:
+    """Find masks of half of the weights, or what is left of others, and what they mean."""
+    sparsity = masks["masks"].sparsity if masks else 0.5
+    names = [*prunable_parameters(module)]
+    found, diagnosis = searches.search(module, method, Goal(sparsity), names, batches=[X], loss_fn=loss_fn, **masks)
+    return found.masks, diagnosis
 
 
 @pytest.mark.parametrize("method", [SNIP(), Magnitude()], ids=["snip", "magnitude"])
@@ -149,26 +146,29 @@ def test_paths_follow_training(kind: type[nn.Module], loss_fn: Any, method: Any)
         module.encoder.weight[2::3] = 2
         module.decoder.weight[:] = torch.tensor([5.0, 0.0, 3.0])
     masks = Masks({name: parameter != 0 for name, parameter in prunable_parameters(module).items()})
-    found = found_by(module, method, loss_fn, masks=masks, sparsity=masks.sparsity)
-    assert found.path_error is None
-    assert found.masks == masks
-    rows = found.active["encoder.weight"].any(1).tolist()
+    kept, diagnosis = search(module, method, loss_fn, masks=masks)
+    active = diagnosis.active
+    assert diagnosis.path_error is None
+    assert active is not None
+    assert kept == masks
+    rows = active["encoder.weight"].any(1).tolist()
     assert rows == [False, False, True] * (len(rows) // 3)
-    assert not found.active["decoder.weight"][:, :2].any()  # the noise of a sample is no input, either
-    assert found.active["decoder.weight"][:, 2].all()
+    assert not active["decoder.weight"][:, :2].any()  # the noise of a sample is no input, either
+    assert active["decoder.weight"][:, 2].all()
 
 
 @pytest.mark.parametrize(("kind", "loss_fn"), CASES)
 def test_multiply_adds_follow_training(kind: type[nn.Module], loss_fn: Any) -> None:
     """Those of one sample."""
-    found = found_by(kind(), SNIP(), loss_fn)
-    sizes = {name: mask.numel() for name, mask in found.masks.items()}
+    masks, diagnosis = search(kind(), SNIP(), loss_fn)
+    costs = diagnosis.costs
+    sizes = {name: mask.numel() for name, mask in masks.items()}
     if kind is Graph:  # whose samples cannot be told apart
-        assert found.costs.multiply_adds == {name: 6 * size for name, size in sizes.items()}
-        assert "whole batch" in found.costs.warnings[-1]
+        assert costs.multiply_adds == {name: 6 * size for name, size in sizes.items()}
+        assert "whole batch" in costs.warnings[-1]
     else:
-        assert found.costs.multiply_adds == {name: size for name, size in sizes.items() if name in sizes}
-        assert found.costs.warnings == ()
+        assert costs.multiply_adds == sizes
+        assert costs.warnings == ()
 
 
 @pytest.mark.parametrize("loss_fn", [by_parts, by_methods])
@@ -185,23 +185,10 @@ def test_synflow_follows_training(loss_fn: Any) -> None:
         assert [mask.tolist() for mask in masks.values()] == [mask.tolist() for mask in expected.values()]
 
 
-def test_recording_adds_no_call() -> None:
-    """Who counts calls of the loss counts those of scoring, whatever paths and multiply-adds are found from."""
-    calls = []
-
-    def counted(module: Any, batch: Any) -> Tensor:
-        calls.append(module.training)
-        return twice(module, batch)
-
-    found = found_by(Coder(), DRIVE(rounds=4), counted)
-    assert found.path_error is None
-    assert calls == [True] * 4
-
-
 def test_twice_the_same_network_is_called_once() -> None:
     """Its paths and multiply-adds are those of one input."""
-    found = found_by(Coder(), SNIP(), twice)
-    assert found.costs.multiply_adds["encoder.weight"] == 12
+    _, diagnosis = search(Coder(), SNIP(), twice)
+    assert diagnosis.costs.multiply_adds["encoder.weight"] == 12
 
 
 def test_unused_is_not_inactive() -> None:
@@ -214,7 +201,7 @@ def test_unused_is_not_inactive() -> None:
 
 
 @pytest.mark.parametrize("container", [dict, UserDict])
-def test_batch_by_name(container: Any) -> None:
+def test_entries_of_a_batch_go_by_name(container: Any) -> None:
     """A mapping goes to ``forward`` by name where that has such arguments; labels and the like are left out."""
     batch = container(gate=X, x=X, labels=torch.zeros(6))
     masks = find_masks(Two(), SynFlow(rounds=2), sparsity=0.5, batches=[batch])
@@ -277,108 +264,11 @@ def test_lists_of_images() -> None:
 
     batch = [torch.randn(3, 8, 8), torch.randn(3, 6, 9)], [{"label": torch.tensor(0)}, {"label": torch.tensor(1)}]
     module = Detector()
-    with undisturbed(module) as scored:
-        parameters = parameters_by_name(scored.module, prunable_parameters(module))
-        found = search(scored.module, SNIP(), sparsity=0.5, parameters=parameters, batches=[batch], loss_fn=loss_fn)
-    assert found.path_error is None
-    assert found.active.num_kept <= found.masks.num_kept
-
-
-class BoxDetector(nn.Module):
-    """Checks its boxes; returns losses in train mode, and what it finds, which says little of how, in eval mode."""
-
-    def __init__(self, dead_end: str) -> None:
-        super().__init__()
-        self.body, self.head, self.dead_end = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 5, bias=False), dead_end
-
-    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Any:
-        if any((target["boxes"][:, 2:] <= target["boxes"][:, :2]).any() for target in targets):
-            raise AssertionError("All bounding boxes should have positive height and width.")
-        found = self.head(torch.stack([self.body(image).mean((1, 2)) for image in images]))
-        if self.training:
-            goal = torch.stack([target["boxes"].mean(0) for target in targets])
-            return {"classes": found[:, 4].square().mean(), "boxes": (found[:, :4] - goal).abs().mean()}
-        if self.dead_end == "constants":
-            return torch.zeros(len(found), 4)
-        if self.dead_end == "no_boxes":
-            return found[found[:, 0] < -1]
-        raise RuntimeError("no boxes")
-
-
-def of_boxes(module: Any, batch: Any) -> Tensor:
-    return sum(module(*batch).values())  # type: ignore[no-any-return]
-
-
-BOXES = torch.tensor([[1.0, 2.0, 5.0, 6.0], [0.0, 0.0, 3.0, 4.0]])
-BOXED = [torch.randn(3, 8, 8), torch.randn(3, 6, 9)], [{"boxes": BOXES[:1]}, {"boxes": BOXES}]
-
-
-@pytest.mark.parametrize("dead_end", ["constants", "no_boxes", "error"])
-def test_detectors_are_followed_in_train_mode(dead_end: str) -> None:
-    module = BoxDetector(dead_end)
-    names = prunable_parameters(module)
-    masks = Masks({name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in names.items()})
-    masks["body.weight"][1] = False
-    masks["head.weight"][:, 2] = False
-    found = found_by(module, SNIP(), of_boxes, [BOXED], masks=masks, sparsity=masks.sparsity)
-    assert found.path_error is None
-    assert found.warnings == []
-    assert found.active["body.weight"].any(3).any(2).any(1).tolist() == [True, False, False, True]
-    assert found.active["head.weight"].any(0).tolist() == [True, False, False, True]
-
-
-def test_nothing_arrives_even_without_masks() -> None:
-    """That no path is found is said as such; it is no fault of the masks."""
-
-    class Chooses(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).argmax(1, keepdim=True) * torch.ones(3)
-
-    found = found_by(Chooses(4, 3), Magnitude(), None)
-    assert found.active is None
-    assert "Nothing that is sent into the network arrives at what it returns." in found.path_error
-    assert found.warnings == []
-
-
-@pytest.mark.parametrize(
-    "branch", [nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))], ids=["layer", "layers"]
-)
-def test_what_is_not_reached_even_without_masks_counts_as_active(branch: nn.Module) -> None:
-    class Constant(nn.Module):
-        """Has a branch that sees zeros, as the first self-attention of DETR's decoder does."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.branch = nn.Linear(4, 3), branch
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x) + self.branch(torch.zeros_like(x))  # type: ignore[no-any-return]
-
-    found = found_by(Constant(), Magnitude(), None)
-    assert found.path_error is None
-    assert all(found.active[name].equal(mask) for name, mask in found.masks.items() if "branch" in name)
-    (text,) = found.warnings
-    assert text.startswith("No path through 'branch.")
-
-
-@pytest.mark.parametrize(
-    ("parts", "size"),
-    [
-        pytest.param([torch.zeros(5, 3), torch.zeros(5)], 5, id="tensors"),
-        pytest.param([[torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)]], 2, id="images"),
-        pytest.param([*BOXED], 2, id="images_and_boxes"),
-        pytest.param([torch.zeros(2, 3, 8, 8), BOXED[1]], 2, id="batch_and_boxes"),
-        pytest.param([[torch.zeros(4, 7), torch.zeros(6, 7), torch.zeros(5, 7)]], 3, id="sequences"),
-        pytest.param([[torch.zeros(4, 7), torch.zeros(4, 9)]], 4, id="two_inputs"),
-        pytest.param([{"x": torch.zeros(4, 7)}, {"y": torch.zeros(4)}], 4, id="mappings"),
-        pytest.param([torch.zeros(4, 7), torch.zeros(2, 9)], None, id="graph"),
-        pytest.param([[torch.zeros(4, 7), torch.zeros(4)], torch.zeros(3)], None, id="differ"),
-    ],
-)
-def test_number_of_samples(parts: list[Any], size: int | None) -> None:
-    found = ForwardPass.of(tuple(parts), whole=True)
-    assert found.num_samples == size
-    assert ForwardPass.of(tuple(parts)).num_samples == (size and 1)
+    names = [*prunable_parameters(module)]
+    found, diagnosis = searches.search(module, SNIP(), Goal(0.5), names, batches=[batch], loss_fn=loss_fn)
+    assert diagnosis.path_error is None
+    assert diagnosis.active is not None
+    assert diagnosis.active.num_kept <= found.masks.num_kept
 
 
 def test_losses_of_forward_are_no_output() -> None:
@@ -397,6 +287,14 @@ def test_losses_of_forward_are_no_output() -> None:
     assert output.shape == (1, 3)
 
 
+class Says(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return "done"
+
+
 def test_errors_of_forward_come_out() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         ForwardPass.of(torch.randn(2, 5)).run(nn.Sequential(nn.Linear(4, 3)), lambda tensor: tensor)
@@ -404,9 +302,78 @@ def test_errors_of_forward_come_out() -> None:
         ForwardPass.of(X).run(Says(), lambda tensor: tensor)
 
 
-class Says(nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(4, 3)
+class Checkpointed(nn.Module):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.body, self.head, self.settings = models.MLP(4, 6, 5), nn.Linear(5, 3), settings
 
-    def forward(self, x: Tensor) -> Any:
-        return "done"
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.settings:
+            return self.head(self.body(x))  # type: ignore[no-any-return]
+        return self.head(checkpoint(self.body, x.requires_grad_(), **self.settings))  # type: ignore[no-any-return]
+
+
+def by_checkpointed_parts(module: Any, batch: Tensor) -> Tensor:
+    """Runs nothing that has a submodule around the checkpointed part."""
+    return module.head(checkpoint(module.body, batch, use_reentrant=False)).square().mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", [SNIP(), SynFlow(rounds=3)], ids=["snip", "synflow"])
+@pytest.mark.parametrize(
+    "loss_fn", [lambda module, x: module(x).square().mean(), by_checkpointed_parts], ids=["forward", "parts"]
+)
+def test_checkpointed_parts_are_followed(loss_fn: Any, method: Any) -> None:
+    """They are followed as if they were not."""
+    found = []
+    for settings in ({}, {"use_reentrant": False}):
+        torch.manual_seed(0)
+        module = Checkpointed(**settings)
+        x = torch.randn(2, 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            masks = find_masks(module, method, sparsity=0.6, batches=[x], loss_fn=loss_fn)
+        found.append((masks, paths.active_masks(module, masks, x)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][0])
+
+
+def test_checkpointed_parts_without_gradients_raise() -> None:
+    module, x = Checkpointed(use_reentrant=True), torch.randn(2, 4)
+    masks = Masks({"head.weight": torch.ones(3, 5, dtype=torch.bool)})
+    with pytest.raises(ValueError, match="Set `use_reentrant=False`"):
+        paths.active_masks(module, masks, x)
+    with pytest.raises(ValueError, match="Set `use_reentrant=False`"):
+        synflow.SynapticFlow(module, prunable.prunable_parameters(module)).gradients(x.double())
+
+
+def _padded(x: Tensor) -> Tensor:
+    whole = torch.zeros(x.shape, dtype=torch.get_default_dtype())
+    whole[:, :5] = x[:, 1:]
+    return whole
+
+
+CONVERSIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "written into a new tensor": _padded,
+    "multiplied with a new matrix": lambda x: x @ torch.ones(6, 6, dtype=torch.get_default_dtype()),
+    "converted": lambda x: x.to(torch.get_default_dtype()),
+    "in bfloat16": lambda x: x.bfloat16(),
+    "in float32": lambda x: x.float(),
+}
+
+
+@pytest.mark.parametrize("between", CONVERSIONS.values(), ids=CONVERSIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_constants_and_conversions_have_one_precision(between: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    """What `forward` makes or converts has the precision of what is sent through, whatever that is."""
+    module = Between(between, dtype)
+    masks = dense_masks(module)
+    torch.set_default_dtype(dtype)
+    try:
+        active = paths.active_masks(module, masks, torch.zeros(1, 4))
+        found, total = synflow.SynapticFlow(module, dict(module.named_parameters())).gradients(torch.zeros(1, 4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    num_unused = 4 if between is _padded else 0
+    assert sum(int(mask.logical_not().sum()) for mask in active.values()) == num_unused + 3 * bool(num_unused)
+    assert total > 0
+    assert {gradient.dtype for gradient in found.values()} == {torch.float64}
