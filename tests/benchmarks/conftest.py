@@ -18,7 +18,7 @@ Taken = tuple[list[float], dict[str, list[float]]]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def one_thread() -> None:
     """Replace the fixture of the tests: here all cores take part."""
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,7 @@ def mlp(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), *layers, nn.Linear(12, fits.NUM_CLASSES))
 
 
-def fit(tmp_path: Path, module: pl.LightningModule, *callbacks: pl.Callback, **kwargs: Any) -> None:
-    ckpt_path = kwargs.pop("ckpt_path", None)
-    fits.trainer(tmp_path, *callbacks, **({"max_epochs": EPOCHS} | kwargs)).fit(
-        module, fits.loader(), ckpt_path=ckpt_path
-    )
+fit = partial(fits.fit, max_epochs=EPOCHS)
 
 
 def drive(**kwargs: Any) -> DRIVEPruningCallback:

@@ -371,7 +371,7 @@ class TwoOptimizers(ConvModule):
 def test_metrics__two_optimizers(tmp_path: Path) -> None:
     """The step is the one that Lightning gives to losses."""
     logger = CSVLogger(tmp_path)
-    callback = fits.drive(loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]))
+    callback = fits.drive(loss_fn=fits.loss_fn)
     fits.trainer(tmp_path, callback, logger=logger, max_epochs=3).fit(TwoOptimizers(), fits.loader())
     history = read_csv(logger)
     assert [step for step, _ in history["train_loss"]] == list(range(9))

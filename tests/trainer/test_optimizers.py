@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import fits
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
@@ -83,22 +83,11 @@ class Survivors(pl.Callback):
             self.before = fits.state_of(pl_module)
 
 
-class SaveEpochs(pl.Callback):
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{trainer.current_epoch}.ckpt")
-
-
 def drive(**kwargs: Any) -> DRIVEPruningCallback:
     return fits.drive(**({"warmup_epochs": 1, "rounds": 2, "bn_batches": 0} | kwargs))
 
 
-def loss_fn(module: pl.LightningModule, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1])
-
-
-def fit(tmp_path: Path, module: pl.LightningModule, *callbacks: pl.Callback, **kwargs: Any) -> None:
-    ckpt_path = kwargs.pop("ckpt_path", None)
-    fits.trainer(tmp_path, *callbacks, **({"max_epochs": 3} | kwargs)).fit(module, fits.loader(), ckpt_path=ckpt_path)
+fit = partial(fits.fit, max_epochs=3)
 
 
 def assert_pruned(module: nn.Module, callback: DRIVEPruningCallback, survivors: Survivors | None = None) -> None:
@@ -128,21 +117,12 @@ def assert_forgotten(optimizer: Any, module: nn.Module, callback: DRIVEPruningCa
     assert seen >= least
 
 
-def equal_optimizers(first: Optimizer, second: Optimizer) -> bool:
-    pairs = zip(leaves(first.state_dict()), leaves(second.state_dict()), strict=True)
-    return all(torch.equal(*pair) if isinstance(pair[0], Tensor) else pair[0] == pair[1] for pair in pairs)
-
-
-def leaves(tree: Any) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(tree)
-
-
 @pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in variants().items()])
 def test_torch_optimizers(tmp_path: Path, make: Make) -> None:
     """Pruned for good, forgotten, resumed bit for bit from a dense and a sparse epoch; the module keeps its names."""
     module, callback, survivors = Trained(make), drive(), Survivors()
     names, parameters = [name for name, _ in module.named_parameters()], list(module.parameters())
-    fit(tmp_path, module, callback, survivors, SaveEpochs())
+    fit(tmp_path, module, callback, survivors, fits.SaveEpochs())
     assert_pruned(module, callback, survivors)
     optimizer = module.trainer.optimizers[0]
     per_weight = not isinstance(optimizer, (torch.optim.LBFGS, torch.optim.Adafactor))
@@ -155,7 +135,7 @@ def test_torch_optimizers(tmp_path: Path, make: Make) -> None:
         fit(tmp_path, again, pruning, ckpt_path=tmp_path / f"{epoch}.ckpt")
         assert pruning.masks == callback.masks
         assert fits.equal_states(fits.state_of(again), fits.state_of(module))
-        assert equal_optimizers(again.trainer.optimizers[0], optimizer)
+        assert fits.equal_states(again.trainer.optimizers[0].state_dict(), optimizer.state_dict())
 
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
@@ -197,7 +177,7 @@ class Tokens(pl.LightningModule):
         return self.bag(images.flatten(1).topk(16).indices)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return loss_fn(self, batch)
+        return fits.loss_fn(self, batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         gradient = self.bag.weight.grad
@@ -291,7 +271,7 @@ class ManualSAM(Trained):
 @pytest.mark.parametrize("style", ["automatic", "closure", "halves", "raw"])
 def test_sam(tmp_path: Path, style: str) -> None:
     """Pruned weights are 0 at the point nearby, too, when the second forward pass runs there, and after the step."""
-    callback, survivors, forwards = drive(loss_fn=loss_fn), Survivors(), []
+    callback, survivors, forwards = drive(loss_fn=fits.loss_fn), Survivors(), []
 
     def check() -> None:
         if callback.pruned:
@@ -449,7 +429,7 @@ class Duel(fits.BiaslessMLP):
         for optimizer, weight in zip(optimizers, (self.first.weight, self.last.weight), strict=True):
             if self.style == "lightning":
                 self.toggle_optimizer(optimizer)
-            loss = loss_fn(self, batch)
+            loss = fits.loss_fn(self, batch)
             if self.style == "lightning":
                 self.manual_backward(loss)
                 self.check()
@@ -481,7 +461,7 @@ class Duel(fits.BiaslessMLP):
 @pytest.mark.parametrize("style", ["lightning", "raw", "assigned"])
 def test_manual_optimization(tmp_path: Path, style: str) -> None:
     """Through Lightning, around it, and with gradients assigned by hand; weights are 0 after every single step."""
-    callback, survivors = drive(loss_fn=loss_fn), Survivors()
+    callback, survivors = drive(loss_fn=fits.loss_fn), Survivors()
     module = Duel(style, callback)
     fit(tmp_path, module, callback, survivors)
     assert module.seen >= 4
@@ -507,10 +487,10 @@ def test_manual_optimization__optimizer_that_the_trainer_does_not_know(tmp_path:
 
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # type: ignore[override]
             self.own.zero_grad()
-            loss_fn(self, batch).backward()
+            fits.loss_fn(self, batch).backward()
             self.own.step()
 
-    module, callback, survivors = Own(), drive(loss_fn=loss_fn), Survivors()
+    module, callback, survivors = Own(), drive(loss_fn=fits.loss_fn), Survivors()
     with pytest.warns(UserWarning, match="this fit will run with no optimizer"):
         fit(tmp_path, module, callback, survivors)
     assert_pruned(module, callback, survivors)
