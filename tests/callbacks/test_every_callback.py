@@ -36,8 +36,7 @@ CALLBACKS: dict[str, Any] = {
 EACH = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9])
-@pytest.mark.parametrize("scope", ["global", "layerwise"])
+@pytest.mark.parametrize(("scope", "sparsity"), [("global", 0.0), ("global", 0.9), ("layerwise", 0.3)])
 @pytest.mark.parametrize("schedule", ["exponential", "linear"])
 @EACH
 def test_each__exact(tmp_path: Path, make: Any, schedule: str, scope: str, sparsity: float) -> None:

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import models
 import torch
 import torch.nn.functional as F
+from optimizers import Orthogonal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -81,7 +82,7 @@ class ConvModule(pl.LightningModule):
 
 
 class BiaslessMLP(pl.LightningModule):
-    """Only matrices: what Muon, which orthogonalises matrices, can train."""
+    """Only matrices, and an optimizer that moves every weight of one in every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class BiaslessMLP(pl.LightningModule):
         return F.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Muon(self.parameters(), lr=0.02, momentum=0.9, weight_decay=0.1)
+        return Orthogonal(self.parameters())
 
 
 class Manual(ConvModule):

@@ -88,7 +88,7 @@ def put_results(queue: Any, handover: Handover) -> None:
     queue.put(results_of(handover, {"masks": torch.arange(100_000)}))
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.extended), "fork"])
 def test_handover(method: Any) -> None:
     """More than a pipe holds comes back from a process that is over."""
     handover = Handover()
@@ -216,7 +216,7 @@ def fit_below(arguments: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ddp
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp_spawn", marks=pytest.mark.extended), "ddp_fork"])
 def test_jobs__with_processes_of_their_own(tmp_path: Path, strategy: str) -> None:
     processes.run(fit_below, tmp_path, strategy, log=tmp_path / "log.txt")
 
@@ -260,6 +260,6 @@ def test_fits_leave_nothing_behind(tmp_path: Path, temporary: Path) -> None:
 
     fit()
     before = left()
-    for _ in range(300):
+    for _ in range(10):
         fit()
     assert left() == before

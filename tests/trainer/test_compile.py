@@ -167,18 +167,6 @@ def test_compiled__dense(tmp_path: Path, compiled: str) -> None:
     assert (backend.graphs, backend.runs, sum(counters["graph_break"].values())) == (1, EPOCHS * STEPS_PER_EPOCH, 0)
 
 
-@pytest.mark.parametrize(
-    ("compiled", "name"),
-    [("module", "drive"), ("submodule", "synflow"), ("submodule_in_place", "drive"), ("module_in_place", "synflow")],
-)
-def test_compiled__without_stances(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uncompiled: Any, compiled: str, name: str
-) -> None:
-    """The same on torch 2.5, where `torch.compiler.set_stance` does not exist."""
-    monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
-    test_compiled(tmp_path, uncompiled, compiled, name)
-
-
 class LogsOneValue(pl.Callback):
     """Logs as often as a pruning callback does."""
 
@@ -258,7 +246,6 @@ def noisy(x: Tensor) -> Tensor:
     return F.dropout(F.relu(x), 0.5)
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.5 offers no way to switch these off")
 @pytest.mark.parametrize("method", [DRIVE(rounds=3), SynFlow(rounds=3)], ids=["drive", "synflow"])
 def test_compiled_function(method: Any) -> None:
     """Dropout stays off inside a compiled function, and what was compiled stays so."""
@@ -274,12 +261,9 @@ def test_compiled_function(method: Any) -> None:
     assert (backend.graphs, backend.runs) == (1, 1)
 
 
-@pytest.mark.parametrize("stances", [True, False], ids=["stances", "no_stances"])
 @pytest.mark.parametrize("method", [DRIVE(rounds=3), SynFlow(rounds=3)], ids=["drive", "synflow"])
-def test_find_masks__compiled(monkeypatch: pytest.MonkeyPatch, method: Any, stances: bool) -> None:
+def test_find_masks__compiled(method: Any) -> None:
     """A compiled module is scored as itself, also after it ran, and also when scoring fails it is compiled again."""
-    if not stances:
-        monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
     backend, batches = Backend(), models.make_batches(2, 4, 4)
     module = models.randomised(models.ConvNet()).train()
     settings: dict[str, Any] = {"sparsity": 0.7, "batches": batches, "loss_fn": models.loss_fn}
@@ -307,7 +291,7 @@ def test_compiled__aot_eager(tmp_path: Path, uncompiled: Any) -> None:
     assert fits.equal_states(fits.state_of(module), state)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a compiler")
 def test_compiled__inductor(tmp_path: Path) -> None:
     """With the default backend too: exact zeros, the exact count, and no graph but that of the dense run."""
