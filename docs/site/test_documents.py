@@ -126,7 +126,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     "ignore:You defined a `validation_step` but have no `val_dataloader`",
     "ignore:Checkpoint directory .* exists and is not empty",
 )
-@pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[f"{page}:{each.line}" for page, each in EXAMPLES])
+@pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[f"{page}:{block.line}" for page, block in EXAMPLES])
 def test_block(page: str, example: Example, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folders[page])
     example.evaluate()

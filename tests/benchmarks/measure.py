@@ -77,7 +77,7 @@ def rounds_and_passes(
 
 def with_once(rounds: list[float], once: float) -> list[float]:
     """Spread what is done once evenly over the rounds."""
-    return [each + once / len(rounds) for each in rounds]
+    return [one_round + once / len(rounds) for one_round in rounds]
 
 
 def forward_backward(module: nn.Module, run: Callable[[nn.Module], Tensor]) -> Callable[[], None]:

@@ -92,7 +92,7 @@ def test_saves(whole: tuple[str, Run], way: Callable[[Callable[[], None]], None]
         resumed = Run(CALLBACKS[name](), tmp_path, Calls(), path)
         for run in (saving, resumed):
             wrong.append((place, expected.calls.names[place], run.differences(expected)))
-    assert [each for each in wrong if each[2]] == []
+    assert [failure for failure in wrong if failure[2]] == []
 
 
 @pytest.mark.slow
@@ -119,7 +119,7 @@ def test_interrupts(whole: tuple[str, Run], number: int, tmp_path: Path) -> None
             wrong.append((place, expected.calls.names[place], [f"{zeros} zeros under {masks}"]))
         again = Run(CALLBACKS[name](), folder, Calls(), folder / "exception.ckpt")
         wrong.append((place, expected.calls.names[place], again.differences(expected)))
-    assert [each for each in wrong if each[2]] == []
+    assert [failure for failure in wrong if failure[2]] == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -173,7 +173,7 @@ def test_reads_while_scoring(name: str, precision: Any, tmp_path: Path) -> None:
     def read() -> None:
         if trainer.current_epoch == 1 and trainer.fit_loop.epoch_progress.total.started < 2:
             module: Any = trainer.lightning_module
-            found.extend(state_of(each) for each in (module, copy.deepcopy(module)))
+            found.extend(state_of(seen) for seen in (module, copy.deepcopy(module)))
             torch.save(module, tmp_path / "module.pt")
             found.append(state_of(torch.load(tmp_path / "module.pt", weights_only=False)))
 
@@ -189,8 +189,8 @@ def test_reads_while_scoring(name: str, precision: Any, tmp_path: Path) -> None:
         trainer.fit(Reading(), loader())
     before, inside = found[1], found[2:]
     assert len(inside) >= 9
-    for each in inside:
-        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(each, before, strict=True))
+    for seen in inside:
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(seen, before, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -241,7 +241,7 @@ def test_plateau(name: str, tmp_path: Path) -> None:
     Run(CALLBACKS[name](), tmp_path, Calls())
     expected = Run(CALLBACKS[name](), tmp_path, Calls())
     assert expected.end["rate"] < 0.1
-    begin, end = (expected.calls.names.index(each) for each in ("_prune", "_commit"))
+    begin, end = (expected.calls.names.index(name) for name in ("_prune", "_commit"))
     for place in [begin + round((end - begin) * part / 3) for part in range(1, 3)]:
         saved = tmp_path / f"{place}.ckpt"
         Run(CALLBACKS[name](), tmp_path, Calls(place, lambda trainer, path=saved: trainer.save_checkpoint(path)))
@@ -391,5 +391,5 @@ def test_saves__while_weights_are_rewound(tmp_path: Path) -> None:
         saving = Run(CALLBACKS["IMP"](), tmp_path, calls)
         resumed = Run(CALLBACKS["IMP"](), tmp_path, Calls(), tmp_path / "a.ckpt")
     assert calls.is_done
-    assert not [each for each in caught if "no longer 0" in str(each.message)]
+    assert not [warning for warning in caught if "no longer 0" in str(warning.message)]
     assert saving.differences(expected) == resumed.differences(expected) == []

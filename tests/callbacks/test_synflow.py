@@ -33,9 +33,9 @@ def test_synflow__defaults(tmp_path: Path) -> None:
 def test_synflow__precision(tmp_path: Path, precision: Any) -> None:
     """Scores are float64 whatever the Trainer computes in, so the masks are the same."""
     masks = []
-    for each in ("32-true", precision):
+    for given in ("32-true", precision):
         callback = SynFlowPruningCallback(sparsity=0.9, rounds=20)
-        fits.fit(tmp_path, ConvModule(), callback, max_epochs=1, precision=each)
+        fits.fit(tmp_path, ConvModule(), callback, max_epochs=1, precision=given)
         masks.append(callback.masks)
     assert masks[0] == masks[1]
 

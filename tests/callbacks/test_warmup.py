@@ -170,7 +170,7 @@ def test_saves_and_interrupts(name: str, num_batches: int, number: int, tmp_path
             wanted = expected.trainer.global_step, expected.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
             wrong.append((place, expected.calls.names[place], other.differences(expected), steps == wanted))
     assert len(wrong) >= 3 * number - 6
-    assert [each for each in wrong if each[2] or not each[3]] == []
+    assert [failure for failure in wrong if failure[2] or not failure[3]] == []
 
 
 # Endless streams, several optimizers, loggers.
@@ -216,7 +216,7 @@ class Adversaries(pl.LightningModule):
             optimizer.step()
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(each.parameters(), 0.05, momentum=0.9) for each in (self.first, self.second)]
+        return [torch.optim.SGD(layer.parameters(), 0.05, momentum=0.9) for layer in (self.first, self.second)]
 
 
 @every_callback

@@ -186,7 +186,7 @@ class Watch(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.pruning.pruned and self.statistics is None:
-            self.statistics = digest_of({name: each for name, each in pl_module.named_buffers() if "running" in name})
+            self.statistics = digest_of({name: value for name, value in pl_module.named_buffers() if "running" in name})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         digest = self.pruning.masks.digest() if self.pruning.pruned else None
@@ -235,14 +235,14 @@ def train(
         "state": state,
         "optimizer": [
             whole(value).clone()
-            for each in trainer.optimizers[0].state.values()
-            for value in each.values()
+            for optimizer in trainer.optimizers[0].state.values()
+            for value in optimizer.values()
             if isinstance(value, Tensor)
         ],
         "digest": pruning.masks.digest(),
         "masks": pruning.masks.state_dict(),
         "report": pruning.report.to_dict(),
-        "warned": [str(each.message) for each in caught],
+        "warned": [str(warning.message) for warning in caught],
         "changes": watch.changes,
         "start": watch.start,
         "statistics": watch.statistics,

@@ -179,7 +179,7 @@ def test_sharded__report(ranks: Any) -> None:
     first, second = (result["True"]["report"] for result in ranks("sharded"))
     alone, scores = first["layers"], first["scores"]
     assert (first["rounds"], scores) == (second["rounds"], second["scores"])
-    removed = [sum(column) for column in zip(*(each["removed"] for each in first["rounds"]), strict=True)]
+    removed = [sum(column) for column in zip(*(one_round["removed"] for one_round in first["rounds"]), strict=True)]
     assert removed == [layer["num_weights"] - layer["num_kept"] for layer in alone]
     assert sum(scores["kept"]) + scores["kept_below"] == sum(layer["num_kept"] for layer in alone)
     assert [(layer["multiply_adds"], layer["itemsize"]) for layer in alone] == [(None, 8)] * len(alone)

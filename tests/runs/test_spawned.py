@@ -180,7 +180,7 @@ def with_executor(jobs: list[tuple[Any, ...]]) -> list[tuple[Any, str]]:
 
 
 def with_joblib(jobs: list[tuple[Any, ...]]) -> list[tuple[Any, str]]:
-    return joblib.Parallel(n_jobs=2, backend="multiprocessing")(joblib.delayed(job)(*each) for each in jobs)
+    return joblib.Parallel(n_jobs=2, backend="multiprocessing")(joblib.delayed(job)(*arguments) for arguments in jobs)
 
 
 WAYS: dict[str, Callable[[list[tuple[Any, ...]]], list[tuple[Any, str]]]] = {
@@ -248,9 +248,9 @@ def test_fits_leave_nothing_behind(tmp_path: Path, temporary: Path) -> None:
         return {
             "files": sorted(temporary.iterdir()),
             "threads": threading.active_count(),
-            "modules": sum(type(each) is Tiny for each in objects),
-            "callbacks": sum(type(each) is DRIVEPruningCallback for each in objects),
-            "handovers": sum(type(each) is Handover for each in objects),
+            "modules": sum(type(thing) is Tiny for thing in objects),
+            "callbacks": sum(type(thing) is DRIVEPruningCallback for thing in objects),
+            "handovers": sum(type(thing) is Handover for thing in objects),
             "hooks": len(nn.modules.module._global_forward_hooks),
             "imported": len(sys.modules),
         }

@@ -251,11 +251,11 @@ def test_compiled_function(method: Any) -> None:
     """Dropout stays off inside a compiled function, and what was compiled stays so."""
     backend, batches = Backend(), models.make_batches(6)
     function = torch.compile(noisy, backend=backend)
-    found = []
-    for each in (noisy, function):
-        module = models.randomised(Squash(each))
-        found.append(find_masks(module, method, sparsity=0.5, batches=batches, loss_fn=models.loss_fn))
-    assert found[0] == found[1]
+    masks = []
+    for called in (noisy, function):
+        module = models.randomised(Squash(called))
+        masks.append(find_masks(module, method, sparsity=0.5, batches=batches, loss_fn=models.loss_fn))
+    assert masks[0] == masks[1]
     assert backend.graphs == 0
     function(torch.ones(2, 2))
     assert (backend.graphs, backend.runs) == (1, 1)

@@ -85,9 +85,9 @@ def wandb_rows(folder: Path) -> list[dict[str, Any]]:
     """Read all rows of the history in an offline run's file; what is of several parts, such as a picture, is a dict."""
     [path] = folder.glob("wandb/offline-run-*/*.wandb")
     rows = []
-    for each in wandb_records(path.read_bytes()):
+    for data in wandb_records(path.read_bytes()):
         record = Record()
-        record.ParseFromString(each)
+        record.ParseFromString(data)
         row: dict[str, Any] = {}
         for item in record.history.item:
             first, *others = item.nested_key or [item.key]

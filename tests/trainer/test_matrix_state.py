@@ -102,9 +102,10 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 
 def leaves(optimizer: Any) -> list[Tensor]:
     everything = list(optimizer.state.values())
-    everything += [each.state for state in everything for each in state.values() if isinstance(each, SimpleNamespace)]
+    values = [value for state in everything for value in state.values()]
+    everything += [value.state for value in values if isinstance(value, SimpleNamespace)]
     everything += [vars(optimizer).get("own"), optimizer.param_groups[0].get("own")]
-    return [each for each in tree_leaves([dict(state or {}) for state in everything]) if isinstance(each, Tensor)]
+    return [tensor for tensor in tree_leaves([dict(state or {}) for state in everything]) if isinstance(tensor, Tensor)]
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
@@ -122,7 +123,7 @@ def test_zero_optimizer_state___matrices(kind: Any, layer: Callable[[], nn.Modul
     assert len(before) >= 3 * 2
     live = MaskedParameters(module, Masks({"weight": torch.rand_like(module.weight) > 0.7}))  # type: ignore[arg-type]
     live.zero_optimizer_state_(optimizer)
-    assert all(torch.equal(*each) for each in zip(leaves(optimizer), before, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(leaves(optimizer), before, strict=True))
 
 
 class Coded(Tensor):

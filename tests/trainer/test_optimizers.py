@@ -36,8 +36,8 @@ class Drifting(SGD):
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         loss = super().step(closure)
         for group in self.param_groups:
-            for each in group["params"]:
-                each.add_(1e-3)
+            for parameter in group["params"]:
+                parameter.add_(1e-3)
         return loss
 
 
@@ -219,18 +219,18 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def climb(self) -> None:
-        used = [each for group in self.param_groups for each in group["params"] if each.grad is not None]
-        norm = torch.stack([each.grad.norm() for each in used]).norm()
-        for each in used:
-            self.state[each]["home"] = each.detach().clone()
-            each.add_(each.grad, alpha=self.param_groups[0]["rho"] / float(norm))
+        used = [parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
+        norm = torch.stack([parameter.grad.norm() for parameter in used]).norm()
+        for parameter in used:
+            self.state[parameter]["home"] = parameter.detach().clone()
+            parameter.add_(parameter.grad, alpha=self.param_groups[0]["rho"] / float(norm))
         self.away.append(float(norm))
 
     @torch.no_grad()
     def descend(self) -> None:
         for group in self.param_groups:
-            for each in group["params"]:
-                each.copy_(self.state[each]["home"])
+            for parameter in group["params"]:
+                parameter.copy_(self.state[parameter]["home"])
         self.base.step()
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
@@ -302,8 +302,8 @@ class Lookahead(Optimizer):
     def _begin(self, inner: Optimizer, every: int) -> None:
         self.every, self.count, self.step_inner = every, 0, inner.step
         for group in self.param_groups:
-            for each in group["params"]:
-                self.state[each]["slow"] = each.detach().clone()
+            for parameter in group["params"]:
+                self.state[parameter]["slow"] = parameter.detach().clone()
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         return self._advance(closure)
@@ -313,9 +313,9 @@ class Lookahead(Optimizer):
         self.count += 1
         with torch.no_grad():
             for group in self.param_groups:
-                for each in group["params"]:
+                for parameter in group["params"]:
                     if self.count % self.every == 0:
-                        each.copy_(self.state[each]["slow"].lerp_(each, 0.5))
+                        parameter.copy_(self.state[parameter]["slow"].lerp_(parameter, 0.5))
         return loss
 
 
@@ -325,7 +325,7 @@ class UninitialisedLookahead(Lookahead):
     def __init__(self, inner: Optimizer, hold: Callable[[Optimizer], Any], every: int = 2) -> None:
         self.held = hold(inner)
         self.param_groups, self.defaults = inner.param_groups, inner.defaults
-        self.state = {each: {} for group in inner.param_groups for each in group["params"]}  # type: ignore[assignment]
+        self.state = {parameter: {} for group in inner.param_groups for parameter in group["params"]}  # type: ignore[assignment]
         self._begin(inner, every)
 
     def step(self, closure: Any = None) -> Any:
@@ -333,8 +333,8 @@ class UninitialisedLookahead(Lookahead):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for group in self.param_groups:
-            for each in group["params"]:
-                each.grad = None
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 class LooksLikeAnOptimizer:
@@ -342,7 +342,7 @@ class LooksLikeAnOptimizer:
 
     def __init__(self, inner: Optimizer, hold: Callable[[Optimizer], Any]) -> None:
         self.held, self.inner = hold(inner), inner
-        self.slow = [each.detach().clone() for group in inner.param_groups for each in group["params"]]
+        self.slow = [parameter.detach().clone() for group in inner.param_groups for parameter in group["params"]]
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":
@@ -366,9 +366,9 @@ class LooksLikeAnOptimizer:
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = self.inner.step(closure)
-        parameters = [each for group in self.param_groups for each in group["params"]]
-        for each, slow in zip(parameters, self.slow, strict=True):
-            each.copy_(slow.lerp_(each, 0.5))
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for parameter, slow in zip(parameters, self.slow, strict=True):
+            parameter.copy_(slow.lerp_(parameter, 0.5))
         return loss
 
 
@@ -525,10 +525,11 @@ class Clipping:
         self.pruning, self.norms, self.pruned = pruning, [], []
 
     def __call__(self, module: nn.Module) -> None:
-        gradients = {name: each.grad for name, each in module.named_parameters() if each.grad is not None}
+        named = module.named_parameters()
+        gradients = {name: parameter.grad for name, parameter in named if parameter.grad is not None}
         assert gradients
         outside = [gradients[name][~mask].abs().max() for name, mask in self.pruning.masks.items()]
-        self.pruned += [each.item() for each in outside]
+        self.pruned += [largest.item() for largest in outside]
         self.norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), 0.1)))
 
 
