@@ -113,7 +113,7 @@ EXAMPLES = [(page, example) for page, document in DOCUMENTS.items() for example 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Give every page a folder and what a reader has."""
+    """Return a folder for every page, whose namespace has what a reader has."""
     for document in DOCUMENTS.values():
         document.namespace.update(reader())
     return {page: tmp_path_factory.mktemp(Path(page).stem) for page in DOCUMENTS}

@@ -45,7 +45,7 @@ class Figure:
     note: str = ""
 
     def ratios(self, peer: str) -> list[float]:
-        """Give ours divided by a peer's, pair by pair."""
+        """Return ours divided by a peer's, pair by pair."""
         return [own / other for own, other in zip(self.ours, self.peers[peer], strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def write(results: Mapping[str, Any], page: Path = PAGE) -> None:
 
 
 def filled(text: str, results: Mapping[str, Any]) -> str:
-    """Give the page's text with the tables of these results.
+    """Return the page's text with the tables of these results.
 
     Raises:
         ValueError: If a group of figures has no place on the page, or a place has no figures.
@@ -158,12 +158,12 @@ def goal(figure: Figure) -> str:
 
 
 def ratio(figure: Figure, peer: str) -> str:
-    """Give the median ratio, and where there are several, the range of the middle half."""
-    found = sorted(figure.ratios(peer))
-    if len(found) < 3:
-        return f"{median(found):.2f}"
-    quarter = len(found) // 4
-    return f"{median(found):.2f} ({found[quarter]:.2f}-{found[-1 - quarter]:.2f})"
+    """Return the median ratio, and where there are several, the range of the middle half."""
+    ratios = sorted(figure.ratios(peer))
+    if len(ratios) < 3:
+        return f"{median(ratios):.2f}"
+    quarter = len(ratios) // 4
+    return f"{median(ratios):.2f} ({ratios[quarter]:.2f}-{ratios[-1 - quarter]:.2f})"
 
 
 def bold(text: str, is_bold: bool) -> str:

@@ -68,11 +68,11 @@ def fit(tmp_path: Path, module: pl.LightningModule, *callbacks: pl.Callback, **k
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Every parameter and buffer, also those that `state_dict()` leaves out, and those that are not set."""
-    found: dict[str, Tensor | None] = {name: value.detach().clone() for name, value in module.named_parameters()}
+    tensors: dict[str, Tensor | None] = {name: value.detach().clone() for name, value in module.named_parameters()}
     for path, submodule in module.named_modules():
         for key, value in submodule._buffers.items():
-            found[f"{path}.{key}".lstrip(".")] = None if value is None else value.clone()
-    return found
+            tensors[f"{path}.{key}".lstrip(".")] = None if value is None else value.clone()
+    return tensors
 
 
 @dataclass
@@ -172,7 +172,7 @@ def plain_imp(
     ticket_epochs: int = 2,
     find: Callable[[nn.Module, Mapping[str, Tensor], int], Masks],
 ) -> list[Masks]:
-    """Train, prune, rewind: a loop without Lightning; gives the masks of every cycle."""
+    """Train, prune, rewind: a loop without Lightning; return the masks of every cycle."""
     optimizer = module.configure_optimizers()
     train(module, optimizer, rewind_epoch, {})
     weights, momenta = copy.deepcopy(module.state_dict()), copy.deepcopy(optimizer.state_dict())

@@ -56,7 +56,7 @@ def synflow(**kwargs: Any) -> SynFlowPruningCallback:
 
 
 def check(module: nn.Module, callback: PruningCallback, before: dict[str, Tensor]) -> None:
-    """See exact zeros in the exact number, all that trains having moved, and nothing else being sparse."""
+    """Assert exact zeros in the exact number, all that trains having moved, and nothing else being sparse."""
     masks, parameters = callback.masks, dict(module.named_parameters())
     assert masks.num_kept == round(masks.num_prunable * (1 - callback.sparsity))
     assert masks.hold_for(module)

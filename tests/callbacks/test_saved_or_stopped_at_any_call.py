@@ -159,11 +159,11 @@ def test_find_masks__interrupts(method: Any, number: int) -> None:
 @pytest.mark.parametrize("name", ["DRIVE", "SynFlow"])
 def test_reads_while_scoring(name: str, precision: Any, tmp_path: Path) -> None:
     """Whoever copies or reads the module in the rounds, in whatever way, finds what was there before them."""
-    found: list[Any] = []
+    states: list[Any] = []
 
     class Before(pl.Callback):
         def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Net) -> None:
-            found.append(state_of(pl_module))
+            states.append(state_of(pl_module))
 
     class Reading(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -173,9 +173,9 @@ def test_reads_while_scoring(name: str, precision: Any, tmp_path: Path) -> None:
     def read() -> None:
         if trainer.current_epoch == 1 and trainer.fit_loop.epoch_progress.total.started < 2:
             module: Any = trainer.lightning_module
-            found.extend(state_of(seen) for seen in (module, copy.deepcopy(module)))
+            states.extend(state_of(seen) for seen in (module, copy.deepcopy(module)))
             torch.save(module, tmp_path / "module.pt")
-            found.append(state_of(torch.load(tmp_path / "module.pt", weights_only=False)))
+            states.append(state_of(torch.load(tmp_path / "module.pt", weights_only=False)))
 
     def state_of(module: Net) -> list[Any]:
         tensors = [value.clone() for value in module.state_dict().values()]
@@ -187,7 +187,7 @@ def test_reads_while_scoring(name: str, precision: Any, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(Reading(), loader())
-    before, inside = found[1], found[2:]
+    before, inside = states[1], states[2:]
     assert len(inside) >= 9
     for seen in inside:
         assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(seen, before, strict=True))

@@ -208,7 +208,7 @@ def digest_of(tensors: Any) -> str:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Give all of a tensor that may be sharded."""
+    """Return all of a tensor that may be sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

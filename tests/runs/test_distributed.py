@@ -224,8 +224,8 @@ def test_sharded__ties(ranks: Any) -> None:
     """Ties go to the earlier parameter and the lower index, wherever the parts of a parameter are."""
     expected = distributed.masks_among_ties(distributed.Exact())
     for result in ranks("sharded"):
-        for name, found in result["ties"].items():
-            assert Masks.from_state_dict(found) == Masks.from_state_dict(expected[name])
+        for name, masks in result["ties"].items():
+            assert Masks.from_state_dict(masks) == Masks.from_state_dict(expected[name])
 
 
 @pytest.mark.parametrize("name", ["synflow", "imp", "reinit"])
@@ -248,14 +248,14 @@ def test_sharded__other_ways_error(ranks: Any) -> None:
 def test_spawned(tmp_path: Path, launch: str) -> None:
     """The process that started the others has masks and report afterwards, and can go on with them."""
     start(tmp_path, launch)
-    [found] = load(tmp_path, "spawned")
-    masks = Masks.from_state_dict(found["masks"])
-    assert found["pruned"]
-    assert found["report"]["digest"] == masks.digest()
+    [result] = load(tmp_path, "spawned")
+    masks = Masks.from_state_dict(result["masks"])
+    assert result["pruned"]
+    assert result["report"]["digest"] == masks.digest()
     for name, mask in masks.items():
-        assert torch.equal(found["state"][name] != 0, mask)
-        assert torch.equal(found["again"][name] != 0, mask)
-    assert any(not torch.equal(found["again"][name], found["state"][name]) for name in masks)
+        assert torch.equal(result["state"][name] != 0, mask)
+        assert torch.equal(result["again"][name] != 0, mask)
+    assert any(not torch.equal(result["again"][name], result["state"][name]) for name in masks)
 
 
 @pytest.mark.extended

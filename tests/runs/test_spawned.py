@@ -62,7 +62,7 @@ def job_of_pickle(pickled: bytes, folder: Path, temporary: Path) -> tuple[bytes,
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Give every test, and what it starts, a folder for temporary files, and fail if something of ours stays there."""
+    """Make a folder for temporary files of the test and what it starts, and fail if something of ours stays there."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))

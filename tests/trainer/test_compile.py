@@ -130,15 +130,15 @@ def plain(named: Any) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def uncompiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Masks, dict[str, Tensor]]]:
-    """Give masks and final weights of the run without `torch.compile`; each run once."""
-    found: dict[str, tuple[Masks, dict[str, Tensor]]] = {}
+    """Return masks and final weights of the run without `torch.compile`; each run once."""
+    runs: dict[str, tuple[Masks, dict[str, Tensor]]] = {}
 
     def run(name: str) -> tuple[Masks, dict[str, Tensor]]:
-        if name not in found:
+        if name not in runs:
             module, callback = Module(), CALLBACKS[name]()
             fit(tmp_path_factory.mktemp(name), module, callback)
-            found[name] = callback.masks, fits.state_of(module)
-        return found[name]
+            runs[name] = callback.masks, fits.state_of(module)
+        return runs[name]
 
     return run
 
