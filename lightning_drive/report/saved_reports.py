@@ -8,7 +8,7 @@ from typing import Any
 from lightning_drive.core import saved_values
 from lightning_drive.core.history import Round, ScoreHistogram
 from lightning_drive.core.messages import listed
-from lightning_drive.export import checkpoint_metadata, checkpoints, files, sparse_reader, sparse_writer
+from lightning_drive.export import checkpoint_metadata, checkpoints, sparse_reader
 from lightning_drive.report.parts import LayerReport
 
 

@@ -18,7 +18,7 @@ from lightning_drive import (
     SNIPPruningCallback,
     SynFlowPruningCallback,
 )
-from lightning_drive.network.synflow import active_masks
+from lightning_drive.network.paths import active_masks
 
 SIZES = {"features.0.weight": 54, "features.4.weight": 432, "head.weight": 512}
 

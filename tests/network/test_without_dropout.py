@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_drive import DRIVE, SNIP, find_masks
 from lightning_drive.network import gradients
-from lightning_drive.network.path_rules import Paths
-from lightning_drive.network.synflow_limits import Watch
+from lightning_drive.network.path_rules import PathRules
+from lightning_drive.network.synflow_breakers import FlowWatch
 from lightning_drive.network.undisturbed import undisturbed
 from lightning_drive.network.without_dropout import NoDropout
 from lightning_drive.search.methods import Method
@@ -199,7 +199,7 @@ def test_without_dropout__checkpoint(hidden: Callable[[Tensor, bool], Tensor], r
 
 
 @pytest.mark.parametrize(
-    "kind", [NoDropout, Paths, lambda: Watch({"dropout"}, nn.Identity())], ids=["dropout", "paths", "watch"]
+    "kind", [NoDropout, PathRules, lambda: FlowWatch(nn.Identity())], ids=["dropout", "paths", "watch"]
 )
 def test_function_mode__interrupted(kind: Callable[[], Any]) -> None:
     """An interrupt while torch has a mode off its stack is not hidden, and the mode that comes back does nothing."""
@@ -216,6 +216,7 @@ def test_function_mode__interrupted(kind: Callable[[], Any]) -> None:
     try:
         assert torch._C._len_torch_function_stack() == depth + 1
         assert (F.dropout(torch.ones(1000), 0.5) == 0).any()
-        assert getattr(mode, "seen", []) == []
+        torch.tanh(torch.ones(1))
+        assert getattr(mode, "breakers", []) == []
     finally:
         torch._C._pop_torch_function_stack()
