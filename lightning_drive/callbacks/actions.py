@@ -30,7 +30,6 @@ from lightning_drive.trainer import (
     trained_parameters,
 )
 from lightning_drive.trainer.averages import Averages
-from lightning_drive.trainer.enforcement import Enforcement
 from lightning_drive.trainer.fit import Fit
 from lightning_drive.trainer.saved_state import Pruning, SavedState
 from lightning_drive.trainer.search import Outcome
@@ -235,12 +234,12 @@ class PruningActions(pl.Callback):
         """Select the prunable parameters that an optimizer holds."""
         return trained_parameters.select(trainer, pl_module, self.prunable_parameters)
 
-    def _others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
-        """Name the matrices that are trained and stay dense, unless the user has said what is to be pruned."""
+    def _others(self, trainer: pl.Trainer, pl_module: pl.LightningModule, selected: Iterable[str]) -> list[str]:
+        """Name the matrices that are trained and stay dense, unless the user has chosen what is pruned."""
         selects_itself = type(self).prunable_parameters is not PruningActions.prunable_parameters
         if self.include is not None or selects_itself:
             return []
-        left_out = {**self._selected(trainer, pl_module), **trained_parameters.untrained(trainer, pl_module)}
+        left_out = {*selected, *trained_parameters.untrained(trainer, pl_module)}
         return prunable.dense_matrices(pl_module, left_out, self.exclude)
 
     def _remember_when_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int = 0) -> None:
@@ -270,7 +269,7 @@ class PruningActions(pl.Callback):
         **options: Any,
     ) -> Outcome:
         """Search for masks of the named parameters, see :func:`lightning_drive.trainer.search.search`."""
-        others = self._others(trainer, pl_module)
+        others = self._others(trainer, pl_module, names)
         return search.search(
             trainer, pl_module, method, self._goal, [*names], masks=self.masks, others=others, **options
         )
@@ -330,18 +329,8 @@ class PruningActions(pl.Callback):
 
     def _enforce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the masks on everything that is alive, and have every optimizer step followed by them."""
-        before = self._fit.enforcement
-        self._release()
-        warned = before is not None and before.warned
-        enforcement = Enforcement(pl_module, self.masks, self._pruned_along(trainer, pl_module), warned=warned)
-        self._fit.enforcement = enforcement
-        enforcement.begin(self, trainer, pl_module)
-
-    def _release(self) -> None:
-        """Let go of the module and its optimizers."""
-        if self._fit.enforcement is not None:
-            self._fit.enforcement.end()
-        self._fit.enforcement = None
+        averages = self._pruned_along(trainer, pl_module)
+        self._fit.enforce(self, trainer, pl_module, self.masks, averages)
 
     def _reinitialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Return to the remembered weights, with new initial values for the survivors."""

@@ -245,6 +245,10 @@ class PruningCallback(PruningActions):
         self._release()
         self._fit = Fit()
 
+    def _release(self) -> None:
+        """Let go of the module and its optimizers."""
+        self._fit.release()
+
     def _prune_when_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Prune if it is time; return whether it was."""
         if self._finished or not self._is_due(trainer):

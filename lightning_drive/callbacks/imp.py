@@ -1,14 +1,11 @@
 """Iterative magnitude pruning: cycles of training, pruning and rewinding inside one fit."""
 
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -17,16 +14,14 @@ from typing_extensions import override
 from lightning_drive.callbacks.base import PruningCallback
 from lightning_drive.core import arguments, saved_values
 from lightning_drive.core.arguments import Control, Schedule, Scope
-from lightning_drive.core.masks import collapsed_layers
-from lightning_drive.core.messages import listed
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
+from lightning_drive.search import unscored
 from lightning_drive.search.methods import Magnitude
-from lightning_drive.search.unscored import patterns
-from lightning_drive.trainer import end_of_training, other_callbacks, restored_masks, step_counts, terminal
-from lightning_drive.trainer.cycle_schedules import CycleSchedules
+from lightning_drive.trainer import cycle_checks, end_of_training, step_counts, terminal
+from lightning_drive.trainer.cycle_checks import listed_settings
+from lightning_drive.trainer.cycle_schedules import Cycles, CycleSchedules
 from lightning_drive.trainer.saved_state import SavedState
-from lightning_drive.trainer.search import Outcome
 
 
 class IMPPruningCallback(PruningCallback):
@@ -142,17 +137,17 @@ class IMPPruningCallback(PruningCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let ``configure_optimizers`` see one cycle."""
         super().setup(trainer, pl_module, stage)
-        self._schedules = CycleSchedules(self.cycles, self.epochs_per_cycle, self.rewind_epoch, self._fit.max_epochs)
+        self._schedules = CycleSchedules(self._cycles, self._fit.max_epochs)
         if stage != "fit" or step_counts.is_quick_check(trainer):
             return
         if self._finished and self.masks.hold_for(pl_module):
             return
-        self._check_epochs()
+        cycle_checks.check_epochs(self, self._cycles, self._fit.max_epochs)
         self._schedules.plan(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse what cannot work, and start afresh on a module that the masks were not made for."""
+        """Raise if the module cannot be pruned, and start afresh on one that the masks were not made for."""
         assert self._schedules is not None
         self._schedules.end()
         super().on_fit_start(trainer, pl_module)
@@ -164,7 +159,7 @@ class IMPPruningCallback(PruningCallback):
         if self._fit.is_restored and not step_counts.is_quick_check(trainer):
             assert self._schedules is not None
             if not self._finished:
-                self._check_epochs()
+                cycle_checks.check_epochs(self, self._cycles, self._fit.max_epochs)
             self._schedules.resume(trainer, pl_module, self._cut_step)
         super().on_train_start(trainer, pl_module)
         if self._without_gradient is None:
@@ -182,13 +177,13 @@ class IMPPruningCallback(PruningCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Save also what has had no gradient so far."""
+        """Return also the names of parameters that have had no gradient so far."""
         names = self._without_gradient
         return {**super().state_dict(), "without_gradient": None if names is None else sorted(names)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, now or in an earlier version."""
+        """Restore what :meth:`state_dict` returned, now or in an earlier version."""
         what = "the names of what had no gradient in the callback state"
         names = saved_values.check(list[str] | None, dict(state_dict).get("without_gradient"), what)
         super().load_state_dict(state_dict)
@@ -205,7 +200,7 @@ class IMPPruningCallback(PruningCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if the run ended before its cycles did."""
+        """Warn if the run ended before its cycles did."""
         if not self._finished:
             rank_zero_warn(
                 f"Training ended in epoch {end_of_training.last_epoch(trainer)}{end_of_training.reason(trainer)}, in"
@@ -217,19 +212,7 @@ class IMPPruningCallback(PruningCallback):
 
     @override
     def _check_settings(self, saved: SavedState) -> None:
-        """Raise if cycles are left and would go on with other settings; older checkpoints do not have them all."""
-        now, then, report = self._settings(), saved.settings, saved.pruning.report
-        cycle = 0 if report is None else report.cycle or 0
-        cycles = saved_values.check(int, then.get("cycles"), "the number of cycles in the checkpoint's settings")
-        names = [name for name in now if name in then and name not in ("include", "exclude")]
-        other = [name for name in names if type(then[name]) is not type(now[name]) or then[name] != now[name]]
-        if cycle < cycles and other:
-            before, after = ({name: saved_values.shown(of[name]) for name in other} for of in (then, now))
-            raise ValueError(
-                f"The checkpoint is from cycle {cycle} of an IMP run with {_listed(before)}, but this"
-                f" IMPPruningCallback has {_listed(after)}: its cycles would not follow on. Resume with the settings of"
-                " the checkpoint."
-            )
+        cycle_checks.check_settings(saved, self._settings())
 
     @override
     def _start_afresh(self) -> None:
@@ -248,6 +231,10 @@ class IMPPruningCallback(PruningCallback):
         return self.cycle >= self.cycles
 
     @property
+    def _cycles(self) -> Cycles:
+        return Cycles(self.cycles, self.epochs_per_cycle, self.rewind_epoch)
+
+    @property
     def _cut_step(self) -> int | None:
         """The global step of the last cut; ``None`` before it."""
         return self.report.step if self._finished and self.report is not None else None
@@ -255,7 +242,7 @@ class IMPPruningCallback(PruningCallback):
     @property
     @override
     def _last_epoch(self) -> int:
-        return self.cycles * self.epochs_per_cycle
+        return self._cycles.last_cut
 
     @override
     def _plan(self, module: nn.Module, selected: Mapping[str, nn.Parameter], **run: Any) -> PruningPlan:
@@ -276,7 +263,7 @@ class IMPPruningCallback(PruningCallback):
         return self._due_cycle(trainer) > self.cycle
 
     def _method(self) -> str:
-        return f"IMP({_listed(self._cycle_settings())})"
+        return f"IMP({listed_settings(self._cycle_settings())})"
 
     def _due_cycle(self, trainer: pl.Trainer) -> int:
         if step_counts.is_quick_check(trainer):
@@ -289,23 +276,20 @@ class IMPPruningCallback(PruningCallback):
         cycle = self._due_cycle(trainer)
         is_last = cycle == self.cycles
         names = list(super()._selected(trainer, pl_module))
-        left_out = [] if self.pruned else [name for name in names if name not in self._selected(trainer, pl_module)]
+        selected = self._selected(trainer, pl_module)
+        left_out = [] if self.pruned else [name for name in names if name not in selected]
         outcome = self._search(
             trainer,
             pl_module,
             Magnitude(rounds=self.cycles),
-            self._selected(trainer, pl_module),
+            selected,
             only_round=cycle,
             shuffle=is_last and self.control == "shuffle",
         )
         if not step_counts.is_quick_check(trainer):
-            self._check_paths(outcome, cycle)
+            cycle_checks.check_paths(outcome, cycle, self._cycles, self.scope)
         if left_out:
-            outcome.found.warnings.append(
-                f"{listed(map(repr, left_out))} had no gradient in all of the first cycle: the loss does not depend on"
-                " them, since they are not used, or only under `no_grad` or through `detach`. They are left out and"
-                f" stay dense, as with `exclude={patterns(left_out, names)}`."
-            )
+            outcome.found.warnings.append(unscored.unreached_in_cycle(left_out, names))
         # Everything is computed: from here on only commit.
         self._record(trainer, outcome, self._method(), start, control=self.control if is_last else "none", cycle=cycle)
         forgotten = self._commit(trainer, pl_module)
@@ -316,25 +300,13 @@ class IMPPruningCallback(PruningCallback):
         """Select the prunable parameters that an optimizer holds and, from the first cut on, that had gradients."""
         selected = super()._selected(trainer, pl_module)
         left_out = self._without_gradient if self.pruned or self._is_due(trainer) else None
-        reached = {name: each for name, each in selected.items() if name not in (left_out or ())}
+        reached = {name: parameter for name, parameter in selected.items() if name not in (left_out or ())}
         return reached or selected  # without any, no step has been seen
 
     @override
-    def _others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
-        return [name for name in super()._others(trainer, pl_module) if name not in (self._without_gradient or ())]
-
-    def _check_paths(self, outcome: Outcome, cycle: int) -> None:
-        """Raise if nothing is left to train."""
-        masks, active = outcome.found.masks, outcome.diagnosis.active
-        if active is not None and not active.num_kept:
-            empty = collapsed_layers(masks)
-            where = f", and no weight is left in {listed(map(repr, empty))}" if empty else ""
-            scope = "" if self.scope == "layerwise" else " set `scope='layerwise'`,"
-            raise MisconfigurationException(
-                f"After cycle {cycle} of {self.cycles}, at a sparsity of {masks.sparsity:.2%}, the network is cut"
-                f" off: no path from its input to its output is left{where}. Nothing can come of the epochs that"
-                f" follow. Lower `sparsity`, raise `cycles`,{scope} or leave small layers out with `exclude`."
-            )
+    def _others(self, trainer: pl.Trainer, pl_module: pl.LightningModule, selected: Iterable[str]) -> list[str]:
+        others = super()._others(trainer, pl_module, selected)
+        return [name for name in others if name not in (self._without_gradient or ())]
 
     @override
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -373,73 +345,16 @@ class IMPPruningCallback(PruningCallback):
             self._schedules.end()
         super()._release()
 
-    # What is refused before training starts.
-
-    def _check_epochs(self) -> None:
-        last_cut = self.cycles * self.epochs_per_cycle
-        if 0 <= self._fit.max_epochs <= last_cut:
-            raise MisconfigurationException(
-                f"{type(self).__name__}(cycles={self.cycles}, epochs_per_cycle={self.epochs_per_cycle}) prunes for the"
-                f" last time at the start of epoch {last_cut} (counted from 0) and then trains the ticket, but training"
-                f" ends after max_epochs={self._fit.max_epochs} epochs. Set `max_epochs` to {last_cut} plus the epochs"
-                " for the ticket, or lower `cycles` or `epochs_per_cycle`."
-            )
+    # What is checked before training starts.
 
     @override
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_training(trainer, pl_module)
         self.masks.parameters_of(pl_module)  # or it is another module
-        if (
-            self._fit.is_restored
-            and self.pruned
-            and not restored_masks.is_selection(self.masks, partial(self._selected, trainer), pl_module)
-        ):
-            raise MisconfigurationException(
-                f"The checkpoint is from cycle {self.cycle} of an IMP run that prunes other parameters than"
-                f" `include={self.include}` and `exclude={self.exclude}` select now: its cycles would not follow on."
-                f" Resume with the settings of the checkpoint, which select: {listed(self.masks)}."
-            )
+        if self._fit.is_restored and self.pruned:
+            cycle_checks.check_selection(self, pl_module, partial(self._selected, trainer))
         if step_counts.is_quick_check(trainer) or self._schedules is None or not self._schedules.are_planned:
             return
-        last_cut = self.cycles * self.epochs_per_cycle
-        steps_per_epoch = step_counts.steps_per_epoch(trainer)
-        is_known = pl_module.automatic_optimization  # else a batch may have any number of steps
-        if is_known and 0 <= trainer.max_steps <= last_cut * steps_per_epoch < math.inf:
-            raise MisconfigurationException(
-                f"{type(self).__name__}(cycles={self.cycles}, epochs_per_cycle={self.epochs_per_cycle}) prunes for the"
-                f" last time after {last_cut * steps_per_epoch:g} steps and then trains the ticket, but training ends"
-                f" after max_steps={trainer.max_steps}. Raise `max_steps`, or lower `cycles` or `epochs_per_cycle`."
-            )
-        for callback in other_callbacks.callbacks_of(trainer):
-            if isinstance(callback, GradientAccumulationScheduler) and len(callback.scheduling) > 1:
-                raise MisconfigurationException(
-                    f"{type(self).__name__} repeats the same training in every cycle, but"
-                    f" GradientAccumulationScheduler(scheduling={callback.scheduling}) changes it at epochs counted"
-                    " over the whole run. Accumulate the same number of batches throughout, with"
-                    " `Trainer(accumulate_grad_batches=...)`."
-                )
+        cycle_checks.check_training(self, trainer, pl_module, self._cycles)
         self._schedules.check(trainer, pl_module, self._cut_step)
-        for callback in other_callbacks.callbacks_of(trainer):
-            if isinstance(callback, StochasticWeightAveraging):
-                self._check_swa(trainer, callback)
-
-    def _check_swa(self, trainer: pl.Trainer, swa: StochasticWeightAveraging) -> None:
-        last_cut, callbacks = self.cycles * self.epochs_per_cycle, other_callbacks.callbacks_of(trainer)
-        if swa.swa_start <= self.rewind_epoch or (
-            swa.swa_start <= last_cut and callbacks.index(swa) < callbacks.index(self)
-        ):
-            raise MisconfigurationException(
-                f"StochasticWeightAveraging replaces the learning-rate schedule in epoch {swa.swa_start}, before"
-                f" {type(self).__name__} can return to it. Set `swa_epoch_start` to {last_cut + 1} or more, which"
-                f" averages the ticket's training, and put {type(self).__name__} before it in `callbacks`."
-            )
-        if swa.swa_start < last_cut:
-            rank_zero_warn(
-                f"StochasticWeightAveraging starts in epoch {swa.swa_start}, before IMP's last cut at epoch"
-                f" {last_cut}: its learning rate ends with the cycle, and its average begins again with every"
-                f" cycle. To average the ticket's training, set `swa_epoch_start` to {last_cut + 1} or more."
-            )
-
-
-def _listed(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in settings.items())
+        cycle_checks.check_swa(self, trainer, self._cycles)

@@ -49,6 +49,15 @@ def unreached(names: Collection[str], among: Iterable[str], method: Method) -> s
     )
 
 
+def unreached_in_cycle(names: Collection[str], among: Iterable[str]) -> str:
+    """Return a warning of parameters that had no gradient before the first cut of IMP, and were left out."""
+    return (
+        f"{listed(map(repr, names))} had no gradient in all of the first cycle: the loss does not depend on them, since"
+        " they are not used, or only under `no_grad` or through `detach`. They are left out and stay dense, as with"
+        f" `exclude={patterns(names, among)}`."
+    )
+
+
 def dead_pairs(masks: Mapping[str, Tensor], zeros: Collection[str]) -> Iterator[str]:
     """Warn if both factors of a low-rank adapter are zero, or will be: neither has a gradient from then on.
 

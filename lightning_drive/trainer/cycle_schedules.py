@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -12,17 +13,34 @@ from lightning_drive.trainer import phases, step_counts
 from lightning_drive.trainer.phases import Schedules
 
 
+class Cycles(NamedTuple):
+    """The cycles of an IMP run."""
+
+    number: int
+    epochs: int
+    """Epochs per cycle."""
+    rewind_epoch: int
+
+    def __str__(self) -> str:
+        return f"cycles={self.number}, epochs_per_cycle={self.epochs}"
+
+    @property
+    def last_cut(self) -> int:
+        """At the start of which epoch the last cut is due."""
+        return self.number * self.epochs
+
+
 class CycleSchedules:
     """The schedules of one ``fit``; made in ``setup``.
 
     A ``cut_step`` is the global step of the last cut; ``None`` before it.
     """
 
-    def __init__(self, cycles: int, epochs_per_cycle: int, rewind_epoch: int, max_epochs: int) -> None:
-        self._epochs_per_cycle, self._rewind_epoch = epochs_per_cycle, rewind_epoch
-        self._last_cut = cycles * epochs_per_cycle
-        self._cycle_length = rewind_epoch + epochs_per_cycle  # epochs of a schedule, those before the rewind included
-        self._ticket_length = -1 if max_epochs == -1 else rewind_epoch + max_epochs - self._last_cut
+    def __init__(self, cycles: Cycles, max_epochs: int) -> None:
+        self._cycles = cycles
+        # Epochs of a schedule, those before the rewind included.
+        self._cycle_length = cycles.rewind_epoch + cycles.epochs
+        self._ticket_length = -1 if max_epochs == -1 else cycles.rewind_epoch + max_epochs - cycles.last_cut
         self._planned: int | None = None
         self._undo_plan: Callable[[], None] | None = None
         self._configs: list[LRSchedulerConfig] = []
@@ -73,7 +91,7 @@ class CycleSchedules:
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut_step: int | None) -> None:
         """Raise if cycles would differ in their learning rates, or a schedule ends before its phase does."""
-        phases.check_frequencies(self._configs, self._epochs_per_cycle, self._rewind_epoch)
+        phases.check_frequencies(self._configs, self._cycles.epochs, self._cycles.rewind_epoch)
         steps_per_epoch = step_counts.steps_per_epoch(trainer)
         if not self._configs or math.isinf(steps_per_epoch):
             return
@@ -93,7 +111,7 @@ class CycleSchedules:
         if cut_step is not None and self._ticket_has_another_length and start.schedulers:
             long = self._of_ticket(trainer, pl_module, cut_step)
             self._configs = long.configs
-            if not self._rewind_epoch:  # all schedules are at their beginning
+            if not self._cycles.rewind_epoch:  # all schedules are at their beginning
                 groups = zip(start.optimizers, long.param_groups, strict=True)
                 optimizers = [{**state, "param_groups": group} for state, group in groups]
                 return replace(start, optimizers=optimizers, schedulers=long.states)
@@ -110,8 +128,8 @@ class CycleSchedules:
 
     def _steps_before_ticket(self, trainer: pl.Trainer, cut_step: int | None) -> int:
         """Count the steps before the last phase, without those that its learning-rate schedule has behind it."""
-        steps = self._last_cut * step_counts.steps_per_epoch(trainer) if cut_step is None else cut_step
-        return round(steps * (1 - self._rewind_epoch / self._last_cut))
+        steps = self._cycles.last_cut * step_counts.steps_per_epoch(trainer) if cut_step is None else cut_step
+        return round(steps * (1 - self._cycles.rewind_epoch / self._cycles.last_cut))
 
     @property
     def _ticket_has_another_length(self) -> bool:

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+import lightning.pytorch as pl
+
+from lightning_drive.core.masks import Masks
+from lightning_drive.trainer.averages import Averages
 from lightning_drive.trainer.enforcement import Enforcement
 from lightning_drive.trainer.unmasked_weights import UnmaskedWeights
 
@@ -28,3 +32,23 @@ class Fit:
     """What keeps the masks on the module, once it is pruned."""
     unmasked: UnmaskedWeights | None = None
     """What warns of weights that the masks do not reach."""
+
+    def enforce(
+        self,
+        pruning: pl.Callback,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        masks: Masks,
+        averages: Averages,
+    ) -> None:
+        """Put masks on a module and its averages, in place of those that were on them; a warning is not repeated."""
+        warned = self.enforcement is not None and self.enforcement.warned
+        self.release()
+        self.enforcement = Enforcement(pl_module, masks, averages, warned=warned)
+        self.enforcement.begin(pruning, trainer, pl_module)
+
+    def release(self) -> None:
+        """Let go of the module and its optimizers."""
+        if self.enforcement is not None:
+            self.enforcement.end()
+        self.enforcement = None
