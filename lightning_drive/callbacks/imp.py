@@ -2,8 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +9,6 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -21,10 +18,7 @@ from lightning_drive.core import arguments, saved_values
 from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.core.messages import listed
 from lightning_drive.core.sparsity import collapsed_layers
-from lightning_drive.network.rewinding import RewindPoint
-from lightning_drive.report.plan import Intent
 from lightning_drive.report.pruning_report import PruningReport
-from lightning_drive.search.loop import Found
 from lightning_drive.search.methods import Magnitude
 from lightning_drive.search.vanishing_scores import patterns
 from lightning_drive.trainer import (
@@ -32,10 +26,8 @@ from lightning_drive.trainer import (
     facts,
     loop_progress,
     other_callbacks,
-    phases,
     restored_masks,
     run_length,
-    training_step,
 )
 
 
@@ -139,9 +131,7 @@ class IMPPruningCallback(PruningCallback):
         self.rewind_epoch = rewind_epoch
         self.bn_batches = bn_batches
         self._without_gradient: set[str] | None = None  # names of what has had none in the first cycle
-        self._planned: int | None = None
-        self._undo_plan: Callable[[], None] | None = None
-        self._schedulers: list[LRSchedulerConfig] = []
+        self._schedules: CycleSchedules | None = None  # those of this ``fit``
 
     @property
     def cycle(self) -> int:
@@ -154,27 +144,30 @@ class IMPPruningCallback(PruningCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let ``configure_optimizers`` see one cycle."""
         super().setup(trainer, pl_module, stage)
-        self._planned = None
+        self._schedules = CycleSchedules(self.cycles, self.epochs_per_cycle, self.rewind_epoch, self._fit.max_epochs)
         if stage != "fit" or facts.is_quick_check(trainer):
             return
         if self._finished and self.masks.hold_for(pl_module):
             return
         self._check_epochs()
-        self._planned = self._cycle_length
-        self._undo_plan = phases.plan(trainer, pl_module, self._planned)
+        self._schedules.plan(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what cannot work, and start afresh on a module that the masks were not made for."""
-        self._forget_plan()
+        assert self._schedules is not None
+        self._schedules.end()
         super().on_fit_start(trainer, pl_module)
-        self._schedulers = list(trainer.lr_scheduler_configs)
+        self._schedules.begin(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up restored masks again, and a schedule for the phase that the run is in."""
-        if self._restored and not facts.is_quick_check(trainer):
-            self._resume_schedule(trainer, pl_module)
+        if self._fit.is_restored and not facts.is_quick_check(trainer):
+            assert self._schedules is not None
+            if not self._finished:
+                self._check_epochs()
+            self._schedules.resume(trainer, pl_module, self._cut_step)
         super().on_train_start(trainer, pl_module)
         if self._without_gradient is None:
             self._without_gradient = set() if self.pruned else set(self._selected(trainer, pl_module))
@@ -246,7 +239,7 @@ class IMPPruningCallback(PruningCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the live parameters, schedulers and hooks of this process out of copies and pickles."""
-        return {**super().__getstate__(), "_undo_plan": None, "_schedulers": []}
+        return {**super().__getstate__(), "_schedules": None}
 
     # What happens when it is time.
 
@@ -255,9 +248,29 @@ class IMPPruningCallback(PruningCallback):
     def _finished(self) -> bool:
         return self.cycle >= self.cycles
 
+    @property
+    def _cut_step(self) -> int | None:
+        """The global step of the last cut; ``None`` before it."""
+        return self.report.step if self._finished and self.report is not None else None
+
+    @property
     @override
-    def _intent(self) -> Intent:
-        return Intent(self._method(), self.cycles, 0, "", self.epochs_per_cycle, self.cycles * self.epochs_per_cycle)
+    def _last_epoch(self) -> int:
+        return self.cycles * self.epochs_per_cycle
+
+    @override
+    def _plan(self, module: nn.Module, selected: Mapping[str, nn.Parameter], **run: Any) -> PruningPlan:
+        return plan.plan(
+            module,
+            selected,
+            method=self._method(),
+            kept=self._goal.kept([parameter.numel() for parameter in selected.values()], self.cycles),
+            passes=0,
+            pass_over="",
+            first_epoch=self.epochs_per_cycle,
+            last_epoch=self._last_epoch,
+            **run,
+        )
 
     @override
     def _is_due(self, trainer: pl.Trainer) -> bool:
@@ -282,12 +295,12 @@ class IMPPruningCallback(PruningCallback):
             trainer,
             pl_module,
             Magnitude(rounds=self.cycles),
-            loss=training_step.loss_of,
+            self._selected(trainer, pl_module),
             only_round=cycle,
             shuffle=is_last and self.control == "shuffle",
         )
         if not facts.is_quick_check(trainer):
-            self._check_paths(outcome.found, cycle)
+            self._check_paths(outcome, cycle)
         if left_out:
             outcome.found.warnings.append(
                 f"{listed(map(repr, left_out))} had no gradient in all of the first cycle: the loss does not depend on"
@@ -296,9 +309,8 @@ class IMPPruningCallback(PruningCallback):
             )
         # Everything is computed: from here on only commit.
         self._record(trainer, outcome, self._method(), start, control=self.control if is_last else "none", cycle=cycle)
-        self._commit(trainer, pl_module)
-        with display.above_bar(trainer):
-            self._announce(trainer, outcome.found, None if is_last else self._line())
+        forgotten = self._commit(trainer, pl_module)
+        self._announce(trainer, outcome, forgotten, None if is_last else self._line())
 
     @override
     def _selected(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
@@ -312,14 +324,15 @@ class IMPPruningCallback(PruningCallback):
     def _others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
         return [name for name in super()._others(trainer, pl_module) if name not in (self._without_gradient or ())]
 
-    def _check_paths(self, found: Found, cycle: int) -> None:
+    def _check_paths(self, outcome: Outcome, cycle: int) -> None:
         """Raise if nothing is left to train."""
-        if found.active is not None and not found.active.num_kept:
-            empty = collapsed_layers(found.masks)
+        masks, active = outcome.found.masks, outcome.diagnosis.active
+        if active is not None and not active.num_kept:
+            empty = collapsed_layers(masks)
             where = f", and no weight is left in {listed(map(repr, empty))}" if empty else ""
             scope = "" if self.scope == "layerwise" else " set `scope='layerwise'`,"
             raise MisconfigurationException(
-                f"After cycle {cycle} of {self.cycles}, at a sparsity of {found.masks.sparsity:.2%}, the network is cut"
+                f"After cycle {cycle} of {self.cycles}, at a sparsity of {masks.sparsity:.2%}, the network is cut"
                 f" off: no path from its input to its output is left{where}. Nothing can come of the epochs that"
                 f" follow. Lower `sparsity`, raise `cycles`,{scope} or leave small layers out with `exclude`."
             )
@@ -327,76 +340,14 @@ class IMPPruningCallback(PruningCallback):
     @override
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._start is not None  # it is kept until training goes on after the last cut
-        start = self._start_of_phase(trainer, pl_module, self._start)
+        assert self._schedules is not None
         if self._finished and self.control == "reinit":
             self._reinitialise(trainer, pl_module)
         else:
-            start.snapshot.rewind_(pl_module, self.masks)
-        start.rewind_optimizers_(trainer.optimizers, learning_rates=True)
-        start.rewind_schedulers_([config.scheduler for config in self._schedulers])
-        trainer.lr_scheduler_configs[:] = self._schedulers  # SWA may have put its own there
+            self._start.snapshot.rewind_(pl_module, self.masks)
+        self._schedules.rewind_(trainer, pl_module, self._start, self._cut_step)
         self._restart_averages(trainer, pl_module)
         super()._settle(trainer, pl_module)
-
-    def _start_of_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule, start: RewindPoint) -> RewindPoint:
-        """Get schedulers for the phase that begins, and the rewind point as it is for them."""
-        if self._finished and self._ticket_has_another_length and start.schedulers:
-            long = self._schedules_of_the_ticket(trainer, pl_module)
-            self._schedulers = long.configs
-            if not self.rewind_epoch:  # all schedules are at their beginning
-                groups = zip(start.optimizers, long.param_groups, strict=True)
-                optimizers = [{**state, "param_groups": each} for state, each in groups]
-                return replace(start, optimizers=optimizers, schedulers=long.states)
-            short = phases.schedules_for(trainer, pl_module, self._cycle_length)
-            states = zip(start.schedulers, short.states, long.states, strict=True)
-            return replace(start, schedulers=[phases.adapted(*each) for each in states])
-        if len(self._schedulers) != len(start.schedulers):  # SWA removes them where it is resumed itself
-            self._schedulers = phases.schedules_for(trainer, pl_module, self._cycle_length).configs
-        return start
-
-    def _resume_schedule(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Get schedulers for the phase of the checkpoint, where those at hand are of another length."""
-        if not self._finished:
-            self._check_epochs()
-        length = self._ticket_length if self._finished else self._cycle_length
-        configs = trainer.lr_scheduler_configs  # empty also where SWA, resumed itself, has taken over
-        if configs and length != self._planned:
-            if self._finished:
-                new = self._schedules_of_the_ticket(trainer, pl_module)
-            else:
-                new = phases.schedules_for(trainer, pl_module, length)
-            for config, old in zip(new.configs, configs, strict=True):
-                config.scheduler.load_state_dict(old.scheduler.state_dict())
-            trainer.lr_scheduler_configs[:] = self._schedulers = new.configs
-        self._planned = self._cycle_length
-
-    def _schedules_of_the_ticket(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> phases.Schedules:
-        return phases.schedules_for(trainer, pl_module, self._ticket_length, self._steps_before_ticket(trainer))
-
-    def _steps_before_ticket(self, trainer: pl.Trainer) -> int:
-        """Count the steps before the last phase, without those that its learning-rate schedule has behind it."""
-        last_cut = self.cycles * self.epochs_per_cycle
-        if self._finished and self.report is not None:
-            steps = float(self.report.step)
-        else:  # before training, to see whether the schedule will do
-            steps = last_cut * loop_progress.steps_per_epoch(trainer)
-        return round(steps * (1 - self.rewind_epoch / last_cut))
-
-    @property
-    def _cycle_length(self) -> int:
-        """How many epochs a learning-rate schedule runs in a cycle, those before the rewind point included."""
-        return self.rewind_epoch + self.epochs_per_cycle
-
-    @property
-    def _ticket_length(self) -> int:
-        """The same for the last phase; -1: without end."""
-        if self._max_epochs == -1:
-            return -1
-        return self.rewind_epoch + self._max_epochs - self.cycles * self.epochs_per_cycle
-
-    @property
-    def _ticket_has_another_length(self) -> bool:
-        return self._planned is not None and self._ticket_length != self._planned
 
     @override
     def _metrics(self) -> dict[str, float]:
@@ -419,23 +370,19 @@ class IMPPruningCallback(PruningCallback):
 
     @override
     def _release(self) -> None:
-        self._forget_plan()
+        if self._schedules is not None:
+            self._schedules.end()
         super()._release()
-
-    def _forget_plan(self) -> None:
-        if self._undo_plan is not None:
-            self._undo_plan()
-            self._undo_plan = None
 
     # What is refused before training starts.
 
     def _check_epochs(self) -> None:
         last_cut = self.cycles * self.epochs_per_cycle
-        if 0 <= self._max_epochs <= last_cut:
+        if 0 <= self._fit.max_epochs <= last_cut:
             raise MisconfigurationException(
                 f"{type(self).__name__}(cycles={self.cycles}, epochs_per_cycle={self.epochs_per_cycle}) prunes for the"
                 f" last time at the start of epoch {last_cut} (counted from 0) and then trains the ticket, but training"
-                f" ends after max_epochs={self._max_epochs} epochs. Set `max_epochs` to {last_cut} plus the epochs for"
+                f" ends after max_epochs={self._fit.max_epochs} epochs. Set `max_epochs` to {last_cut} plus the epochs for"
                 " the ticket, or lower `cycles` or `epochs_per_cycle`."
             )
 
@@ -444,7 +391,7 @@ class IMPPruningCallback(PruningCallback):
         super()._check_training(trainer, pl_module)
         self.masks.parameters_of(pl_module)  # or it is another module
         if (
-            self._restored
+            self._fit.is_restored
             and self.pruned
             and not restored_masks.is_selection(self.masks, partial(self._selected, trainer), pl_module)
         ):
@@ -453,7 +400,7 @@ class IMPPruningCallback(PruningCallback):
                 f" `include={self.include}` and `exclude={self.exclude}` select now: its cycles would not follow on."
                 f" Resume with the settings of the checkpoint, which select: {listed(self.masks)}."
             )
-        if facts.is_quick_check(trainer) or self._planned is None:
+        if facts.is_quick_check(trainer) or self._schedules is None or not self._schedules.are_planned:
             return
         last_cut = self.cycles * self.epochs_per_cycle
         steps_per_epoch = loop_progress.steps_per_epoch(trainer)
@@ -472,16 +419,7 @@ class IMPPruningCallback(PruningCallback):
                     " over the whole run. Accumulate the same number of batches throughout, with"
                     " `Trainer(accumulate_grad_batches=...)`."
                 )
-        phases.check_frequencies(self._schedulers, self.epochs_per_cycle, self.rewind_epoch)
-        if self._schedulers and math.isfinite(steps_per_epoch):
-            steps = self._cycle_length * steps_per_epoch
-            phases.check_lengths(self._schedulers, steps, steps_per_epoch, "an IMP cycle")
-            if self._ticket_has_another_length:
-                configs = self._schedules_of_the_ticket(trainer, pl_module).configs
-                steps = math.inf if self._ticket_length == -1 else self._ticket_length * steps_per_epoch
-                if trainer.max_steps >= 0:
-                    steps = min(steps, trainer.max_steps - self._steps_before_ticket(trainer))
-                phases.check_lengths(configs, steps, steps_per_epoch, "training the ticket")
+        self._schedules.check(trainer, pl_module, self._cut_step)
         for callback in other_callbacks.callbacks_of(trainer):
             if isinstance(callback, StochasticWeightAveraging):
                 self._check_swa(trainer, callback)

@@ -49,8 +49,6 @@ class SynFlowPruningCallback(WarmupPruningCallback):
 
     """
 
-    _needs_loss = False
-
     def __init__(
         self,
         *,

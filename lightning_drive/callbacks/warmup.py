@@ -4,7 +4,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,13 +17,11 @@ from lightning_drive.core import arguments
 from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
-from lightning_drive.network import gradients, prunable
-from lightning_drive.report.plan import Intent
+from lightning_drive.network import prunable
 from lightning_drive.search import methods
 from lightning_drive.search.methods import Method
-from lightning_drive.trainer import display, facts, loop_progress, other_callbacks, run_length, training_step
+from lightning_drive.trainer import facts, loop_progress, other_callbacks, run_length, training_step
 from lightning_drive.trainer.batches import check_data
-from lightning_drive.trainer.sandbox import Sandbox
 
 
 class WarmupPruningCallback(PruningCallback):
@@ -51,9 +49,6 @@ class WarmupPruningCallback(PruningCallback):
         control: See there.
 
     """
-
-    _needs_loss: ClassVar[bool] = True
-    """Whether the method scores by the gradient of a loss."""
 
     def __init__(
         self,
@@ -103,16 +98,34 @@ class WarmupPruningCallback(PruningCallback):
             rank_zero_warn(
                 f"Training ended in epoch {run_length.last_epoch(trainer)}, after {trainer.global_step} steps"
                 f"{run_length.reason(trainer)}, before the warm-up was over: the network is dense. It would have"
-                f" been pruned {self._intent().when}. {remedy}"
+                f" been pruned {self._when}. {remedy}"
             )
 
+    @property
     @override
-    def _intent(self) -> Intent:
-        batches = getattr(self.method, "batches_per_round", 1)
-        pass_over = "a training batch" if self._needs_loss else "a single sample, in float64"
-        passes = self.method.rounds * batches
-        epochs = self.warmup_epochs if self.warmup_steps is None else 0
-        return Intent(str(self.method), self.method.rounds, passes, pass_over, epochs, epochs, self.warmup_steps)
+    def _last_epoch(self) -> int:
+        return self.warmup_epochs if self.warmup_steps is None else 0
+
+    @property
+    @override
+    def _step(self) -> int | None:
+        return self.warmup_steps
+
+    @override
+    def _plan(self, module: nn.Module, selected: Mapping[str, nn.Parameter], **run: Any) -> PruningPlan:
+        pass_over = "a single sample, in float64" if methods.reads(self.method) == "shape" else "a training batch"
+        return plan.plan(
+            module,
+            selected,
+            method=str(self.method),
+            kept=self._goal.kept([parameter.numel() for parameter in selected.values()], self.method.rounds),
+            passes=methods.num_passes(self.method),
+            pass_over=pass_over,
+            first_epoch=self._last_epoch,
+            last_epoch=self._last_epoch,
+            first_step=self._step,
+            **run,
+        )
 
     @override
     def _is_due(self, trainer: pl.Trainer) -> bool:
@@ -133,22 +146,19 @@ class WarmupPruningCallback(PruningCallback):
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.monotonic()
         method = methods.with_fewer_rounds(self.method, 2) if facts.is_quick_check(trainer) else self.method
-        outcome = self._search(
-            trainer,
-            pl_module,
-            method,
-            loss=self._loss,
-            shuffle=self.control == "shuffle",
-            bn_batches=self.bn_batches,
-        )
-        found = outcome.found
-        found.warnings.extend(self._frozen_layers(trainer, pl_module, found.masks))
-        found.warnings.extend(self._zeros_without_masks(pl_module, found.masks, found.masks))
+        names = self._selected(trainer, pl_module)
+        is_shuffled = self.control == "shuffle"
+        outcome = self._search(trainer, pl_module, method, names, loss_fn=self.loss_fn, shuffle=is_shuffled)
+        masks = outcome.found.masks
+        before = time.monotonic()
+        statistics = search.batch_norm_statistics(trainer, pl_module, masks, self.bn_batches, self.loss_fn)
+        outcome.phases["batch_norm"] = time.monotonic() - before
+        outcome.found.warnings.extend(self._frozen_layers(trainer, pl_module, masks))
+        outcome.found.warnings.extend(self._zeros_without_masks(pl_module, masks, masks))
         # Everything is computed: from here on only commit.
-        self._record(trainer, outcome, str(method), start, control=self.control)
-        self._commit(trainer, pl_module)
-        with display.above_bar(trainer):
-            self._announce(trainer, found)
+        self._record(trainer, outcome, str(method), start, control=self.control, statistics=statistics)
+        forgotten = self._commit(trainer, pl_module)
+        self._announce(trainer, outcome, forgotten)
 
     @override
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -175,28 +185,23 @@ class WarmupPruningCallback(PruningCallback):
                         " `exclude` that they are to stay dense."
                     )
 
-    def _loss(self, sandbox: Sandbox) -> gradients.LossFunction:
-        """Return what runs a batch through the module, and returns the loss to score by."""
-        if self.loss_fn is not None:
-            return sandbox.of(self.loss_fn)  # type: ignore[no-any-return]
-        return training_step.loss_of(sandbox)
-
     @property
     @override
     def _unshardable(self) -> str:
-        return super()._unshardable or ("" if self._needs_loss else "SynFlow has to put other weights in their place.")
+        puts_weights = methods.reads(self.method) == "shape"
+        return super()._unshardable or ("SynFlow has to put other weights in their place." if puts_weights else "")
 
     @override
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_module(trainer, pl_module)
-        if self._needs_loss and self.loss_fn is None:
+        if methods.reads(self.method) == "loss" and self.loss_fn is None:
             training_step.check_training_step(pl_module)
         if facts.is_quick_check(trainer) or self.warmup_steps is not None:
             return
-        if 0 <= self._max_epochs <= self.warmup_epochs:
+        if 0 <= self._fit.max_epochs <= self.warmup_epochs:
             raise MisconfigurationException(
                 f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes at the start of epoch"
-                f" {self.warmup_epochs} (counted from 0), but training ends after max_epochs={self._max_epochs}"
+                f" {self.warmup_epochs} (counted from 0), but training ends after max_epochs={self._fit.max_epochs}"
                 " epochs, so it would never prune. Raise `max_epochs` or lower `warmup_epochs`."
             )
 
@@ -204,7 +209,8 @@ class WarmupPruningCallback(PruningCallback):
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_training(trainer, pl_module)
         reads_statistics = self.bn_batches > 0 and self._warmup[1] > 0
-        if self._needs_loss or reads_statistics or pl_module.example_input_array is None:
+        reads_loss = methods.reads(self.method) == "loss"
+        if reads_loss or reads_statistics or pl_module.example_input_array is None:
             check_data(trainer)
         if facts.is_quick_check(trainer):
             return
@@ -225,8 +231,8 @@ class WarmupPruningCallback(PruningCallback):
         ends_after = {}
         if trainer.max_steps >= 0:
             ends_after["max_steps"] = float(trainer.max_steps)
-        if self._max_epochs >= 0 and pl_module.automatic_optimization:  # else a batch may have any number of steps
-            left = range(trainer.current_epoch, self._max_epochs)
+        if self._fit.max_epochs >= 0 and pl_module.automatic_optimization:  # else a batch may have any number of steps
+            left = range(trainer.current_epoch, self._fit.max_epochs)
             steps = sum(loop_progress.steps_per_epoch(trainer, epoch) for epoch in left)
             ends_after["max_epochs"] = trainer.global_step + steps
         for name, last in ends_after.items():

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from lightning_drive.compaction import channels
 from lightning_drive.core import containers, shards, tensor_kinds
 from lightning_drive.core.messages import listed
-from lightning_drive.network import undisturbed
+from lightning_drive.network.random_state import preserved_rng
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """How far outputs may be apart, as a part of the largest of them. Rounding is all that may tell them apart."""
@@ -79,7 +79,7 @@ def compact(module: nn.Module, example_input: Any) -> nn.Module:
     """
     library = _library()
     _check(module, example_input)
-    with undisturbed.preserved_rng(), _no_autocast(example_input):
+    with preserved_rng(), _no_autocast(example_input):
         given = _copied(module).eval()
         inputs = _inputs(given, example_input)
         outputs = _reference(given, inputs)

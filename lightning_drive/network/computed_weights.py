@@ -1,4 +1,4 @@
-"""Weights that are computed anew for every forward pass, as by weight norm, and how they are made plain parameters."""
+"""Weights that are computed anew for every forward pass (weight norm, say), and the calls that make them plain."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -9,9 +9,10 @@ from torch.nn.utils import parametrize
 from lightning_drive.core.messages import listed
 
 _ENDINGS = {"bar", "g", "orig", "raw", "v"}
-"""What is added to a weight's name for the parameters that it is computed from."""
+"""Endings that the parameters have, in addition to the weight's name, that a weight is computed from."""
 
 _MOST = 8
+"""Names that a message lists."""
 
 
 class Computed(NamedTuple):
@@ -25,16 +26,11 @@ class Computed(NamedTuple):
 
 
 def of_layer(layer: nn.Module) -> dict[str, Computed]:
-    """Find the weights of a layer that are computed from other parameters.
+    """Return the weights of a layer that are computed from other parameters, by name within the layer.
 
     Known are parametrizations of torch, its older hooks (``weight_norm``, ``spectral_norm``), masks of
-    ``torch.nn.utils.prune``, and what other libraries do in the same way (weight drop).
-
-    Args:
-        layer: Any module; modules within it do not count.
-
-    Returns:
-        The weight's name within the layer to what it is computed from.
+    ``torch.nn.utils.prune``, and those of other libraries that work in the same way (weight drop). Modules within the
+    layer do not count.
 
     Example:
         >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
@@ -42,25 +38,19 @@ def of_layer(layer: nn.Module) -> dict[str, Computed]:
         'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")'
 
     """
-    found = {}
+    weights = {}
     if parametrize.is_parametrized(layer):
-        for name, each in layer.parametrizations.items():  # type: ignore[union-attr,operator]
+        for name, parametrization in layer.parametrizations.items():  # type: ignore[union-attr,operator]
             call = f'torch.nn.utils.parametrize.remove_parametrizations(layer, "{name}")'
-            found[name] = _computed(each.parameters(), call)
+            weights[name] = _computed(parametrization.parameters(), call)
     for name, value in vars(layer).items():
         if isinstance(value, Tensor) and _sources(layer, name):
-            found[name] = of_sources(layer, name)
-    return found
+            weights[name] = of_sources(layer, name)
+    return weights
 
 
 def of_sources(layer: nn.Module, name: str) -> Computed:
-    """Describe a weight that is not stored by the parameters of the layer that are named after it, as far as there are.
-
-    Args:
-        layer: The layer.
-        name: The weight's name within it.
-
-    """
+    """Return a computed weight with the parameters of the layer that are named after it, or else all of them."""
     sources = _sources(layer, name)
     argument = "" if name == "weight" else f', "{name}"'
     if f"{name}_g" in sources:
@@ -78,10 +68,7 @@ def of_sources(layer: nn.Module, name: str) -> Computed:
 
 
 def base_name(name: str) -> str:
-    """Return the name of the weight that a parameter of this name would be a source of; empty if of none.
-
-    Args:
-        name: A parameter's name within its layer.
+    """Return the name of the weight that a parameter of this name is a source of by its ending; empty if of none.
 
     Example:
         >>> base_name("weight_hh_l0_orig"), base_name("weight_hh_l0")
@@ -95,14 +82,11 @@ def base_name(name: str) -> str:
 def error(names: Mapping[str, Computed], others: Iterable[str]) -> ValueError:
     """Return the error about computed weights that were to be pruned: all of them, and how each kind is made plain.
 
-    Args:
-        names: Full name to the weight.
-        others: The names of what can be pruned.
-
+    ``names`` are full names, ``others`` the names of parameters that can be pruned, which no pattern it shows matches.
     """
     kinds: dict[str, list[str]] = {}
-    for name, each in names.items():
-        kinds.setdefault(each.plain or "what the layer that computes it offers for that", []).append(repr(name))
+    for name, weight in names.items():
+        kinds.setdefault(weight.plain or "what the layer that computes it offers for that", []).append(repr(name))
     calls = "; ".join(
         f"{f'`{call}`' if '(' in call else call} for {listed(which, _MOST)}" for call, which in kinds.items()
     )
@@ -116,13 +100,13 @@ def error(names: Mapping[str, Computed], others: Iterable[str]) -> ValueError:
 
 def _computed(sources: Iterable[nn.Parameter], plain: str) -> Computed:
     known = tuple(sources)
-    return Computed(known, any(each.requires_grad for each in known), plain)
+    return Computed(known, any(parameter.requires_grad for parameter in known), plain)
 
 
 def _sources(layer: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Find the stored parameters that a weight of this name is computed from."""
-    stored = layer._parameters
-    return {own: each for own, each in stored.items() if each is not None and base_name(own) == name}
+    """Return the stored parameters that a weight of this name is computed from."""
+    stored = {own: parameter for own, parameter in layer._parameters.items() if parameter is not None}
+    return {own: parameter for own, parameter in stored.items() if base_name(own) == name}
 
 
 def _patterns(names: list[str], others: list[str]) -> list[str]:

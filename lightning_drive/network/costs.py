@@ -16,7 +16,7 @@ from lightning_drive.core import shards
 from lightning_drive.core.messages import listed, shown_error
 from lightning_drive.network import forward_calls
 from lightning_drive.network.forward_calls import Passage
-from lightning_drive.network.undisturbed import in_mode
+from lightning_drive.network.without_dropout import in_mode
 
 
 @dataclass(frozen=True)

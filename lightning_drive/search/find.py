@@ -1,20 +1,25 @@
 """Find masks for any torch module, without Lightning."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_drive.core import shards
 from lightning_drive.core.arguments import Schedule, Scope, check_patterns
+from lightning_drive.core.goal import Goal
 from lightning_drive.core.masks import Masks
 from lightning_drive.network import gradients, prunable
 from lightning_drive.network.gradients import LossFunction
-from lightning_drive.network.prunable import dense_matrices, parameters_by_name
-from lightning_drive.network.undisturbed import undisturbed
-from lightning_drive.search.loop import Found, check_settings, of_reached, search
+from lightning_drive.search import unscored
+from lightning_drive.search.diagnosis import Diagnosis, diagnose
+from lightning_drive.search.loop import Found, search
 from lightning_drive.search.methods import Method, check_method
+from lightning_drive.search.scored_network import Network
 
 
 def find_masks(
@@ -88,34 +93,58 @@ def find_masks(
 
     """
     check_method(method)
-    sparsity, schedule, scope = check_settings(sparsity, schedule, scope)
+    goal = Goal(sparsity, schedule, scope)
     shards.reshard_(module)
     include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     names = prunable.prunable_parameters(module, include, exclude)
     prunable.check_numbers(names)
+    others = prunable.dense_matrices(module, names, exclude) if include is None else ()
     passes = None if batches is None else gradients.Passes(batches)
-    others = dense_matrices(module, names, exclude) if include is None else ()
+    example = getattr(module, "example_input_array", None) if example_input is None else example_input
 
-    def once(names: Collection[str], masks: Mapping[str, Tensor] | None) -> Found:
-        with undisturbed(module, method.mode) as scored:
-            return search(
-                scored.module,
-                method,
-                sparsity=sparsity,
-                batches=passes,
-                loss_fn=loss_fn and gradients.on_replica_only(scored.of(loss_fn), module),
-                masks=masks,
-                schedule=schedule,
-                scope=scope,
-                parameters=parameters_by_name(scored.module, names),
-                example_input=getattr(module, "example_input_array", None) if example_input is None else example_input,
-                others=others,
-                on_round=on_round,
-            )
+    def opened(names: Sequence[str]) -> AbstractContextManager[Network]:
+        return Network.of(module, names, method.mode, batches=passes, loss_fn=loss_fn, example_input=example)
 
-    found = of_reached(once, method, list(names), masks)
-    if found.path_error and example_input is not None:
-        found.warnings.append(f"Input-output paths could not be followed from {found.path_error}")
-    for text in found.warnings:
+    found, diagnosis = search_reached(opened, method, goal, [*names], masks=masks, others=others, on_round=on_round)
+    texts = [*found.warnings, *diagnosis.warnings]
+    if diagnosis.path_error and example_input is not None:
+        texts.append(f"Input-output paths could not be followed from {diagnosis.path_error}")
+    for text in texts:
         warnings.warn(text, stacklevel=2)
     return found.masks
+
+
+def search_reached(
+    opened: Callable[[Sequence[str]], AbstractContextManager[Network]],
+    method: Method,
+    goal: Goal,
+    names: Sequence[str],
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    others: Sequence[str] = (),
+    on_round: Callable[[int, Masks], None] | None = None,
+    only_round: int | None = None,
+    shuffle: torch.Generator | None = None,
+) -> tuple[Found, Diagnosis]:
+    """Search, and once more without the parameters that had no gradient in any round; then diagnose the outcome.
+
+    The masks are those that excluding these parameters gives: counts refer to what is trained. ``opened`` returns the
+    network with the named parameters, on the same batches each time. ``others`` names matrices that are trained and
+    stay dense. ``shuffle`` puts the masks in a random order within each parameter. For the rest see :func:`search`.
+    """
+    left_out: set[str] = set()
+    while True:
+        reached = [name for name in names if name not in left_out]
+        start = masks and {name: mask for name, mask in masks.items() if name not in left_out}
+        with opened(reached) as network:
+            found = search(network, method, goal, masks=start, on_round=on_round, only_round=only_round)
+            if not found.history.unreached:
+                if shuffle is not None:
+                    found = replace(found, masks=found.masks.shuffled(shuffle))
+                diagnosis = diagnose(network, method, goal, found, others)
+                break
+        left_out.update(found.history.unreached)
+    if left_out:
+        in_order = [name for name in names if name in left_out]
+        found.warnings.insert(0, unscored.unreached(in_order, names, method))
+    return found, diagnosis

@@ -1,7 +1,7 @@
-"""Methods that score weights: one frozen dataclass per paper, and the network as they see it."""
+"""Methods that score weights: one frozen dataclass per paper."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,10 +12,18 @@ from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.search.scored_network import Network
 
+Reads: TypeAlias = Literal["loss", "shape", "weights"]
+"""What a method scores by: gradients of a loss on batches, the shape of the input, or the weights alone."""
+
 
 @runtime_checkable
 class Method(Protocol):
-    """What a pruning method is: a number of rounds, a mode for the module, and a score."""
+    """A pruning method: a number of rounds, a mode for the module, and a score.
+
+    A method may have a class attribute ``reads``: ``"loss"`` if it scores by gradients of a loss on batches,
+    ``"shape"`` if by the shape of the input, ``"weights"`` if by the weights alone. Without it, a method with
+    ``batches_per_round`` is taken to read a loss, any other the weights.
+    """
 
     @property
     def rounds(self) -> int:
@@ -53,6 +61,7 @@ class DRIVE:
     rounds: int = 100
     batches_per_round: int = 1
     mode: Mode = "train"
+    reads: ClassVar[Reads] = "loss"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
@@ -80,6 +89,7 @@ class SNIP:
     rounds: int = 1
     batches_per_round: int = 1
     mode: Mode = "train"
+    reads: ClassVar[Reads] = "loss"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
@@ -104,6 +114,7 @@ class SynFlow:
 
     rounds: int = 100
     mode: ClassVar[Mode] = "eval"
+    reads: ClassVar[Reads] = "shape"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
@@ -133,6 +144,7 @@ class Magnitude:
 
     rounds: int = 1
     mode: ClassVar[Mode] = "eval"
+    reads: ClassVar[Reads] = "weights"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
@@ -158,6 +170,7 @@ class Random:
     seed: int = 0
     like: Masks | None = field(default=None, repr=False, hash=False)
     mode: ClassVar[Mode] = "eval"
+    reads: ClassVar[Reads] = "weights"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rounds", check_count("rounds", self.rounds))
@@ -182,27 +195,8 @@ class Random:
         return {name: score + network.part(name, preferred[name]).to(score.device) for name, score in found.items()}
 
 
-def with_fewer_rounds(method: Method, most: int) -> Method:
-    """Give the method with at most so many rounds.
-
-    Args:
-        method: A dataclass of settings.
-        most: The most rounds, at least 1.
-
-    """
-    return replace(method, rounds=min(method.rounds, most))  # type: ignore[type-var]
-
-
 def check_method(method: Method) -> None:
-    """Refuse what is not a method.
-
-    Args:
-        method: An instance of a method.
-
-    Raises:
-        TypeError: If it is not, for example the class itself, or lacks something that a method has (named).
-
-    """
+    """Raise TypeError if this is not a method, but, for example, the class itself, or lacks what a method has."""
     given: Any = method
     if isinstance(given, type) or not isinstance(given, Method):
         lacks = [repr(name) for name in ("rounds", "mode", "score") if not hasattr(given, name)]
@@ -210,3 +204,26 @@ def check_method(method: Method) -> None:
         raise TypeError(
             f"`method` must be an instance of a method, such as `DRIVE(rounds=100)`, got {given!r}{reason}."
         )
+    reads(method)
+
+
+def reads(method: Method) -> Reads:
+    """Return what a method scores by; raise ValueError if its ``reads`` is none of the choices."""
+    declared = getattr(method, "reads", None)
+    if declared is None:
+        return "loss" if hasattr(method, "batches_per_round") else "weights"
+    choice: Reads = check_choice("reads", declared, Reads)
+    return choice
+
+
+def num_passes(method: Method) -> int:
+    """Return how many forward and backward passes a method takes to score."""
+    return 0 if reads(method) == "weights" else method.rounds * getattr(method, "batches_per_round", 1)
+
+
+def with_fewer_rounds(method: Method, most: int) -> Method:
+    """Return the method with at most so many rounds, if it is a dataclass of settings; else as it is."""
+    settings: Any = method
+    if is_dataclass(settings) and any(setting.name == "rounds" and setting.init for setting in fields(settings)):
+        return replace(settings, rounds=min(method.rounds, most))  # type: ignore[return-value, type-var]
+    return method

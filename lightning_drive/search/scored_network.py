@@ -1,22 +1,24 @@
 """The network as a method sees it: masked weights, and gradients on demand."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import repeat
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_drive.core import containers, function_modes, scores, shards
+from lightning_drive.core import function_modes, schedules, scores, shards, zeroing
+from lightning_drive.core.arguments import Mode
+from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed, shown_error
 from lightning_drive.core.processes import ALONE, Ranks
-from lightning_drive.network import forward_calls, gradients, synflow
+from lightning_drive.network import gradients, prunable, synflow
 from lightning_drive.network.forward_calls import Passage
-from lightning_drive.network.gradients import LossFunction, Passes
-from lightning_drive.network.undisturbed import in_mode, preserved_rng
+from lightning_drive.network.gradients import LossFunction
+from lightning_drive.network.undisturbed import undisturbed
+from lightning_drive.search.network_input import NetworkInput
+from lightning_drive.search.scoring_batches import ScoringBatches
 
-_MOST_IN_A_ROW = 10_000
-"""How many batches to skip one after another before that is an error, where the end of the data is not known."""
 _MOST_OF_ZERO = 100
 """How often to take other batches where all gradients are 0: the network may also be cut off."""
 
@@ -24,15 +26,19 @@ _MOST_OF_ZERO = 100
 class Network:
     """The network as a method sees it in one round: masked weights, and gradients on demand.
 
+    A search masks the module and runs it: give it a replica, as :meth:`of` does. Parameters may be split over ranks
+    (FSDP2). Every rank then scores and masks its own part, and only histograms of scores are exchanged.
+
     Args:
         module: The network.
-        parameters: Parameter name to live prunable parameter, pruned entries already 0.
+        parameters: Parameter name to live prunable parameter.
         batches: A finite or endless iterable, or ``None`` where there is no data.
         loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor or, for a batch to skip, ``None``. ``None`` where
-            there is no data.
+            there is no loss.
         example_input: What ``forward`` takes: a tensor, a tuple of arguments or a mapping of keyword arguments; by
             default what the loss calls the module with.
-        ranks: Processes that hold the same network, each with batches of its own.
+        ranks: Processes that hold the same network, each with batches of its own: gradients are averaged over them,
+            and all get the masks of the first.
 
     """
 
@@ -40,60 +46,79 @@ class Network:
         self,
         module: nn.Module,
         parameters: Mapping[str, nn.Parameter],
-        batches: Iterable[Any] | None,
-        loss_fn: LossFunction | None,
-        example_input: Any,
+        batches: Iterable[Any] | None = None,
+        loss_fn: LossFunction | None = None,
+        example_input: Any = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.module = module
-        self._parameters = parameters
-        self._ranks = ranks
-        self.is_sharded = any(map(shards.is_sharded, parameters.values()))
-        self._passes = batches if batches is None or isinstance(batches, Passes) else Passes(batches)
-        self._batches = None if self._passes is None else self._watched(gradients.endless(self._passes))
-        self._skipped_in_a_row = 0
-        self._reason = ""  # why the last batch was skipped
-        self.num_skipped = 0
-        """How many batches gave nothing to score by."""
+        self.warnings: list[str] = []
+        """What is added here reaches the user and the report."""
         self.reached: set[str] = set()
         """Names of the parameters that had a gradient in any round so far, be it zero."""
-        self._loss_fn = loss_fn
-        self._example_input = self._on_device(example_input)
-        self._first: Any = None
-        self._passage: Passage | None = None
-        self._recorded: list[Passage] = []
-        self.warnings: list[str] = []
+        self.ranks_agree = True
+        """Whether all ranks found the same masks."""
+        self.ranks = ranks
+        self.holders = shards.holders(parameters)
+        self.is_sharded = any(map(shards.is_sharded, parameters.values()))
+        self.parameters = parameters
+        self._batches = None if batches is None else ScoringBatches(batches)
+        self._has_loss = loss_fn is not None
+        self._input = NetworkInput(module, parameters, self._batches, loss_fn, example_input)
         self._flow: synflow.SynapticFlow | None = None
 
-    def _on_device(self, given: Any) -> Any:
-        device = next(iter(self._parameters.values())).device
-        return containers.mapped(lambda tensor: tensor.to(device), given)
+    @classmethod
+    @contextmanager
+    def of(
+        cls,
+        module: nn.Module,
+        names: Iterable[str],
+        mode: Mode,
+        *,
+        batches: Iterable[Any] | None,
+        loss_fn: LossFunction | None,
+        example_input: Any,
+    ) -> Iterator["Network"]:
+        """Copy a module, and leave it as it is: inside, the copy can be scored and masked."""
+        with undisturbed(module, mode) as scored:
+            parameters = prunable.parameters_by_name(scored.module, names)
+            loss = loss_fn and gradients.on_replica_only(scored.of(loss_fn), module)
+            yield cls(scored.module, parameters, batches, loss, example_input)
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """Parameter name to live weights: the parameter, or this rank's part of it."""
         if not self.is_sharded:
-            return self._parameters
-        return {name: shards.local(parameter) for name, parameter in self._parameters.items()}
+            return self.parameters
+        return {name: shards.local(parameter) for name, parameter in self.parameters.items()}
 
     def part(self, name: str, whole: Tensor) -> Tensor:
-        """Cut this rank's part out of a tensor in a parameter's full shape.
+        """Return this rank's part of a tensor in a parameter's full shape.
 
         Args:
             name: The parameter's name.
             whole: The tensor.
 
         """
-        return shards.part(whole, of=self._parameters[name])
+        return shards.part(whole, of=self.parameters[name])
 
     def shape(self, name: str) -> torch.Size:
-        """Give a parameter's full shape.
+        """Return a parameter's full shape.
 
         Args:
             name: The parameter's name.
 
         """
-        return self._parameters[name].shape
+        return self.parameters[name].shape
+
+    def example_input(self) -> Any:
+        """Return what ``forward`` takes: the example that was given, or the first tensor of the first batch.
+
+        Raises:
+            ValueError: If there is neither.
+
+        """
+        return self._input.example()
 
     def loss_gradients(self, num_batches: int) -> dict[str, Tensor]:
         """Sum the loss gradients over the next batches, and average them over the ranks.
@@ -111,70 +136,18 @@ class Network:
             ValueError: If no batch of a whole pass over the data gives a gradient.
 
         """
-        if self._batches is None or self._loss_fn is None:
+        if self._batches is None or not self._has_loss:
             missing = "batches" if self._batches is None else "loss_fn"
             raise ValueError(f"This method scores by the gradient of a loss, so it needs `{missing}`, got None.")
-        with self._ranks.together():
-            found = self._own_gradients(num_batches)
-        self.reached.update(found)
-        found = {
-            name: found[name] if name in found else torch.zeros_like(weight) for name, weight in self.weights.items()
-        }
+        with self.ranks.together():
+            own = self._own_gradients(self._batches, num_batches)
+        self.reached.update(own)
+        whole = {name: own[name] if name in own else torch.zeros_like(weight) for name, weight in self.weights.items()}
+        del own
         if not self.is_sharded:  # else FSDP2 has averaged them
-            self._ranks.mean_(found.values())
+            self.ranks.mean_(whole.values())
         with function_modes.set_aside():
-            return {name: scores.in_full(gradient) for name, gradient in found.items()}
-
-    def _own_gradients(self, num_batches: int) -> dict[str, Tensor]:
-        """Sum the gradients over the next batches of this rank that have any."""
-        assert self._passes is not None
-        skip = gradients.refuse if self.is_sharded else self._skip  # ranks that share weights run the same batches
-        for number in range(_MOST_OF_ZERO):
-            taken = self._taken(num_batches)
-            found = gradients.loss_gradients(self.module, self._parameters, self._loss, taken, skip)
-            with function_modes.set_aside():
-                is_enough = self.is_sharded or any(gradient.any() for gradient in found.values())
-            if is_enough:
-                self.num_skipped += number * num_batches
-                break
-            if self._passes.length is not None and number * num_batches >= self._passes.length:
-                break
-        return found
-
-    def _taken(self, num_batches: int) -> Iterator[Any]:
-        """Give batches until so many of them were not skipped."""
-        assert self._batches is not None
-        assert self._passes is not None
-        while num_batches:
-            batch = next(self._batches)
-            if self._skipped_in_a_row >= (self._passes.length or _MOST_IN_A_ROW):
-                where = ", a whole pass over the data" if self._passes.length else ""
-                raise ValueError(
-                    f"{self._reason} This was so for {self._skipped_in_a_row:,} batches in a row{where}: there is"
-                    " nothing to score by."
-                )
-            before = self.num_skipped
-            yield batch
-            if self.num_skipped == before:
-                num_batches -= 1
-                self._skipped_in_a_row = 0
-
-    def _skip(self, reason: str) -> None:
-        self._reason = reason
-        self._skipped_in_a_row += 1
-        self.num_skipped += 1
-
-    def join_ranks(self) -> None:
-        """Put together what ranks know of skipped batches and of parameters that had a gradient."""
-        names = list(self._parameters)
-        counts = torch.tensor([self.num_skipped, *(name in self.reached for name in names)])
-        self.num_skipped, *reached = self._ranks.sum(counts).tolist()
-        self.reached = {name for name, count in zip(names, reached, strict=True) if count}
-
-    def stand_still(self) -> None:
-        """Use the next batch again and again from here on, so that scores can be compared."""
-        if self._batches is not None:
-            self._batches = repeat(next(self._batches))
+            return {name: scores.in_full(gradient) for name, gradient in whole.items()}
 
     def synaptic_flow(self) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
         """Compute the synaptic flow, see :class:`lightning_drive.network.synflow.SynapticFlow`.
@@ -193,117 +166,113 @@ class Network:
             )
         if self._flow is None:
             self._check_flow()
-            self._flow = synflow.SynapticFlow(self.module, self._parameters)
-        found, total = self._flow.gradients(self.passage())
+            self._flow = synflow.SynapticFlow(self.module, self.parameters)
+        flow_gradients, total = self._flow.gradients(self.passage())
         self.reached |= self._flow.reached
-        return self._flow.weights, found, total
+        return self._flow.weights, flow_gradients, total
+
+    # What the search itself asks for.
+
+    def passage(self) -> Passage:
+        """Return the way of data through the network, found once; raise ValueError if it is not known."""
+        return self._input.passage()
+
+    def num_weights(self) -> dict[str, int]:
+        """Return how many weights every parameter has, on all ranks together."""
+        return {name: parameter.numel() for name, parameter in self.parameters.items()}
+
+    def starting_masks(self, masks: Mapping[str, Tensor] | None, sparsity: float) -> Masks:
+        """Return this rank's part of the masks to start from; raise ValueError if they do not fit."""
+        if not masks:
+            return Masks({name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()})
+        if masks.keys() != self.parameters.keys():
+            different = listed(sorted(masks.keys() ^ self.parameters.keys()))
+            raise ValueError(
+                f"`masks` must cover exactly the prunable parameters, but {different} is in only one of the two:"
+                " check `include`, `exclude` and what is frozen. What an earlier search left out, since nothing depends"
+                " on it, goes in `exclude`."
+            )
+        start = Masks(masks)
+        start.parameters_of(self.module)  # or an error that names the shape that differs
+        if start.num_kept < schedules.num_kept(start.num_prunable, 1 - sparsity):
+            raise ValueError(
+                f"`masks` already have sparsity {start.sparsity:g}, more than the `sparsity` of {sparsity:g} asked for,"
+                " and a pruned weight never returns."
+            )
+        parameters = self.parameters.items()
+        return Masks({name: shards.part(masks[name], of=value).to(value.device) for name, value in parameters})
+
+    def mask_(self, masks: Masks) -> None:
+        """Set pruned weights to exactly 0."""
+        weights = self.weights
+        zeroing.zero_each_([weights[name] for name in masks], [*masks.values()])
+
+    def whole(self, masks: Masks) -> Masks:
+        """Return masks in full shape, put together from the parts of all ranks, and the same on all of them."""
+        own = Masks({name: shards.joined(mask, of=self.parameters[name]).clone() for name, mask in masks.items()})
+        if self.ranks.size == 1:
+            return own
+        first = Masks.from_state_dict(self.ranks.broadcast(own.state_dict() if self.ranks.index == 0 else {}))
+        agreed = Masks({name: mask.to(own[name].device) for name, mask in first.items()})
+        differ = self.ranks.gather(torch.tensor(agreed.digest() != own.digest())).nonzero().flatten().tolist()
+        if differ:
+            self.ranks_agree = False
+            self.warnings.append(
+                f"Rank {listed(differ)} found other masks than rank 0, whose masks all of them have now: the weights"
+                " differ between ranks. Something changes them on one rank alone, such as a random initialisation after"
+                " `setup`."
+            )
+        return agreed
+
+    def join_ranks(self) -> None:
+        """Add up skipped batches over ranks, and join the names of parameters that had a gradient on any of them."""
+        names = list(self.parameters)
+        num_skipped = 0 if self._batches is None else self._batches.num_skipped
+        counts = self.ranks.sum(torch.tensor([num_skipped, *(name in self.reached for name in names)])).tolist()
+        self.reached = {name for name, count in zip(names, counts[1:], strict=True) if count}
+        if counts[0]:
+            self.warnings.append(
+                f"Scoring skipped {counts[0]:,} batch{'es' * (counts[0] > 1)} without a loss, or with one that no"
+                " prunable parameter has a gradient of."
+            )
+
+    def stand_still(self) -> None:
+        """Use the next batch again and again from here on, so that scores can be compared."""
+        if self._batches is not None:
+            self._batches.stand_still()
+
+    def _own_gradients(self, batches: ScoringBatches, num_batches: int) -> dict[str, Tensor]:
+        """Sum the gradients over the next batches of this rank that have any."""
+        skip = gradients.refuse if self.is_sharded else batches.skip  # ranks that share weights run the same batches
+        for number in range(_MOST_OF_ZERO):
+            taken = batches.take(num_batches)
+            own = gradients.loss_gradients(self.module, self.parameters, self._input.loss, taken, skip)
+            with function_modes.set_aside():
+                is_enough = self.is_sharded or any(gradient.any() for gradient in own.values())
+            if is_enough:
+                batches.num_skipped += number * num_batches
+                break
+            if batches.num_in_pass is not None and number * num_batches >= batches.num_in_pass:
+                break
+        return own
 
     def _check_flow(self) -> None:
-        way = self.passage()
+        """Raise or warn if synaptic flow is not defined for a part of the network."""
+        passage = self.passage()
         try:
-            layers = synflow.layers_without_flow(self.module, way)
+            layers = synflow.layers_without_flow(self.module, passage)
         except Exception as error:  # the module's own `forward`, called in a way it may not be made for
-            reason = shown_error(error)
-            raise ValueError(
-                f"SynFlow could not run the network on {way.source}: {reason}. {self._remedy()}"
-            ) from error
-        named = listed([each.layer for each in layers], most=3)
+            reason = f"{shown_error(error)}. {self._input.remedy()}"
+            raise ValueError(f"SynFlow could not run the network on {passage.source}: {reason}") from error
+        named = listed([layer.layer for layer in layers], most=3)
         text = (
             f"SynFlow is not defined for {named}: saturating activations stop the flow and normalisation mixes its"
             " signs."
         )
-        taken = {id(weight) for each in layers for weight in each.weights}
-        sizes = {id(parameter): parameter.numel() for parameter in self._parameters.values()}
-        share = sum(size for key, size in sizes.items() if key in taken) / sum(sizes.values())
-        if share > 1 / 3 or len(layers) * 3 > len(self.weights):
+        without = {id(weight) for layer in layers for weight in layer.weights}
+        sizes = {id(parameter): parameter.numel() for parameter in self.parameters.values()}
+        share = sum(size for key, size in sizes.items() if key in without) / sum(sizes.values())
+        if share > 1 / 3 or len(layers) * 3 > len(self.parameters):
             raise ValueError(f"{text} That is too much of this network; use another method, such as DRIVE.")
         if layers:
             self.warnings.append(f"{text} Their neighbours' scores mean little.")
-
-    def example_input(self) -> Any:
-        """Return what ``forward`` takes: the example that was given, or the first tensor of the first batch.
-
-        Raises:
-            ValueError: If there is neither.
-
-        """
-        if self._example_input is not None:
-            return self._example_input
-        tensors = containers.leaves(self._first_batch())
-        if not tensors:
-            raise self._unknown_input()
-        return tensors[0]
-
-    def passage(self) -> Passage:
-        """Return the way of data through the network, found once.
-
-        It is that of the example that was given, unless ``forward`` does not use all prunable parameters on it and the
-        loss is known: then it is what the loss calls. Without either it is ``forward`` on a batch or a part of it.
-
-        Raises:
-            ValueError: If nothing is known that could be sent through the network.
-
-        """
-        if self._passage is None:
-            with preserved_rng(), in_mode(self.module, "eval"):
-                self._passage = self._find_passage()
-        return self._passage
-
-    def _find_passage(self) -> Passage:
-        found = None
-        if self._example_input is not None:
-            candidates = [Passage.of(self._example_input, whole=whole) for whole in (False, True)]
-            found = forward_calls.chosen(self.module, candidates)
-            assert found is not None
-            if self._loss_fn is None or self._batches is None or self._is_enough(found):
-                return found
-        batch = gradients.batch_in_float32(self._first_batch())
-        if self._loss_fn is not None:
-            try:
-                if not self._recorded:
-                    self._loss(self.module, batch)
-            except Exception:  # of a training step that cannot be called in this mode, say: detectors give no loss
-                self._recorded = [way for way in self._recorded if forward_calls.uses(self.module, way)]
-            found = forward_calls.chosen(self.module, self._recorded) or found
-        found = found or forward_calls.chosen(self.module, Passage.guessed(self.module, batch))
-        if found is None:
-            raise self._unknown_input()
-        return found
-
-    def _unknown_input(self) -> ValueError:
-        return ValueError(f"The input of the network is not known. {self._remedy()}")
-
-    def _remedy(self) -> str:
-        """Say how to tell what the network takes."""
-        is_lightning = hasattr(self.module, "example_input_array")
-        name = "`example_input_array`" if is_lightning else "`example_input`"
-        what = "what `forward` takes, a tuple of arguments or a dict of keyword arguments"
-        if self._example_input is not None:
-            return f"Let {name} be {what}."
-        given = f"Set {name} on the module to {what}" if is_lightning else f"Give {name}: {what}"
-        return f"{given}; or use batches with a tensor that `forward` takes in them."
-
-    def _is_enough(self, found: Passage) -> bool:
-        return forward_calls.uses(self.module, found).issuperset(self._parameters.values())
-
-    def _loss(self, module: Any, batch: Any) -> Tensor | None:
-        """Compute the loss, and see the first time what it calls."""
-        assert self._loss_fn is not None
-        if self._recorded:
-            return self._loss_fn(module, batch)
-        with forward_calls.recording(module) as calls:
-            try:
-                return self._loss_fn(module, batch)
-            finally:
-                self._recorded = Passage.recorded(calls, self._loss_fn, batch)
-
-    def _first_batch(self) -> Any:
-        if self._batches is not None and self._first is None:
-            next(self._batches)
-        return self._first
-
-    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
-            if self._first is None:
-                self._first = batch
-            yield batch

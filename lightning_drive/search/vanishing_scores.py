@@ -1,4 +1,4 @@
-"""Name what makes scores vanish: parameters without a gradient, factors that begin near 0, low-rank pairs."""
+"""Explain why scores of a layer vanish: factors near 0 in its branch, or scores of 0 before anything was pruned."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -8,87 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
+from lightning_drive.search import unscored
+from lightning_drive.search.methods import Method
+from lightning_drive.search.scored_network import Network
+from lightning_drive.search.unscored import patterns
 
 TINY = 5e-3
 """The largest value of a factor that begins near 0. LayerScale's are 1e-6 to 1e-4, those of ReZero and SkipInit 0, and
 a few steps of Adam make some thousandths of them."""
 _GROWTH = 100
 """How many times higher the scores behind a factor are with 1 in its place; at ``TINY`` one expects 200 times."""
-
-
-def patterns(names: Collection[str], among: Iterable[str]) -> list[str]:
-    """Name parameters by glob patterns that match no others, a submodule by one pattern.
-
-    Args:
-        names: Names of parameters.
-        among: Names of these and of others.
-
-    Example:
-        >>> patterns(["teacher.0.weight", "teacher.2.weight"], ["0.weight", "teacher.0.weight", "teacher.2.weight"])
-        ['teacher.*']
-        >>> patterns(["0.weight", "2.weight"], ["0.weight", "1.weight", "2.weight"])
-        ['0.weight', '2.weight']
-
-    """
-    others = [name for name in among if name not in names]
-    found = []
-    for name in names:
-        parts = name.split(".")
-        prefixes = (".".join(parts[:length]) + "." for length in range(1, len(parts)))
-        whole = next((each for each in prefixes if not any(other.startswith(each) for other in others)), name)
-        several = sum(each.startswith(whole) for each in names) > 1
-        found.append(f"{whole}*" if several else name)
-    return list(dict.fromkeys(found))
-
-
-def unreached(names: Collection[str], among: Iterable[str], reads_batches: bool) -> str:
-    """Say which parameters were left out since nothing depends on them.
-
-    Args:
-        names: Their names.
-        among: Names of all prunable parameters.
-        reads_batches: Whether they had no gradient of a loss, rather than of the output.
-
-    """
-    what = "the loss" if reads_batches else "the output of `forward`"
-    more = (
-        " Where only some inputs use them, as with experts, more rounds or more `batches_per_round` may do so."
-        if reads_batches
-        else ""
-    )
-    return (
-        f"{listed(map(repr, names))} had no gradient in any round: {what} does not depend on them, since they are not"
-        " used, or only under `no_grad` or through `detach`. They were left out and stay dense. Masks were found anew"
-        f" without them, which `exclude={patterns(names, among)}` saves.{more}"
-    )
-
-
-def dead_pairs(masks: Mapping[str, Tensor], zeros: Collection[str]) -> Iterator[str]:
-    """Warn if both factors of a low-rank adapter are zero, or will be: neither has a gradient from then on.
-
-    Args:
-        masks: Parameter name to mask.
-        zeros: Names of the parameters that were 0 throughout before pruning.
-
-    """
-    dead: list[str] = []
-    for name, mask in masks.items():
-        partner = re.sub(r"(lora[_.](?:embedding_)?)(a|down)\b", _second, name, flags=re.IGNORECASE)
-        if partner != name and partner in masks:
-            pair = {name: mask, partner: masks[partner]}
-            if any(each in zeros or not kept.any() for each, kept in pair.items()):
-                dead.extend(pair)
-    if dead:
-        yield (
-            f"Low-rank adapters: one factor of {listed(map(repr, dead), most=4)} is 0 throughout, as it is at the"
-            " beginning or after pruning. Where pruning leaves nothing of the other, too, neither ever gets a gradient"
-            " again. Leave them out with `exclude=['*lora*']`, or prune the weights that they are merged into."
-        )
-
-
-def _second(match: re.Match[str]) -> str:
-    return match[1] + {"A": "B", "a": "b"}.get(match[2], "up")
 
 
 class Causes(NamedTuple):
@@ -99,7 +30,32 @@ class Causes(NamedTuple):
     """Names of the parameters whose scores vanish because of it."""
 
 
-def causes(
+def near_zero(network: Network, masks: Masks) -> dict[str, float]:
+    """Return the parameters that are near or exactly 0 throughout though they are not pruned, with their largest."""
+    if network.is_sharded:
+        return {}
+    largest = {name: torch.linalg.vector_norm(weight, torch.inf).item() for name, weight in network.weights.items()}
+    return {name: size for name, size in largest.items() if size <= TINY and masks[name].any()}
+
+
+def explain(
+    network: Network, method: Method, near_zero: Mapping[str, float], silent: Collection[str], lost: Sequence[str]
+) -> Causes:
+    """Explain the scores of lost parameters, on one batch; ``silent`` names those that scored 0 in the first round."""
+    if not lost:
+        return Causes()
+    known = unscored.silent_norms(network.module)
+    try:
+        network.stand_still()
+        causes = factors(network.module, network.weights, near_zero, lost, known, lambda: method.score(network))
+    except (ValueError, RuntimeError):  # of a loss with 1 in place of 1e-6, which may be infinite: the masks are there
+        causes = Causes()
+    if known:
+        return causes
+    return with_silent(causes, [name for name in lost if name in silent and name not in near_zero], network.weights)
+
+
+def factors(
     module: nn.Module,
     weights: Mapping[str, Tensor],
     small: Mapping[str, float],

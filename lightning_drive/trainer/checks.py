@@ -1,4 +1,4 @@
-"""What a Trainer brings along: what pruning cannot work with is refused by name, what it has to heed is found out."""
+"""Raise before training starts if the Trainer, a callback or the module is one that pruning cannot work with."""
 
 import sys
 from pathlib import Path
@@ -9,55 +9,39 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
 
-from lightning_drive.trainer import facts
+from lightning_drive.trainer import other_callbacks
 
 
 def check_namespace(pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Refuse classes of ``pytorch_lightning``: their twins in ``lightning.pytorch`` are what is looked for everywhere.
-
-    Args:
-        pruning: The pruning callback.
-        trainer: The Trainer, of whichever namespace.
-        pl_module: The module, of whichever namespace.
-
-    Raises:
-        MisconfigurationException: If the Trainer or one of its callbacks is such a class.
-
-    """
+    """Raise if the Trainer or a callback is of ``pytorch_lightning``, whose classes ``isinstance`` would not know."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    found = [thing for thing in (trainer, *callbacks) if _is_of_pytorch_lightning(thing)]
-    if not found:
+    strangers = [thing for thing in (trainer, *callbacks) if _is_of_pytorch_lightning(thing)]
+    if not strangers:
         return
     needs = f"{type(pruning).__name__} needs the classes of `lightning.pytorch`, got"
-    heirs = [heir for thing in (trainer, pl_module, *callbacks) if (heir := _of_library(thing)) is not None]
-    if heirs:
-        library, kind = _package(heirs[0]), heirs[0].__name__
+    kinds = [kind for thing in (trainer, pl_module, *callbacks) if (kind := _library_class(thing)) is not None]
+    if kinds:
+        library, name = _package(kinds[0]), kinds[0].__name__
         raise MisconfigurationException(
-            f"{needs} `{library}`, whose {kind} is a class of `pytorch_lightning`, which is another package. That"
+            f"{needs} `{library}`, whose {name} is a class of `pytorch_lightning`, which is another package. That"
             f" is an import of `{library}`, not of yours. Use a variant of `{library}` that imports"
             " `lightning.pytorch`, or prune its network without the callback: `lightning_drive.find_masks` before its"
             " training, and `masks.apply_(module)` after every optimizer step."
         )
     raise MisconfigurationException(
-        f"{needs} the {type(found[0]).__name__} of"
+        f"{needs} the {type(strangers[0]).__name__} of"
         " `pytorch_lightning`, which is another class of the same name. Write `import lightning.pytorch as pl` in"
         " place of `import pytorch_lightning as pl`, for the Trainer, the LightningModule and all callbacks."
     )
 
 
 def check_strategy(pruning: pl.Callback, trainer: pl.Trainer, unshardable: str) -> None:
-    """Refuse a strategy under which ranks would not end with the same masks, or masks could not be kept.
+    """Raise if ranks would not end with the same masks under the Trainer's strategy, or masks could not be kept.
 
-    Args:
-        pruning: The pruning callback.
-        trainer: The Trainer, with its processes connected.
-        unshardable: Why the callback cannot work on weights that are sharded over ranks; empty if it can.
-
-    Raises:
-        MisconfigurationException: If it is such a strategy.
-
+    ``unshardable`` is why the callback cannot work on weights that are sharded over ranks; empty if it can.
     """
     strategy = trainer.strategy
     name = f"{type(pruning).__name__} with {type(strategy).__name__}"
@@ -87,18 +71,8 @@ def check_strategy(pruning: pl.Callback, trainer: pl.Trainer, unshardable: str) 
 
 
 def check_alone(pruning: pl.Callback, trainer: pl.Trainer, kind: type[pl.Callback]) -> None:
-    """Refuse a second callback that prunes.
-
-    Args:
-        pruning: The pruning callback.
-        trainer: The Trainer.
-        kind: What all our pruning callbacks are.
-
-    Raises:
-        MisconfigurationException: If there is one, of ours or Lightning's own.
-
-    """
-    for other in facts.others(pruning, trainer):
+    """Raise if a second callback prunes: one of ours, which are all of ``kind``, or Lightning's own."""
+    for other in other_callbacks.others(pruning, trainer):
         if isinstance(other, (kind, ModelPruning)):
             raise MisconfigurationException(
                 f"Only one callback of a Trainer can prune, got {type(pruning).__name__} and {type(other).__name__}:"
@@ -107,17 +81,8 @@ def check_alone(pruning: pl.Callback, trainer: pl.Trainer, kind: type[pl.Callbac
 
 
 def check_finetuning(pruning: pl.Callback, trainer: pl.Trainer) -> None:
-    """Refuse callbacks that unfreeze layers, beside one that returns to an earlier state of the training.
-
-    Args:
-        pruning: The pruning callback.
-        trainer: The Trainer.
-
-    Raises:
-        MisconfigurationException: If there is one.
-
-    """
-    for other in facts.others(pruning, trainer):
+    """Raise if a callback unfreezes layers, beside one that returns to an earlier state of the training."""
+    for other in other_callbacks.others(pruning, trainer):
         if isinstance(other, BaseFinetuning):
             raise MisconfigurationException(
                 f"{type(pruning).__name__} returns to an earlier state of the training (as IMP and control='reinit'"
@@ -126,13 +91,22 @@ def check_finetuning(pruning: pl.Callback, trainer: pl.Trainer) -> None:
             )
 
 
+def check_training_step(pl_module: pl.LightningModule) -> None:
+    """Raise if ``training_step`` cannot be called for its loss alone: it optimizes, or takes a ``dataloader_iter``."""
+    remedy = "Pass `loss_fn`, a function `loss_fn(pl_module, batch)` that returns the loss, to the callback."
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "With manual optimization (`automatic_optimization=False`), calling `training_step` to score weights would"
+            f" step the optimizers. {remedy}"
+        )
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            f"`training_step` takes `dataloader_iter`, so it cannot be given a batch to score weights on. {remedy}"
+        )
+
+
 def warn_of_small_eps(optimizer: Optimizer) -> None:
-    """Say so if an optimizer's safeguard against 0/0 is none for float16 weights, which pruning makes matter more.
-
-    Args:
-        optimizer: An optimizer of float16 weights.
-
-    """
+    """Warn if an optimizer of float16 weights has an ``eps`` that is 0 there: pruning makes 0/0 more likely."""
     for group in optimizer.param_groups:
         eps = group.get("eps")
         if isinstance(eps, float) and not torch.tensor(eps, dtype=torch.float16):
@@ -145,12 +119,12 @@ def warn_of_small_eps(optimizer: Optimizer) -> None:
 
 
 def _is_of_pytorch_lightning(thing: object) -> bool:
-    # Third-party callbacks may well have its bare `Callback` as their base: it does nothing, and nothing looks for it.
+    # Its bare `Callback` is a frequent base of third-party callbacks: it does nothing, and nothing looks for it.
     return any(_package(kind) == "pytorch_lightning" for kind in type(thing).__mro__ if kind.__name__ != "Callback")
 
 
-def _of_library(thing: object) -> type | None:
-    """Find the class of a library by which something is one of ``pytorch_lightning``; ``None`` if there is none."""
+def _library_class(thing: object) -> type | None:
+    """Return the class, of another library, that makes something one of ``pytorch_lightning``; ``None`` without one."""
     for kind in type(thing).__mro__:
         bases = {_package(base) for base in kind.__mro__[1:] if base.__name__ != "Callback"}
         if "pytorch_lightning" in bases and _package(kind) != "pytorch_lightning" and not _is_of_user(kind.__module__):
@@ -159,7 +133,7 @@ def _of_library(thing: object) -> type | None:
 
 
 def _is_of_user(name: str) -> bool:
-    """Whether a module is likely to be the user's own: it is what runs, or lies beside it or where it was started."""
+    """Whether a module is likely the user's own: it is what runs, lies beside it, or lies where it was started."""
     path = getattr(sys.modules.get(name), "__file__", None)
     if name == "__main__" or path is None:
         return name == "__main__"

@@ -1,6 +1,6 @@
-"""Masks on all that is alive in a training run: weights, gradients, states of optimizers and running averages."""
+"""Keep pruned weights at zero while training goes on: in weights, gradients, states of optimizers and averages."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,35 +15,23 @@ from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.network import optimizer_state
 from lightning_drive.network.masked_parameters import MaskedParameters
-from lightning_drive.trainer import averages, checks, facts, other_callbacks
+from lightning_drive.trainer import checks, facts
+from lightning_drive.trainer.averages import Averages
 
 
 class Enforcement:
-    """Keeps the masks on one module through every step of its optimizers, from :meth:`begin` to :meth:`end`.
+    """Keeps the masks on one module, and its averages, through every optimizer step from :meth:`begin` to :meth:`end`.
 
-    Args:
-        pl_module: Has every masked parameter under its name, in the mask's shape.
-        masks: Parameter name to boolean mask, on any device; ``True`` keeps.
-        copies: Returns the tensors of copies that are pruned along, see
-            :func:`lightning_drive.trainer.averages.tensors`.
-        warned: Whether it was said already that others write into pruned weights.
-
-    Raises:
-        ValueError: If a parameter is missing or has another shape (named).
-
+    A ``ValueError`` names a masked parameter that the module does not have, or has in another shape. ``warned`` is
+    whether a warning has said already that others write into pruned weights.
     """
 
     def __init__(
-        self,
-        pl_module: pl.LightningModule,
-        masks: Masks,
-        *,
-        copies: Callable[[], Iterable[Mapping[str, Tensor]]] = tuple,
-        warned: bool = False,
+        self, pl_module: pl.LightningModule, masks: Masks, averages: Averages, *, warned: bool = False
     ) -> None:
         shards.reshard_(pl_module)
         self._masks = masks
-        self._copies = copies
+        self._averages = averages
         self._parameters = MaskedParameters(pl_module, masks)
         self._handles: list[RemovableHandle] = []
         self._hookless = False
@@ -51,19 +39,10 @@ class Enforcement:
         self.warned = warned
 
     def begin(self, pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the masks on everything that is alive, and have every optimizer step followed by them.
-
-        Args:
-            pruning: The callback that prunes.
-            trainer: Its Trainer, in the middle of ``fit``.
-            pl_module: The module.
-
-        """
+        """Put the masks on everything that is alive, and let them follow every optimizer step of this ``fit``."""
         self._parameters.zero_weights_()
         self._parameters.zero_gradients_()
-        for average in other_callbacks.averaged_models(trainer):
-            self._masks.apply_(average)
-        averages.mask_(self._copies(), self._masks)
+        self._averages.mask_(self._masks)
         if facts.reads_gradients_early(pruning, trainer, pl_module):
             keep_overflow = facts.scaler(trainer) is not None
             self._handles += self._parameters.zero_gradients_at_once(keep_overflow=keep_overflow)
@@ -71,28 +50,21 @@ class Enforcement:
         self.follow(trainer, pl_module)
 
     def follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *others: Optimizer) -> bool:
-        """Have every step of the optimizers followed by the masks; those that are followed already are passed over.
+        """Let the masks follow every step of the optimizers that were made anew after pruning, and of others that step.
 
-        Args:
-            trainer: The Trainer, whose optimizers may have been made anew after pruning.
-            pl_module: The module.
-            others: Optimizers that step, but may not be the Trainer's.
-
-        Returns:
-            Whether there was a new one.
-
+        Return whether there was one whose steps they do not follow already.
         """
-        alive = [*trainer.optimizers, *others]
-        new = [each for each in alive if not any(each is known for known in self._followed)]
+        optimizers = [*trainer.optimizers, *others]
+        new = [optimizer for optimizer in optimizers if not any(optimizer is known for known in self._followed)]
         if not new:
             return False
-        self._followed = alive
+        self._followed = optimizers
         for optimizer in new:
             self._parameters.zero_optimizer_state_(optimizer)
-            for each in optimizer_state.with_wrapped(optimizer):
-                self._follow_steps(trainer, pl_module, each)
+            for inner in optimizer_state.with_wrapped(optimizer):
+                self._follow_steps(trainer, pl_module, inner)
                 if self._parameters.may_divide_by_zero:
-                    checks.warn_of_small_eps(each)
+                    checks.warn_of_small_eps(inner)
         return True
 
     def end(self) -> None:
@@ -102,39 +74,24 @@ class Enforcement:
         self._handles, self._followed = [], []
 
     def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Mask the gradients, where they are unscaled already.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: The module.
-            optimizer: The optimizer that is going to step.
-
-        """
+        """Mask the gradients, where they are unscaled already."""
         self.follow(trainer, pl_module, optimizer)
         if not facts.unscales_in_step(trainer, optimizer):
             self._parameters.zero_gradients_()
 
     def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Mask the weights, where not every change to them has a hook after it.
-
-        Args:
-            trainer: The Trainer.
-            pl_module: The module.
-
-        """
+        """Mask the weights, where not every change to them has a hook after it."""
         if self.follow(trainer, pl_module) or self._hookless:
             self._parameters.zero_weights_()
-            averages.mask_(self._copies(), self._masks)
+            self._averages.mask_(self._masks)
 
     def renew(self, state_dict: Mapping[str, Any] | None = None) -> None:
         """Mask again what others wrote into pruned weights, and warn of it once.
 
-        Args:
-            state_dict: Weights that are going to be saved, which may be copies.
-
+        Weights that are going to be saved (``state_dict``) may be copies, and are masked as well.
         """
         broken = self._parameters.renew_weights_()
-        averages.mask_(self._copies(), self._masks)
+        self._averages.mask_(self._masks)
         for name, mask in self._masks.items():
             value = (state_dict or {}).get(name)
             if isinstance(value, Tensor) and value.shape == mask.shape:
@@ -149,15 +106,7 @@ class Enforcement:
             )
 
     def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse to go on where pruned layers were replaced by others.
-
-        Args:
-            pl_module: The module as it is now.
-
-        Raises:
-            MisconfigurationException: If one was (named).
-
-        """
+        """Raise if a pruned layer was replaced by another one since."""
         replaced = self._parameters.replaced_in(pl_module)
         if replaced:
             raise MisconfigurationException(
@@ -167,7 +116,7 @@ class Enforcement:
             )
 
     def _follow_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Have every step of an optimizer followed by the masks, and led by them where the gradients may need it."""
+        """Let the masks follow every step of an optimizer, and go before it where the gradients may need them."""
         # Lightning also takes wrappers that only look like an optimizer, or were never initialised as one.
         step = getattr(type(optimizer), "step", None)
         hooked = getattr(step, "hooked", False) and "_optimizer_step_post_hooks" in vars(optimizer)

@@ -1,64 +1,14 @@
-"""What pruning means to the other callbacks of a Trainer: those that keep averages, and those that track the best."""
+"""Keep EarlyStopping and ModelCheckpoint consistent with pruning, and read what other callbacks monitor."""
 
 import math
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
-
-
-def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
-    """Find the running averages that callbacks keep of the module (EMA, SWA): they hold pruned weights, too.
-
-    Args:
-        trainer: The Trainer.
-
-    Returns:
-        Modules with the parameter names of the LightningModule.
-
-    """
-    averages = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer)]
-    return [
-        average.module if isinstance(average, AveragedModel) else average for average in averages if average is not None
-    ]
-
-
-def restart_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Let running averages begin again with the module as it is now.
-
-    Args:
-        trainer: The Trainer.
-        pl_module: Its module.
-
-    """
-    for callback in callbacks_of(trainer):
-        average = getattr(callback, "_average_model", None)
-        if average is None:
-            continue
-        module = average.module if isinstance(average, AveragedModel) else average
-        with torch.no_grad():
-            for mean, now in (
-                *zip(module.parameters(), pl_module.parameters(), strict=True),
-                *zip(module.buffers(), pl_module.buffers(), strict=True),
-            ):
-                mean.copy_(now)
-        count = getattr(average if isinstance(average, AveragedModel) else callback, "n_averaged", None)
-        if count is not None:
-            count.zero_()
-        if isinstance(callback, StochasticWeightAveraging):  # it takes what it finds at the start of an epoch
-            callback._latest_update_epoch = trainer.current_epoch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 
 def hold_off_early_stopping(trainer: pl.Trainer, on: bool) -> None:
-    """Keep EarlyStopping from looking at the monitored value, or let it look again.
-
-    Args:
-        trainer: The Trainer.
-        on: Whether it is held off.
-
-    """
+    """Keep EarlyStopping from looking at the monitored value while this is on, and let it look again afterwards."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping):
             for name in ("_should_skip_check", "_run_early_stopping_check"):  # subclasses have hooks of their own
@@ -70,12 +20,8 @@ def hold_off_early_stopping(trainer: pl.Trainer, on: bool) -> None:
 def forget_best(trainer: pl.Trainer) -> str:
     """Let best-model tracking begin again: a dense epoch must not win "best" over the sparse ones.
 
-    Args:
-        trainer: The Trainer, whose ModelCheckpoint and EarlyStopping callbacks with a monitor are reset.
-
-    Returns:
-        What to tell the user; empty if there is no such callback.
-
+    ModelCheckpoint and EarlyStopping callbacks with a monitor are reset. Return a message that names them; empty if
+    there are none.
     """
     forgotten = []
     for callback in callbacks_of(trainer):
@@ -97,12 +43,7 @@ def forget_best(trainer: pl.Trainer) -> str:
 
 
 def last_metrics(trainer: pl.Trainer) -> dict[str, float]:
-    """Give what was logged last under every name, finite numbers only; what is monitored comes first.
-
-    Args:
-        trainer: The Trainer.
-
-    """
+    """Return what was logged last under every name, finite numbers only; what is monitored comes first."""
     logged = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
     monitored = [getattr(callback, "monitor", None) for callback in callbacks_of(trainer)]
     names = dict.fromkeys([*(name for name in monitored if name in logged), *logged])
@@ -110,12 +51,7 @@ def last_metrics(trainer: pl.Trainer) -> dict[str, float]:
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
-    """Give the Trainer's callbacks.
-
-    Args:
-        trainer: The Trainer.
-
-    """
+    """Return the callbacks of a Trainer."""
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
 
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
+
+from lightning_drive.trainer import facts
 
 
 @contextmanager
@@ -95,7 +96,7 @@ def schedules_for(trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: in
 
     """
     with seen_as_whole(trainer, epochs, steps_before):
-        optimizers, configs = _init_optimizers_and_lr_schedulers(pl_module)
+        optimizers, configs = facts.new_optimizers(pl_module)
     if [type(optimizer) for optimizer in optimizers] != [type(optimizer) for optimizer in trainer.optimizers]:
         raise MisconfigurationException(
             "`configure_optimizers` must give the same optimizers whenever it is called: IMP calls it again to make"

@@ -1,18 +1,25 @@
 """Build the report of a pruning."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_drive.core.arguments import Control
 from lightning_drive.network import prunable
+<<<<<<< HEAD
+from lightning_drive.report.pruning_report import CycleReport, PruningReport
+from lightning_drive.search.diagnosis import Diagnosis
+from lightning_drive.trainer import display, other_callbacks
+=======
 from lightning_drive.network.costs import Costs
 from lightning_drive.report.parts import CycleReport
 from lightning_drive.report.pruning_report import PruningReport
 from lightning_drive.search.loop import Found
 from lightning_drive.trainer import other_callbacks
+>>>>>>> r-e
 from lightning_drive.trainer.search import Outcome
 
 
@@ -27,67 +34,83 @@ def report(
     cycle: int | None,
     before: PruningReport | None,
 ) -> PruningReport:
-    """Say what a search brought, where in training and in which time.
+    """Build the report of a search that began at ``start``, in a phase of training that began at ``phase_start``.
 
-    Args:
-        trainer: The Trainer.
-        outcome: What it brought.
-        method: The method's settings.
-        start: When it began, by ``time.monotonic()``.
-        phase_start: When training, or the cycle of it that ends here, began; ``None`` if that is not known.
-        control: What is changed for comparison.
-        cycle: How many cycles lie behind, with this one; ``None`` where there are no cycles.
-        before: The report of the cycle before; ``None`` without one.
-
+    Both are times of ``time.monotonic()``; ``None``: not known. ``cycle`` counts the cycles of IMP, this one included,
+    and ``before`` is the report of the one before; both are ``None`` where there are no cycles.
     """
-    found, measured, phases = outcome.found, outcome.found.costs, outcome.phases
+    masks, history, costs = outcome.found.masks, outcome.found.history, outcome.diagnosis.costs
+    phases = outcome.phases
     if phase_start is not None:
         phases = {"warmup" if cycle is None else "training": start - phase_start, **phases}
     cycles = () if before is None else before.cycles
     if cycle is not None:
-        cycles = (*cycles, CycleReport(cycle, found.masks.num_kept, phases, other_callbacks.last_metrics(trainer)))
+        cycles = (*cycles, CycleReport(cycle, masks.num_kept, phases, other_callbacks.last_metrics(trainer)))
     return PruningReport.of(
-        found.masks,
-        found.active,
+        masks,
+        outcome.diagnosis.active,
         method=method,
         seconds=time.monotonic() - start,
         epoch=trainer.current_epoch,
         step=trainer.global_step,
-        warnings=[*found.warnings, *_not_measured(found, measured)],
+        warnings=[*outcome.warnings, *_not_measured(outcome.diagnosis)],
         control=control,
         cycle=cycle,
-        itemsizes=measured.itemsizes,
-        multiply_adds=measured.multiply_adds,
+        itemsizes=costs.itemsizes,
+        multiply_adds=costs.multiply_adds,
         phases=phases,
-        rounds=found.rounds if before is None else before.rounds + found.rounds,
-        scores=found.scores,
+        rounds=history.rounds if before is None else before.rounds + history.rounds,
+        scores=history.scores,
         cycles=cycles,
-        other_multiply_adds=measured.others,
+        other_multiply_adds=costs.others,
         num_parameters=prunable.count_all(trainer.lightning_module),
     )
 
 
 def with_commit(report: PruningReport, seconds: float) -> PruningReport:
-    """Add to a report how long it took to put down all that follows from the masks.
-
-    Args:
-        report: The report.
-        seconds: How long.
-
-    """
+    """Return the report with the time that it took to put the masks into effect."""
     phases = {**report.phases, "commit": seconds}
     cycles = report.cycles and (*report.cycles[:-1], replace(report.cycles[-1], phases=phases))
     return replace(report, phases=phases, cycles=cycles)
 
 
-def _not_measured(found: Found, measured: Costs) -> Iterator[str]:
-    """Say what the report does not have, and why."""
-    if found.active is None and not found.path_error:
+def announce(
+    trainer: pl.Trainer,
+    report: PruningReport,
+    warnings: Iterable[str],
+    metrics: Mapping[str, float],
+    text: str | None = None,
+) -> None:
+    """Warn, show the report, or a text in its place, and log its numbers and more metrics."""
+    for warning in warnings:
+        rank_zero_warn(warning)
+    display.show(trainer, report if text is None else text)
+    numbers = {
+        "pruning/sparsity": report.sparsity,
+        "pruning/density": report.density,
+        "pruning/effective_sparsity": report.effective_sparsity,
+        "pruning/seconds": report.seconds,
+        **metrics,
+    }
+    display.log_metrics(trainer, {name: value for name, value in numbers.items() if value is not None})
+
+
+def metrics(report: PruningReport | None) -> dict[str, float]:
+    """Return what is logged with every epoch, so that monitors and names of checkpoints can use it."""
+    if report is None:
+        return {}
+    fractions = {"pruning/sparsity": report.sparsity, "pruning/overall_sparsity": report.overall_sparsity}
+    return {name: value for name, value in fractions.items() if value is not None}
+
+
+def _not_measured(diagnosis: Diagnosis) -> Iterator[str]:
+    """Name the numbers that the report lacks, and why."""
+    if diagnosis.active is None and not diagnosis.path_error:
         yield (
             "Effective sparsity and multiply-adds were not measured: paths are not followed through sharded parameters."
         )
-    if found.path_error:
-        yield f"Effective sparsity was not measured: paths could not be followed from {found.path_error}"
-    if measured.error:
-        yield f"Multiply-adds were not measured: {measured.error}"
-    yield from measured.warnings
+    if diagnosis.path_error:
+        yield f"Effective sparsity was not measured: paths could not be followed from {diagnosis.path_error}"
+    if diagnosis.costs.error:
+        yield f"Multiply-adds were not measured: {diagnosis.costs.error}"
+    yield from diagnosis.costs.warnings

@@ -1,4 +1,4 @@
-"""Losses taken from a running Trainer, without leaving a trace in it."""
+"""Run the module's training step on a replica, with a Trainer that stays as it is."""
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -8,62 +8,34 @@ from typing import Any, NamedTuple, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import nn
 
 from lightning_drive.core.arguments import Mode
-from lightning_drive.core.processes import ALONE, Ranks
 from lightning_drive.network import forward_calls
 from lightning_drive.network.undisturbed import undisturbed
+from lightning_drive.trainer import facts
 
 T = TypeVar("T")
 
 
-def ranks_of(trainer: pl.Trainer) -> Ranks:
-    """Find the processes of a run.
-
-    Args:
-        trainer: The Trainer, with its processes connected.
-
-    """
-    return Ranks.of(None, trainer.strategy.root_device) if trainer.world_size > 1 else ALONE
-
-
-def random_numbers(trainer: pl.Trainer) -> torch.Generator:
-    """Give random numbers that depend on the first rank's seed, and neither repeat nor use up those of training.
-
-    Args:
-        trainer: The Trainer, with its processes connected.
-
-    """
-    return torch.Generator().manual_seed(ranks_of(trainer).broadcast(torch.initial_seed()) ^ 0x5EED)
-
-
 class Sandbox(NamedTuple):
-    """What to score in place of a Trainer and its module."""
+    """What is scored in place of a module and its Trainer."""
 
     trainer: pl.Trainer
     module: pl.LightningModule
-    of: Callable[[Any], Any]
-    """Returns what stands for an object that refers to the module, such as a `loss_fn` that holds it."""
+    replica_of: Callable[[Any], Any]
+    """Returns the replica of an object that refers to the module, such as of a `loss_fn` that holds it."""
 
 
 @contextmanager
 def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: Mode = "train") -> Generator[Sandbox]:
-    """Call ``training_step`` inside, and neither the Trainer nor the module nor a logger ever knows of it.
+    """Replicate a module that is in the middle of ``fit``, so that its ``training_step`` leaves no trace.
 
-    What is scored is a replica of the module, see :func:`lightning_drive.network.undisturbed.undisturbed`: its
-    metrics, lists
-    and counters are its own. Its ``log`` does nothing, and its Trainer is a copy as far as a module may write to it:
-    with loggers that do nothing (the dummies of ``fast_dev_run``), and with copies of the settings of optimizers and
+    The replica (see :func:`lightning_drive.network.undisturbed.undisturbed`, also for ``mode``) has metrics, lists and
+    counters of its own. Its ``log`` does nothing, and its Trainer is a copy as far as a module may write to it: with
+    loggers that do nothing (the dummies of ``fast_dev_run``), and with copies of the settings of optimizers and
     learning-rate schedulers. New tensors have the precision in which the module is scored.
-
-    Args:
-        trainer: A Trainer in the middle of ``fit``.
-        pl_module: Its module.
-        mode: See :func:`lightning_drive.network.undisturbed.undisturbed`.
-
     """
-    quiet = _quiet(trainer)
+    quiet = _quiet_trainer(trainer)
     dtype = torch.get_default_dtype()
     try:
         with undisturbed(pl_module, mode, {id(trainer): quiet}) as scored:
@@ -75,23 +47,23 @@ def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: Mode = "tr
         torch.set_default_dtype(dtype)
 
 
-def _quiet(trainer: pl.Trainer) -> pl.Trainer:
-    """Copy a Trainer as far as a module that is scored may write to it."""
-    quiet: Any = _twin(trainer)
-    quiet._accelerator_connector = _twin(quiet._accelerator_connector)
-    quiet._accelerator_connector.strategy = _twin(trainer.strategy)
+def _quiet_trainer(trainer: pl.Trainer) -> pl.Trainer:
+    """Copy a Trainer as far as a module may write to it; its loggers do nothing."""
+    quiet = _twin(trainer)
+    facts.set_strategy(quiet, _twin(trainer.strategy))
     quiet.loggers = [DummyLogger() for _ in trainer.loggers]
-    return quiet  # type: ignore[no-any-return]
+    return quiet
 
 
-def _connect(quiet: Any, module: nn.Module, of: Callable[[Any], Any]) -> None:
-    """Let a quiet Trainer and the module that is scored know each other."""
-    for each in module.modules():
-        if isinstance(each, pl.LightningModule):
-            vars(each).update(_trainer=quiet, log=_log_nothing, log_dict=_log_nothing)
-    strategy = quiet.strategy
-    strategy._lightning_module = strategy._model = module
-    optimizers = {id(optimizer): _quiet_optimizer(optimizer, of) for optimizer in strategy.optimizers}
+def _connect(quiet: pl.Trainer, module: Any, replica_of: Callable[[Any], Any]) -> None:
+    """Attach a replica to its quiet Trainer, with optimizers and schedulers of its own."""
+    for submodule in module.modules():
+        if isinstance(submodule, pl.LightningModule):
+            submodule.trainer = quiet
+            vars(submodule).update(log=_log_nothing, log_dict=_log_nothing)
+    strategy: Any = quiet.strategy
+    strategy.connect(module)
+    optimizers = {id(optimizer): _quiet_optimizer(optimizer, replica_of) for optimizer in strategy.optimizers}
     strategy.optimizers = list(optimizers.values())
     strategy.lr_scheduler_configs = [
         replace(config, scheduler=_quiet_scheduler(config.scheduler, optimizers))
@@ -99,14 +71,16 @@ def _connect(quiet: Any, module: nn.Module, of: Callable[[Any], Any]) -> None:
     ]
 
 
-def _quiet_optimizer(optimizer: Any, of: Callable[[Any], Any]) -> Any:
+def _quiet_optimizer(optimizer: Any, replica_of: Callable[[Any], Any]) -> Any:
+    """Copy an optimizer with its settings, over the parameters of the replica."""
     twin = _twin(optimizer)
     if "param_groups" in vars(twin):
-        twin.param_groups = [{**group, "params": [of(each) for each in group["params"]]} for group in twin.param_groups]
+        twin.param_groups = [{**group, "params": [*map(replica_of, group["params"])]} for group in twin.param_groups]
     return twin
 
 
 def _quiet_scheduler(scheduler: Any, optimizers: Mapping[int, Any]) -> Any:
+    """Copy a scheduler, over the copy of its optimizer; ``optimizers`` has the copies by the ids of the originals."""
     twin = _twin(scheduler)
     if "optimizer" in vars(twin):
         twin.optimizer = optimizers.get(id(twin.optimizer), twin.optimizer)
@@ -114,7 +88,7 @@ def _quiet_scheduler(scheduler: Any, optimizers: Mapping[int, Any]) -> Any:
 
 
 def _twin(thing: T) -> T:
-    """Make an object of the same class with the same attributes."""
+    """Return an object of the same class with the same attributes, whatever the class says about copying."""
     twin: T = object.__new__(type(thing))
     vars(twin).update(vars(thing))
     return twin

@@ -1,129 +1,132 @@
-"""What a pruning brings: masks found in the middle of a ``fit`` that is left as it was, and the report of them."""
+"""Search for masks in the middle of a ``fit``, which stays as it was."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_drive.core import shards
-from lightning_drive.core.arguments import Mode, Schedule, Scope
+from lightning_drive.core.arguments import Mode
+from lightning_drive.core.goal import Goal
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.processes import Ranks
 from lightning_drive.network import batch_norm, gradients, prunable
 from lightning_drive.network.gradients import LossFunction
-from lightning_drive.search import loop
+from lightning_drive.search.diagnosis import Diagnosis
+from lightning_drive.search.find import search_reached
 from lightning_drive.search.loop import Found
 from lightning_drive.search.methods import Method
-from lightning_drive.trainer import display, training_step
-from lightning_drive.trainer import sandbox as sandbox_module
+from lightning_drive.search.scored_network import Network
+from lightning_drive.trainer import display, sandbox, training_step
 from lightning_drive.trainer.batches import TrainingBatches
-from lightning_drive.trainer.sandbox import Sandbox, random_numbers, ranks_of
+from lightning_drive.trainer.sandbox import Sandbox
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search brings back, before any of it is put down."""
+    """The outcome of a search, before any of it takes effect."""
 
     found: Found
-    statistics: dict[str, dict[str, Tensor]]
-    """Name of a BatchNorm layer to the statistics that go with the masks."""
+    diagnosis: Diagnosis
     phases: dict[str, float]
     """Seconds by phase."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """All warnings, of the search and of its diagnosis."""
+        return [*self.found.warnings, *self.diagnosis.warnings]
 
 
 def search(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     method: Method,
-    select: Callable[[pl.LightningModule], Mapping[str, nn.Parameter]],
+    goal: Goal,
+    names: Sequence[str],
     *,
-    sparsity: float,
     masks: Masks,
-    schedule: Schedule,
-    scope: Scope,
-    loss: Callable[[Sandbox], LossFunction] | None = None,
+    loss_fn: LossFunction | None = None,
+    others: Sequence[str] = (),
     only_round: int | None = None,
     shuffle: bool = False,
-    bn_batches: int = 0,
-    others: Sequence[str] = (),
 ) -> Outcome:
-    """Find masks and the BatchNorm statistics that go with them; the module and the Trainer stay as they are.
+    """Search for masks of the named parameters, on training batches from their beginning.
 
-    Args:
-        trainer: A Trainer in the middle of ``fit``.
-        pl_module: Its module.
-        method: The method.
-        select: Gives the prunable parameters of the module, by name.
-        sparsity: As for :func:`lightning_drive.search.loop.search`.
-        masks: As there; empty for a dense network.
-        schedule: As there.
-        scope: As there.
-        loss: Returns the ``loss_fn`` of a sandbox, as there; without it, BatchNorm's statistics are not estimated.
-        only_round: As there.
-        shuffle: Whether to give the masks in a random order within each parameter.
-        bn_batches: Training batches to estimate BatchNorm's statistics from; 0: leave them.
-        others: As there.
-
+    ``masks`` are those to start from, empty for a dense network; ``loss_fn`` stands in for ``training_step``; for the
+    rest see :func:`lightning_drive.search.find.search_reached`.
     """
-    times = [time.monotonic()] * 2  # when the search began, and when its last round was over
-
-    num_rounds = method.rounds if only_round is None else 1
-    ranks = ranks_of(trainer)
+    begin = last_round = time.monotonic()
     shards.reshard_(pl_module)  # validation, a forward pass without a backward pass, leaves parameters whole
     training_step.free_gradients(trainer, pl_module)
-    live = select(pl_module)
-    prunable.check_numbers(live)
+    prunable.check_numbers(prunable.parameters_by_name(pl_module, names))
+    title, num_rounds = f"Pruning by {type(method).__name__}", method.rounds if only_round is None else 1
 
-    def loss_in(sandbox: Sandbox) -> LossFunction | None:
-        return loss and gradients.on_replica_only(loss(sandbox), pl_module)
+    bars: list[Callable[[], None]] = []  # a second search has one of its own
 
-    def once(names: Collection[str], masks: Mapping[str, Tensor] | None) -> Found:
-        def on_round(*_: Any) -> None:
-            times[1] = time.monotonic()
-            advance()
-
+    @contextmanager
+    def opened(names: Sequence[str]) -> Iterator[Network]:
         with (
-            display.progress(trainer, f"Pruning by {type(method).__name__}", num_rounds) as advance,
-            _scored(trainer, pl_module, method.mode) as (sandbox, batches),
+            display.progress(trainer, title, num_rounds) as advance,
+            _scored(trainer, pl_module, method.mode) as (scored, batches),
         ):
-            return loop.search(
-                sandbox.module,
-                method,
-                sparsity=sparsity,
-                parameters=prunable.parameters_by_name(sandbox.module, names),
-                batches=batches,
-                loss_fn=loss_in(sandbox),
-                masks=masks,
-                schedule=schedule,
-                scope=scope,
-                example_input=sandbox.module.example_input_array,
-                others=others,
-                on_round=on_round,
-                only_round=only_round,
-                shuffle=random_numbers(trainer) if shuffle else None,
-                ranks=ranks,
-            )
+            bars.append(advance)
+            parameters = prunable.parameters_by_name(scored.module, names)
+            loss = _loss(scored, loss_fn, pl_module)
+            example = scored.module.example_input_array
+            yield Network(scored.module, parameters, batches, loss, example, sandbox.ranks_of(trainer))
 
-    found = loop.of_reached(once, method, list(live), masks)
-    times.append(time.monotonic())
-    statistics = {}
-    if loss is not None and bn_batches:
-        with _scored(trainer, pl_module) as (sandbox, batches), ranks.together():
-            found.masks.apply_(sandbox.module)
-            loss_fn = loss_in(sandbox)
-            assert loss_fn is not None
-            statistics = batch_norm.batch_norm_statistics(sandbox.module, loss_fn, islice(batches, bn_batches))
-        statistics = _of_all_ranks(statistics, pl_module, ranks)
-        ranks.mean_(value for layer in statistics.values() for value in layer.values() if value.is_floating_point())
-    times.append(time.monotonic())
-    spans = [after - before for before, after in pairwise(times)]
-    return Outcome(found, statistics, dict(zip(("rounds", "measuring", "batch_norm"), spans, strict=True)))
+    def on_round(*_: Any) -> None:
+        nonlocal last_round
+        last_round = time.monotonic()
+        bars[-1]()
+
+    generator = sandbox.random_numbers(trainer) if shuffle else None
+    found, diagnosis = search_reached(
+        opened,
+        method,
+        goal,
+        names,
+        masks=masks,
+        others=others,
+        on_round=on_round,
+        only_round=only_round,
+        shuffle=generator,
+    )
+    phases = {"rounds": last_round - begin, "measuring": time.monotonic() - last_round, "batch_norm": 0.0}
+    return Outcome(found, diagnosis, phases)
+
+
+def batch_norm_statistics(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    masks: Masks,
+    num_batches: int,
+    loss_fn: LossFunction | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Estimate BatchNorm's statistics under masks, from training batches: layer name to statistics by buffer name."""
+    if not num_batches:
+        return {}
+    ranks = sandbox.ranks_of(trainer)
+    with _scored(trainer, pl_module) as (scored, batches), ranks.together():
+        masks.apply_(scored.module)
+        loss = _loss(scored, loss_fn, pl_module)
+        own = batch_norm.batch_norm_statistics(scored.module, loss, islice(batches, num_batches))
+    statistics = _of_all_ranks(own, pl_module, ranks)
+    values = (value for layer in statistics.values() for value in layer.values())
+    ranks.mean_(value for value in values if value.is_floating_point())
+    return statistics
+
+
+def _loss(scored: Sandbox, loss_fn: LossFunction | None, pl_module: pl.LightningModule) -> LossFunction:
+    """Return the loss of the replica: the user's own, or that of ``training_step``."""
+    own = training_step.loss_of(scored) if loss_fn is None else scored.of(loss_fn)
+    return gradients.on_replica_only(own, pl_module)
 
 
 def _of_all_ranks(
@@ -139,9 +142,9 @@ def _of_all_ranks(
 def _scored(
     trainer: pl.Trainer, pl_module: pl.LightningModule, mode: Mode = "train"
 ) -> Iterator[tuple[Sandbox, TrainingBatches]]:
-    """Score a replica of the module, on training batches from their beginning."""
+    """Open a replica of the module, and training batches from their beginning."""
     with (
-        sandbox_module.sandbox(trainer, pl_module, mode) as sandbox,
-        TrainingBatches(sandbox.trainer, sandbox.module).opened() as batches,
+        sandbox.sandbox(trainer, pl_module, mode) as scored,
+        TrainingBatches(scored.trainer, scored.module).opened() as batches,
     ):
-        yield sandbox, batches
+        yield scored, batches

@@ -30,7 +30,7 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor, nn
 
 from lightning_drive import IMPPruningCallback, Magnitude, Masks, PruningReport, find_masks
-from lightning_drive.network.rewinding import Snapshot
+from lightning_drive.network.rewinding import RewindPoint
 
 STEPS = 3  # per epoch
 
@@ -806,15 +806,15 @@ def test_resume__interrupted_in_a_cut(
     _, whole = looked(tmp_path, Quiet(), imp(**settings))
     path = tmp_path / "interrupted.ckpt"
 
-    def fail(snapshot: Snapshot, module: nn.Module, masks: Masks) -> None:
+    def fail(point: RewindPoint, module: nn.Module, masks: Masks) -> None:
         if running.current_epoch == epoch:
             raise RuntimeError("power cut")
-        rewind_(snapshot, module, masks)
+        rewind_module_(point, module, masks)
 
-    rewind_ = Snapshot.rewind_
+    rewind_module_ = RewindPoint.rewind_module_
     running = fits.trainer(tmp_path, imp(**settings), SaveWhatIsLeft(path), max_epochs=6, limit_val_batches=0)
     with monkeypatch.context() as patch:
-        patch.setattr(Snapshot, "rewind_", fail)
+        patch.setattr(RewindPoint, "rewind_module_", fail)
         with pytest.raises(RuntimeError, match="power cut"):
             running.fit(Quiet(), fits.loader())
     module = Quiet()

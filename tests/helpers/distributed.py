@@ -193,7 +193,7 @@ class Watch(pl.Callback):
         self.changes += digest != self.last
         self.last = digest
         if self.pruning._start is not None:
-            self.start = digest_of(self.pruning._start.snapshot.tensors)
+            self.start = digest_of(self.pruning._start.weights)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.folder is not None:

@@ -1,4 +1,4 @@
-"""A snapshot remembers everything a module holds, and returns to it bit for bit, under a mask."""
+"""A point remembers everything a module holds, and returns to it bit for bit, under a mask."""
 
 import io
 import pickle
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_drive.network.rewinding import RewindPoint, Snapshot
+from lightning_drive.network.rewinding import RewindPoint
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -26,71 +26,71 @@ def disturb(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_rewind_(dtype: torch.dtype) -> None:
+def test_rewind_module_(dtype: torch.dtype) -> None:
     module = models.randomised(models.Restless()).to(dtype)
     module.count.fill_(7)
     objects = [*module.parameters(), *module.buffers()]
     before = tensors_of(module)
-    snapshot = Snapshot.take(module)
-    assert set(snapshot.tensors) == {*before, "absent"}
+    point = RewindPoint.take(module, [], [])
+    assert set(point.weights) == {*before, "absent"}
     disturb(module)
-    snapshot.rewind_(module)
+    point.rewind_module_(module)
     after = tensors_of(module)
     assert all(after[name].equal(before[name]) and after[name].dtype == before[name].dtype for name in before)
     assert all(one is two for one, two in zip(objects, [*module.parameters(), *module.buffers()], strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-def test_rewind___torchscript() -> None:
+def test_rewind_module___torchscript() -> None:
     """A part of TorchScript keeps its buffers in an object of its own."""
     script = torch.jit.trace(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(), torch.randn(2, 3))
     module = nn.Sequential(nn.Linear(3, 3), script)
     before = tensors_of(module)
-    snapshot = Snapshot.take(module)
+    point = RewindPoint.take(module, [], [])
     disturb(module)
-    snapshot.rewind_(module)
+    point.rewind_module_(module)
     assert all(each.equal(before[name]) for name, each in tensors_of(module).items())
 
 
-def test_rewind___under_masks() -> None:
+def test_rewind_module___under_masks() -> None:
     """Survivors return to their values, pruned weights to exactly +0.0, parameters without a mask as a whole."""
     module = models.InnerProduct(4)
     with torch.no_grad():
         module.layer.weight.copy_(torch.tensor([[-1.0, float("nan"), -2.0, float("inf")]]))
     module.offset = nn.Parameter(torch.tensor([5.0]))
-    snapshot = Snapshot.take(module)
+    point = RewindPoint.take(module, [], [])
     disturb(module)
-    snapshot.rewind_(module, {"layer.weight": torch.tensor([[True, False, False, False]])})
+    point.rewind_module_(module, {"layer.weight": torch.tensor([[True, False, False, False]])})
     assert module.layer.weight.detach().view(torch.int32).equal(torch.tensor([[-1.0, 0, 0, 0]]).view(torch.int32))
     assert module.offset.item() == 5.0
 
 
-def test_rewind___again_and_again() -> None:
+def test_rewind_module___again_and_again() -> None:
     """A rewind under a mask does not change what is remembered."""
     module = models.InnerProduct(4)
-    snapshot = Snapshot.take(module)
-    snapshot.rewind_(module, {"layer.weight": torch.zeros(1, 4, dtype=torch.bool)})
-    snapshot.rewind_(module)
+    point = RewindPoint.take(module, [], [])
+    point.rewind_module_(module, {"layer.weight": torch.zeros(1, 4, dtype=torch.bool)})
+    point.rewind_module_(module)
     assert module.layer.weight.tolist() == [[0.0, 1.0, 2.0, 3.0]]
 
 
 def test_take__tied_weight_once() -> None:
     module = models.Tied()
-    snapshot = Snapshot.take(module)
-    assert "second.weight" not in snapshot.tensors
+    point = RewindPoint.take(module, [], [])
+    assert "second.weight" not in point.weights
     before = tensors_of(module)
     disturb(module)
-    snapshot.rewind_(module)
+    point.rewind_module_(module)
     assert module.first.weight is module.second.weight
     assert all(value.equal(before[name]) for name, value in tensors_of(module).items())
 
 
-def test_rewind___keeps_requires_grad_and_gradients() -> None:
+def test_rewind_module___keeps_requires_grad_and_gradients() -> None:
     module = models.InnerProduct(4)
     module.layer.weight.grad = torch.ones(1, 4)
-    snapshot = Snapshot.take(module)
-    assert not any(value.requires_grad for value in snapshot.tensors.values())
-    snapshot.rewind_(module)
+    point = RewindPoint.take(module, [], [])
+    assert not any(value.requires_grad for value in point.weights.values())
+    point.rewind_module_(module)
     assert module.layer.weight.requires_grad
     assert module.layer.weight.is_leaf
     assert module.layer.weight.grad.tolist() == [[1.0] * 4]
@@ -100,30 +100,43 @@ def test_state_dict__file() -> None:
     module = models.randomised(models.ConvNet())
     before = tensors_of(module)
     file = io.BytesIO()
-    torch.save(Snapshot.take(module).state_dict(), file)
+    torch.save(RewindPoint.take(module, [], []).state_dict(), file)
     file.seek(0)
     disturb(module)
-    Snapshot.from_state_dict(torch.load(file, weights_only=True)).rewind_(module)
+    RewindPoint.from_state_dict(torch.load(file, weights_only=True)).rewind_module_(module)
     assert all(value.equal(before[name]) for name, value in tensors_of(module).items())
 
 
-def test_snapshot__pickles() -> None:
-    snapshot = Snapshot.take(models.InnerProduct(4))
-    assert pickle.loads(pickle.dumps(snapshot)).tensors["layer.weight"].tolist() == [[0.0, 1.0, 2.0, 3.0]]
+def test_state_dict__stored_form() -> None:
+    """Checkpoints of former versions have these names, and the oldest no digest."""
+    state = RewindPoint.take(models.InnerProduct(2), [], []).state_dict()
+    assert {name: value for name, value in state.items() if name != "snapshot"} == {
+        "optimizers": [],
+        "schedulers": [],
+        "digest": "d05906adeecd0f53c1500a7dac59e7a01e5544c4453340dc10ebc8474e74f299",
+    }
+    assert {name: value.tolist() for name, value in state["snapshot"].items()} == {"layer.weight": [[0.0, 1.0]]}
+    del state["digest"]
+    assert RewindPoint.from_state_dict(state).weights == state["snapshot"]
 
 
-def test_rewind___other_names_error() -> None:
-    snapshot = Snapshot.take(models.MLP(4, 5, 3))
+def test_rewind_point__pickles() -> None:
+    point = RewindPoint.take(models.InnerProduct(4), [], [])
+    assert pickle.loads(pickle.dumps(point)).weights["layer.weight"].tolist() == [[0.0, 1.0, 2.0, 3.0]]
+
+
+def test_rewind_module___other_names_error() -> None:
+    point = RewindPoint.take(models.MLP(4, 5, 3), [], [])
     with pytest.raises(ValueError, match=r"of another module: 4.bias, 4.weight is in only one of the two"):
-        snapshot.rewind_(models.MLP(4, 5, 3, 2))
+        point.rewind_module_(models.MLP(4, 5, 3, 2))
 
 
-def test_rewind___other_shape_error() -> None:
+def test_rewind_module___other_shape_error() -> None:
     """The error comes before anything is written."""
     module = models.MLP(4, 5, 2)
     before = tensors_of(module)
     with pytest.raises(ValueError, match=r"holds '2.weight' in shape \(3, 5\), but the module .* \(2, 5\)"):
-        Snapshot.take(models.MLP(4, 5, 3)).rewind_(module)
+        RewindPoint.take(models.MLP(4, 5, 3), [], []).rewind_module_(module)
     assert all(value.equal(before[name]) for name, value in tensors_of(module).items())
 
 
@@ -142,28 +155,28 @@ class Growing(nn.Module):
         self.register_buffer("late", torch.ones(1))
 
 
-def test_rewind___buffers_that_came_later() -> None:
+def test_rewind_module___buffers_that_came_later() -> None:
     """There are the buffers of the beginning again, in their shapes, and no others."""
     module = nn.Sequential(Growing(), Growing())
-    snapshot = Snapshot.take(module)
+    point = RewindPoint.take(module, [], [])
     for growing in module:
         growing.grow()
-    snapshot.rewind_(module)
+    point.rewind_module_(module)
     for growing in module:
         assert growing.early.tolist() == [0.0, 1.0, 2.0]
         assert growing.unset is None
         assert not hasattr(growing, "late")
         growing.grow()  # and it can happen again
-    assert snapshot.tensors["0.early"] is not None
-    assert snapshot.tensors["0.early"].tolist() == [0.0, 1.0, 2.0]
+    assert point.weights["0.early"] is not None
+    assert point.weights["0.early"].tolist() == [0.0, 1.0, 2.0]
 
 
-def test_rewind___buffer_that_was_unset_later() -> None:
+def test_rewind_module___buffer_that_was_unset_later() -> None:
     module = Growing()
     module.unset = torch.ones(2)
-    snapshot = Snapshot.take(module)
+    point = RewindPoint.take(module, [], [])
     module.unset = None
-    snapshot.rewind_(module)
+    point.rewind_module_(module)
     assert module.unset is not None
     assert module.unset.tolist() == [1.0, 1.0]
 
@@ -171,18 +184,18 @@ def test_rewind___buffer_that_was_unset_later() -> None:
 def test_redrawn() -> None:
     """The same values in another order, for the named tensors only; the original stays."""
     module = models.MLP(20, 30, 3)
-    snapshot = Snapshot.take(module)
-    redrawn = snapshot.redrawn(["0.weight"], torch.Generator().manual_seed(0))
-    before, after = snapshot.tensors["0.weight"], redrawn.tensors["0.weight"]
+    point = RewindPoint.take(module, [], [])
+    redrawn = point.redrawn(["0.weight"], torch.Generator().manual_seed(0))
+    before, after = point.weights["0.weight"], redrawn.weights["0.weight"]
     assert before is not None
     assert after is not None
     assert before.equal(module[0].weight)
     assert after.shape == before.shape
     assert after.flatten().sort().values.equal(before.flatten().sort().values)
     assert (after != before).float().mean() > 0.9
-    others = [name for name in snapshot.tensors if name != "0.weight"]
-    assert all(redrawn.tensors[name] is snapshot.tensors[name] for name in others)
-    again = snapshot.redrawn(["0.weight"], torch.Generator().manual_seed(0)).tensors["0.weight"]
+    others = [name for name in point.weights if name != "0.weight"]
+    assert all(redrawn.weights[name] is point.weights[name] for name in others)
+    again = point.redrawn(["0.weight"], torch.Generator().manual_seed(0)).weights["0.weight"]
     assert again is not None
     assert again.equal(after)
 
@@ -223,7 +236,7 @@ def test_rewind_point__training_repeats_itself(make: Any, steps: int) -> None:
     for _ in range(3):
         train(module, optimizer, scheduler, 3)
         ends.append(tensors_of(module))
-        point.snapshot.rewind_(module)
+        point.rewind_module_(module)
         point.rewind_optimizers_([optimizer], learning_rates=True)
         point.rewind_schedulers_([scheduler])
         assert optimizer.param_groups[0]["lr"] == rate == 0.1 * 0.5**steps

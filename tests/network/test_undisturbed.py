@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from lightning_drive.network import gradients
 from lightning_drive.network.path_rules import Paths
+from lightning_drive.network.random_state import preserved_rng
 from lightning_drive.network.synflow_limits import Watch
-from lightning_drive.network.undisturbed import _NoDropout, preserved_rng, undisturbed
+from lightning_drive.network.undisturbed import undisturbed
+from lightning_drive.network.without_dropout import NoDropout
 
 MODES = pytest.mark.parametrize("mode", ["train", "eval"])
 
@@ -327,7 +329,7 @@ def test_undisturbed__any_value() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [_NoDropout, Paths, lambda: Watch({"dropout"}, nn.Identity())], ids=["dropout", "paths", "watch"]
+    "kind", [NoDropout, Paths, lambda: Watch({"dropout"}, nn.Identity())], ids=["dropout", "paths", "watch"]
 )
 def test_function_mode__interrupted(kind: Callable[[], Any]) -> None:
     """An interrupt while torch has a mode off its stack is not hidden, and the mode that comes back does nothing."""

@@ -23,7 +23,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _Su
 from torch import nn
 
 from lightning_drive import DRIVEPruningCallback, SNIPPruningCallback
-from lightning_drive.trainer.spawned import Handover, _Parcel
+from lightning_drive.trainer.spawned import Handover, Parcel
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -146,10 +146,10 @@ def test_handover__copies(tmp_path: Path, copied: Callable[[Any], Any]) -> None:
     state = {**job(fits.drive(warmup_epochs=0), 0, tmp_path)[0].state_dict(), "start": None}
     for callback in (others[1], others[0], original):
         assert not callback.pruned
-        pickle.loads(pickle.dumps(_Parcel(callback._handover._address, state)))
+        pickle.loads(pickle.dumps(Parcel(callback._handover.address, state)))
         assert callback.pruned
         launched = pickle.loads(pickle.dumps(callback))
-        assert launched._handover._origin == callback._handover._address
+        assert launched._handover.origin == callback._handover.address
 
 
 def test_handover__other_launchers() -> None:

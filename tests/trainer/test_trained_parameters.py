@@ -624,7 +624,7 @@ def test_without_gradients_in_the_first_cycle(tmp_path: Path, kind: Any, saved_i
 
 
 def test_groups() -> None:
-    assert trained_parameters._grouped(["a.0.weight", "a.1.weight", "b.0.weight", "c"], ["b.1.weight"]) == [
+    assert trained_parameters._patterns(["a.0.weight", "a.1.weight", "b.0.weight", "c"], ["b.1.weight"]) == [
         "a.*",
         "b.0.*",
         "c",

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_utilities.core import rank_zero
 
 from lightning_drive import PruningReport
-from lightning_drive.trainer import display
+from lightning_drive.trainer import terminal
 
 
 class Terminal(io.StringIO):
@@ -177,7 +177,7 @@ def test_progress__disabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     """A bar that is switched off stays off."""
     bar = RichProgressBar(refresh_rate=0)
     running = fits.trainer(tmp_path, bar, enable_progress_bar=True)
-    with display.progress(running, "Pruning", 3) as advance:
+    with terminal.progress(running, "Pruning", 3) as advance:
         advance()
     assert capsys.readouterr().out == ""
 

@@ -1,4 +1,8 @@
-"""Warn if training may end before the network is pruned, and name the reason where it did."""
+"""Warn if training may end before the network is pruned; return when and why it ended.
+
+The warnings are for a Trainer in the middle of ``fit``, after ``on_train_start``. When the last cut is they are told as
+the epoch at whose start it is, the step before which it is (where there is one, the epoch says nothing), and in words.
+"""
 
 import math
 from typing import Any
@@ -7,22 +11,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_drive.report.plan import Intent
 from lightning_drive.trainer import other_callbacks
 
 
-def warn_of_early_stopping(trainer: pl.Trainer, intent: Intent) -> None:
-    """Warn if EarlyStopping, where it is not held off, may run out of patience before the last cut.
-
-    Args:
-        trainer: A Trainer in the middle of ``fit``, after ``on_train_start``.
-        intent: When the callback prunes.
-
-    """
-    epochs, batches = _before(trainer, intent)
-    if (trainer.min_epochs or 0) > trainer.current_epoch + epochs or (trainer.min_steps or 0) > (
-        intent.step or math.inf
-    ):
+def warn_of_early_stopping(trainer: pl.Trainer, epoch: int | None, step: int | None, when: str) -> None:
+    """Warn if EarlyStopping, where it is not held off, may run out of patience before the last cut."""
+    epochs, batches = _left(trainer, epoch, step)
+    if (trainer.min_epochs or 0) > trainer.current_epoch + epochs or (trainer.min_steps or 0) > (step or math.inf):
         return
     for callback in other_callbacks.callbacks_of(trainer):
         if not isinstance(callback, EarlyStopping):
@@ -33,24 +28,24 @@ def warn_of_early_stopping(trainer: pl.Trainer, intent: Intent) -> None:
         if needed <= checks:
             rank_zero_warn(
                 f"EarlyStopping(monitor={callback.monitor!r}, patience={callback.patience}) may end training after"
-                f" {needed} checks, but there are {checks} before the network is pruned {intent.when}, and with"
+                f" {needed} checks, but there are {checks} before the network is pruned {when}, and with"
                 " `reset_best=False` it is not held off until then. Set `reset_best=True`, or a `patience` of"
                 f" {checks + callback.wait_count} or more."
             )
 
 
-def _before(trainer: pl.Trainer, intent: Intent) -> tuple[float, float]:
+def _left(trainer: pl.Trainer, epoch: int | None, step: int | None) -> tuple[float, float]:
     """Count the epochs, and the batches, that are left before the last cut."""
     per_epoch = float(trainer.num_training_batches)
-    if intent.step is None:
-        epochs = max(intent.last_epoch - trainer.current_epoch, 0)
+    if step is None:
+        epochs = max((epoch or 0) - trainer.current_epoch, 0)
         return epochs, epochs * per_epoch if epochs else 0.0
-    batches = max(intent.step - trainer.global_step, 0) * trainer.accumulate_grad_batches
+    batches = max(step - trainer.global_step, 0) * trainer.accumulate_grad_batches
     return batches / per_epoch, batches
 
 
 def _checks(trainer: pl.Trainer, stopping: EarlyStopping, epochs: float, batches: float) -> int:
-    """Count how often EarlyStopping looks at its metric in that time, as far as that is known."""
+    """Count how often EarlyStopping looks at its metric in these epochs and batches, as far as that is known."""
     if stopping._check_on_train_epoch_end:
         return math.floor(epochs)
     every = trainer.val_check_batch
@@ -62,84 +57,62 @@ def _checks(trainer: pl.Trainer, stopping: EarlyStopping, epochs: float, batches
     return math.floor(epochs) // trainer.check_val_every_n_epoch * math.floor(per_epoch / every)
 
 
-def warn_of_unknown_length(trainer: pl.Trainer, intent: Intent, remedy: str) -> None:
-    """Warn if the epoch of a cut may never come, since the data are of unknown length: maybe an endless stream.
-
-    Args:
-        trainer: A Trainer in the middle of ``fit``, after ``on_train_start``.
-        intent: When the callback prunes.
-        remedy: What to set.
-
-    """
-    if intent.step is not None or trainer.current_epoch >= intent.last_epoch:
+def warn_of_unknown_length(trainer: pl.Trainer, epoch: int | None, step: int | None, when: str, remedy: str) -> None:
+    """Warn if the epoch of the last cut may never come, since the data may be an endless stream."""
+    is_ahead = step is None and trainer.current_epoch < (epoch or 0)
+    if not is_ahead or math.isfinite(trainer.num_training_batches):
         return
-    if math.isfinite(trainer.num_training_batches):
-        return
+    callbacks = other_callbacks.callbacks_of(trainer)
     if trainer.max_steps >= 0:
         end = f"training ends after max_steps={trainer.max_steps}"
     elif trainer.max_epochs == -1:
         end = "training has no last epoch"
-    elif any(isinstance(callback, Timer) for callback in other_callbacks.callbacks_of(trainer)):
+    elif any(isinstance(callback, Timer) for callback in callbacks):
         end = "training ends when the time of a Timer (or `max_time`) is over"
     elif trainer.val_check_batch != math.inf and any(
-        isinstance(callback, EarlyStopping) and not callback._check_on_train_epoch_end
-        for callback in other_callbacks.callbacks_of(trainer)
+        isinstance(callback, EarlyStopping) and not callback._check_on_train_epoch_end for callback in callbacks
     ):
         end = "EarlyStopping looks at its metric within epochs"
     else:
         return
     rank_zero_warn(
-        f"The training data have no known length, and {end}: the network is pruned {intent.when}, which never comes"
+        f"The training data have no known length, and {end}: the network is pruned {when}, which never comes"
         f" if an epoch does not end before, as in an endless stream. {remedy}"
     )
 
 
-def warn_of_manual_steps(trainer: pl.Trainer, intent: Intent, max_epochs: int) -> None:
+def warn_of_manual_steps(trainer: pl.Trainer, epoch: int | None, step: int | None, when: str, max_epochs: int) -> None:
     """Warn if manual optimization is likely to end before the last cut: a batch may have any number of steps there.
 
-    Args:
-        trainer: A Trainer in the middle of ``fit``, after ``on_train_start``.
-        intent: When the callback prunes.
-        max_epochs: After how many epochs training ends; negative: never.
-
+    Training ends after ``max_epochs``, or, where they are negative, by its steps only.
     """
     per_epoch = float(trainer.num_training_batches) * max(len(trainer.optimizers), 1)
     if trainer.lightning_module.automatic_optimization or math.isinf(per_epoch):
         return
-    if intent.step is None:
-        epochs = intent.last_epoch - trainer.current_epoch
+    if step is None:
+        epochs = (epoch or 0) - trainer.current_epoch
         is_late = epochs > 0 and 0 <= trainer.max_steps <= trainer.global_step + epochs * per_epoch
         name, limit = "max_steps", trainer.max_steps
     else:
         epochs = max_epochs - trainer.current_epoch
-        is_late = max_epochs >= 0 and trainer.global_step + epochs * per_epoch <= intent.step
+        is_late = max_epochs >= 0 and trainer.global_step + epochs * per_epoch <= step
         name, limit = "max_epochs", max_epochs
     if is_late:
-        each = f" of each of its {len(trainer.optimizers)} optimizers" if len(trainer.optimizers) > 1 else ""
+        of_each = f" of each of its {len(trainer.optimizers)} optimizers" if len(trainer.optimizers) > 1 else ""
         rank_zero_warn(
-            f"Training is likely to end before the network is pruned {intent.when}: manual optimization often takes"
-            f" {per_epoch:g} steps in an epoch (one{each} for every batch), and training ends after {name}={limit}."
+            f"Training is likely to end before the network is pruned {when}: manual optimization often takes"
+            f" {per_epoch:g} steps in an epoch (one{of_each} for every batch), and training ends after {name}={limit}."
             f" Raise `{name}`, or prune earlier."
         )
 
 
 def last_epoch(trainer: pl.Trainer) -> int:
-    """Return the epoch, counted from 0, in which training ended; the Trainer has counted on.
-
-    Args:
-        trainer: The Trainer, in ``on_train_end``.
-
-    """
+    """Return, in ``on_train_end``, the epoch, counted from 0, in which training ended; the Trainer has counted on."""
     return max(trainer.current_epoch - 1, 0)
 
 
 def reason(trainer: pl.Trainer) -> str:
-    """Return why training ended, as far as it is known, to be put behind "Training ended"; else an empty string.
-
-    Args:
-        trainer: The Trainer, in ``on_train_end``.
-
-    """
+    """Return, in ``on_train_end``, why training ended, to be put behind "Training ended"; empty if it is not known."""
     if 0 <= trainer.max_steps <= trainer.global_step:
         return f" by max_steps={trainer.max_steps}"
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:
@@ -155,6 +128,7 @@ def reason(trainer: pl.Trainer) -> str:
 
 
 def _has_stopped(stopping: Any) -> bool:
+    """Whether EarlyStopping ended training."""
     # Lightning 2.5 does not keep the reason, and epoch 0 looks like none.
     return bool(stopping.stopped_epoch or getattr(stopping, "stopping_reason_message", None)) or (
         stopping.wait_count >= stopping.patience

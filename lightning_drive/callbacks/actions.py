@@ -1,0 +1,360 @@
+"""What a pruning callback does: select parameters, search, record, put masks into effect, announce."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_drive.core import arguments
+from lightning_drive.core.arguments import Control, Schedule, Scope
+from lightning_drive.core.goal import Goal
+from lightning_drive.core.masks import Masks
+from lightning_drive.network import batch_norm, prunable
+from lightning_drive.network.rewinding import RewindPoint
+from lightning_drive.report import PruningReport
+from lightning_drive.report.plan import PruningPlan
+from lightning_drive.search.methods import Method
+from lightning_drive.trainer import (
+    averages,
+    display,
+    facts,
+    other_callbacks,
+    reporting,
+    sandbox,
+    search,
+    trained_parameters,
+)
+from lightning_drive.trainer.enforcement import Enforcement
+from lightning_drive.trainer.fit import Fit
+from lightning_drive.trainer.saved_state import Pruning, SavedState
+from lightning_drive.trainer.search import Outcome
+from lightning_drive.trainer.spawned import Handover
+
+
+class PruningActions(pl.Callback):
+    """Settings and actions of all pruning callbacks; :class:`~lightning_drive.callbacks.base.PruningCallback` has hooks.
+
+    A subclass decides when it is time (:meth:`_is_due`) and what to do then (:meth:`_prune`). To change which parameters
+    are prunable, override :meth:`prunable_parameters`; to prune copies of the network along, :meth:`averages`.
+
+    Args:
+        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
+        schedule: ``"exponential"`` or ``"linear"``, see :func:`lightning_drive.find_masks`.
+        scope: ``"global"`` or ``"layerwise"``, see :func:`lightning_drive.find_masks`.
+        include: Glob patterns over parameter names; ``None``: the weights of all layers that multiply by them, see
+            :func:`lightning_drive.network.prunable.prunable_parameters`.
+        exclude: Glob patterns over parameter names that stay dense.
+        reset_best: Whether ModelCheckpoint and EarlyStopping forget what was before pruning; until then, EarlyStopping
+            is held off.
+        control: ``"none"``, ``"shuffle"`` or ``"reinit"``, see :class:`lightning_drive.PruningReport`.
+        remember_epoch: At the start of which epoch to remember weights and optimizers, to return to; ``None``: never.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        schedule: Schedule,
+        scope: Scope,
+        include: list[str] | None,
+        exclude: list[str] | None,
+        reset_best: bool,
+        control: Control,
+        remember_epoch: int | None,
+    ) -> None:
+        super().__init__()
+        goal = Goal(sparsity, schedule, scope)
+        self.sparsity, self.schedule, self.scope = goal.sparsity, goal.schedule, goal.scope
+        self.include = arguments.check_patterns("include", include)
+        self.exclude = arguments.check_patterns("exclude", exclude)
+        self.control: Control = arguments.check_choice("control", control, Control)
+        self.reset_best = arguments.check_flag("reset_best", reset_best)
+        self._pruning = Pruning()
+        self._start: RewindPoint | None = None
+        self._remember_epoch = remember_epoch
+        self._restored_settings: Mapping[str, Any] | None = None
+        self._handover = Handover()
+        self._fit = Fit()
+
+    @property
+    def masks(self) -> Masks:
+        """The masks, on the CPU; empty before pruning."""
+        self._receive()
+        return self._pruning.masks
+
+    @property
+    def report(self) -> PruningReport | None:
+        """What was pruned; ``None`` before pruning."""
+        self._receive()
+        return self._pruning.report
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the network has been pruned."""
+        return bool(self.masks)
+
+    def prunable_parameters(self, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
+        """Select the parameters that the masks will cover; override it for a rule that patterns cannot express.
+
+        In a Trainer, those of them that no optimizer holds are left out afterwards: they are not trained.
+
+        Args:
+            pl_module: The module.
+
+        Returns:
+            Parameter name, as in ``pl_module.named_parameters()``, to the live parameter.
+
+        """
+        return prunable.prunable_parameters(pl_module, self.include, self.exclude)
+
+    def averages(self, pl_module: pl.LightningModule) -> Iterable[nn.Module | Mapping[str, Tensor]]:
+        """Return the copies of the network that are pruned along with it; override it where training keeps such copies.
+
+        An average of dense and sparse weights is dense, so averages have to be pruned with the network. Those that
+        Lightning's callbacks keep (``WeightAveraging``, ``EMAWeightAveraging``, ``StochasticWeightAveraging``) are
+        found without this. It is called whenever masks are put on, from the start of ``fit`` on; return nothing for a
+        copy that does not exist yet.
+
+        Args:
+            pl_module: The module.
+
+        Returns:
+            Every copy as a module whose parameters have the names that they have in ``pl_module``, or as a mapping
+            from these names to tensors. By default, none.
+
+        Example:
+            A mean teacher inside the module:
+
+            >>> from lightning_drive import DRIVEPruningCallback
+            >>> class WithTeacher(DRIVEPruningCallback):
+            ...     def averages(self, pl_module):
+            ...         teacher = pl_module.teacher.named_parameters()
+            ...         return [{f"student.{name}": tensor for name, tensor in teacher}]
+
+            A copy of the whole module that another callback makes, as ``copy.deepcopy(pl_module)``:
+
+            >>> class WithCopy(DRIVEPruningCallback):
+            ...     def averages(self, pl_module):
+            ...         copies = [getattr(each, "average", None) for each in pl_module.trainer.callbacks]
+            ...         return [each for each in copies if each is not None]
+
+            ``torch_ema``, made of ``pl_module.net.parameters()``, which keeps tensors without names:
+
+            >>> class WithTorchEma(DRIVEPruningCallback):
+            ...     def averages(self, pl_module):
+            ...         names = [f"net.{name}" for name, _ in pl_module.net.named_parameters()]
+            ...         return [dict(zip(names, pl_module.ema.shadow_params))]
+
+        """
+        return ()
+
+    def plan(
+        self, pl_module: nn.Module, *, max_epochs: int | None = None, steps_per_epoch: int | None = None
+    ) -> PruningPlan:
+        """Plan what would be pruned, when, and what that would cost; nothing is done. ``print(callback.plan(model))``.
+
+        In a Trainer, what no optimizer holds is not pruned. A module that no Trainer has got optimizers for yet shows
+        only which parameters are frozen, so that the plan may have more parameters then.
+
+        Args:
+            pl_module: The module as it will be trained, or any torch module.
+            max_epochs: Epochs of the whole run.
+            steps_per_epoch: Training steps in each, such as ``len(train_loader)``.
+
+        Raises:
+            ValueError: If nothing is prunable, a pattern matches nothing, or a number is not a whole one of at least 1.
+
+        """
+        module: Any = pl_module
+        trainer: Any = getattr(module, "_trainer", None)
+        in_fit = isinstance(trainer, pl.Trainer) and trainer.optimizers
+        return self._plan(
+            module,
+            self._selected(trainer, module) if in_fit else self.prunable_parameters(module),
+            exclude=self.exclude,
+            max_epochs=max_epochs,
+            steps_per_epoch=steps_per_epoch,
+            untrained=trained_parameters.untrained(trainer, module) if in_fit else (),
+        )
+
+    # What a subclass decides.
+
+    def _plan(self, module: nn.Module, selected: Mapping[str, nn.Parameter], **run: Any) -> PruningPlan:
+        """Plan the pruning of the selected parameters, see :func:`lightning_drive.report.plan.plan`."""
+        raise NotImplementedError
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        """Whether it is time to prune (again)."""
+        raise NotImplementedError
+
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Search for masks, :meth:`_record` them, :meth:`_commit`, and announce."""
+        raise NotImplementedError
+
+    @property
+    def _finished(self) -> bool:
+        """Whether the masks are the final ones."""
+        return self.pruned
+
+    def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bring a module that is pruned to where its training goes on; doing it twice does no harm."""
+        self._enforce(trainer, pl_module)
+
+    def _metrics(self) -> dict[str, float]:
+        """Return what is logged with every epoch, so that monitors and names of checkpoints can use it."""
+        return reporting.metrics(self.report)
+
+    # What is done.
+
+    @property
+    def _goal(self) -> Goal:
+        return Goal(self.sparsity, self.schedule, self.scope)
+
+    def _receive(self) -> None:
+        """Take what a copy of this callback found in processes that Lightning launched for a ``fit`` of this one."""
+        if (state := self._handover.take()) is not None:
+            self._take(SavedState.from_dict(state, f"the {type(self).__name__} state of a launched process"))
+
+    def _take(self, saved: SavedState) -> None:
+        self._check_settings(saved)
+        self._pruning = saved.pruning
+        self._restored_settings = saved.settings if saved.pruning.masks else None
+
+    def _check_settings(self, saved: SavedState) -> None:
+        """Raise if a state was saved with settings that these may not follow."""
+
+    def _selected(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
+        """Select the prunable parameters that an optimizer holds."""
+        return trained_parameters.select(trainer, pl_module, self.prunable_parameters)
+
+    def _others(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+        """Name the matrices that are trained and stay dense, unless the user has said what is to be pruned."""
+        selects_itself = type(self).prunable_parameters is not PruningActions.prunable_parameters
+        if self.include is not None or selects_itself:
+            return []
+        left_out = {**self._selected(trainer, pl_module), **trained_parameters.untrained(trainer, pl_module)}
+        return prunable.dense_matrices(pl_module, left_out, self.exclude)
+
+    def _remember_when_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int = 0) -> None:
+        """Remember the point to return to, and keep it as long as it is needed."""
+        if self._finished:
+            if self._start is not None and self.report is not None and trainer.global_step > self.report.step:
+                self._start = None
+        elif self._start is None and self._remember_epoch is not None:
+            past = trainer.current_epoch > self._remember_epoch or batch_idx > 0
+            if facts.is_quick_check(trainer) or (trainer.current_epoch == self._remember_epoch and not past):
+                schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+                self._start = RewindPoint.take(pl_module, trainer.optimizers, schedulers)
+            elif trainer.current_epoch >= self._remember_epoch:
+                raise MisconfigurationException(
+                    f"{type(self).__name__} returns to the weights of the start of epoch {self._remember_epoch}, but"
+                    f" this run goes on in epoch {trainer.current_epoch} from a checkpoint that does not have them."
+                    " Resume from a checkpoint that was saved with this callback and these settings, or start from the"
+                    " beginning."
+                )
+
+    def _search(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        method: Method,
+        names: Iterable[str],
+        **options: Any,
+    ) -> Outcome:
+        """Search for masks of the named parameters, see :func:`lightning_drive.trainer.search.search`."""
+        others = self._others(trainer, pl_module)
+        return search.search(
+            trainer, pl_module, method, self._goal, [*names], masks=self.masks, others=others, **options
+        )
+
+    def _record(
+        self,
+        trainer: pl.Trainer,
+        outcome: Outcome,
+        method: str,
+        start: float,
+        *,
+        control: Control,
+        cycle: int | None = None,
+        statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Record masks and report, at once: from here on the network counts as pruned."""
+        report = reporting.report(
+            trainer,
+            outcome,
+            method,
+            start=start,
+            phase_start=self._fit.phase_start,
+            control=control,
+            cycle=cycle,
+            before=None if cycle is None else self.report,
+        )
+        self._pruning = Pruning(outcome.found.masks.to("cpu"), report, statistics or {})
+
+    def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        """Put recorded masks into effect; a resume repeats it if it is cut short. Return whose best was forgotten."""
+        start, forgotten = time.monotonic(), ""
+        for module in (pl_module, *other_callbacks.averaged_models(trainer)):
+            batch_norm.load_batch_norm_statistics(module, self._pruning.unfinished or {})
+        averages.load_batch_norm_statistics(self._averages(pl_module), self._pruning.unfinished or {})
+        self._settle(trainer, pl_module)
+        self._hold_off_early_stopping(trainer)
+        if self._finished and self.reset_best:
+            forgotten = other_callbacks.forget_best(trainer)
+        self._fit.phase_start = time.monotonic()
+        report = self.report and reporting.with_commit(self.report, self._fit.phase_start - start)
+        self._pruning = Pruning(self.masks, report)
+        return forgotten
+
+    def _announce(self, trainer: pl.Trainer, outcome: Outcome, forgotten: str, text: str | None = None) -> None:
+        """Tell the user and the loggers what was pruned, above the progress bar."""
+        assert self.report is not None
+        with display.above_bar(trainer):
+            reporting.announce(trainer, self.report, outcome.warnings, self._metrics(), text)
+            if self._finished:
+                display.log_pictures(trainer, self.report)
+            if forgotten:
+                rank_zero_info(forgotten)
+
+    def _hold_off_early_stopping(self, trainer: pl.Trainer) -> None:
+        """Keep EarlyStopping from ending training before the last cut."""
+        other_callbacks.hold_off_early_stopping(trainer, self.reset_best and not self._finished)
+
+    def _enforce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the masks on everything that is alive, and have every optimizer step followed by them."""
+        before = self._fit.enforcement
+        self._release()
+        enforcement = Enforcement(
+            pl_module,
+            self.masks,
+            copies=lambda: self._averages(pl_module),
+            warned=before is not None and before.warned,
+        )
+        self._fit.enforcement = enforcement
+        enforcement.begin(self, trainer, pl_module)
+
+    def _release(self) -> None:
+        """Let go of the module and its optimizers."""
+        if self._fit.enforcement is not None:
+            self._fit.enforcement.end()
+        self._fit.enforcement = None
+
+    def _reinitialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Return to the remembered weights, with new initial values for the survivors."""
+        assert self._start is not None
+        redrawn = self._start.snapshot.redrawn(self.masks, sandbox.random_numbers(trainer))
+        redrawn.rewind_(pl_module, self.masks)
+
+    def _averages(self, pl_module: pl.LightningModule) -> list[dict[str, Tensor]]:
+        """Return the tensors of what is pruned along, by the names that they have in the module."""
+        return averages.tensors(self.averages(pl_module), pl_module)
+
+    def _restart_averages(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let averages begin again with the module as it is now."""
+        other_callbacks.restart_averages(trainer, pl_module)
+        averages.restart_(self._averages(pl_module), pl_module)

@@ -1,0 +1,110 @@
+"""Diagnose the masks that a search found: collapsed layers, cuts by position, active weights, costs."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from lightning_drive.core import sparsity
+from lightning_drive.core.goal import Goal
+from lightning_drive.core.masks import Masks
+from lightning_drive.core.messages import listed
+from lightning_drive.network.costs import Costs, measure
+from lightning_drive.network.forward_calls import Passage
+from lightning_drive.search import active_weights, dense_parts, methods, unscored, vanishing_scores
+from lightning_drive.search.active_weights import ActiveWeights
+from lightning_drive.search.loop import Found, History
+from lightning_drive.search.methods import Method
+from lightning_drive.search.scored_network import Network
+from lightning_drive.search.vanishing_scores import Causes
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What masks mean for the network that they were found for."""
+
+    active: Masks | None
+    """The kept weights on an input-output path; ``None`` if paths could not be followed."""
+    path_error: str | None
+    """Why paths could not be followed; ``None`` if they could, or if the weights are sharded over ranks."""
+    costs: Costs
+    """What the network computes in one forward pass."""
+    warnings: list[str]
+
+
+def diagnose(network: Network, method: Method, goal: Goal, found: Found, others: Sequence[str] = ()) -> Diagnosis:
+    """Measure what masks mean for a network that is masked with them; ``others`` names matrices that stay dense."""
+    masks, history = found.masks, found.history
+    causes = _causes(network, method, masks, history)
+    passage, path_error = _passage(network)
+    active = ActiveWeights(None, error=path_error)
+    if passage is not None:
+        active = active_weights.find(network.module, masks, passage)
+    costs = measure(network.module, network.parameters, passage, masks)
+    remedy = _remedy(goal, "More cycles" if history.is_cycle else "More rounds" if network.reached else "")
+    remarks = [*_zero_cuts(history, method), *_collapses(masks, active.masks, causes.explained, remedy)]
+    if remarks and network.reached and not network.is_sharded:
+        remarks.extend(unscored.behind_norms(network.module))
+    zeros = [name for name, largest in history.near_zero.items() if not largest]
+    remarks.extend([*causes.remarks, *unscored.dead_pairs(masks, zeros), *_unknown_paths(active.unknown)])
+    remarks.extend(dense_parts.warnings(network.module, masks, others, costs))
+    return Diagnosis(active.masks, active.error, costs, remarks)
+
+
+def _causes(network: Network, method: Method, masks: Masks, history: History) -> Causes:
+    """Find what took the scores of collapsed layers away; of all layers, where the cut fell inside zeros."""
+    if not network.reached or network.is_sharded or not network.ranks_agree:
+        return Causes()
+    all_suffer = network.ranks.broadcast(bool(history.zero_cuts))
+    lost = sparsity.collapsed_layers(masks) or (list(masks) if all_suffer else [])
+    return vanishing_scores.explain(network, method, history.near_zero, history.silent, lost)
+
+
+def _passage(network: Network) -> tuple[Passage | None, str | None]:
+    """Find the way of data through the network, or return why there is none."""
+    try:
+        return (None if network.is_sharded else network.passage()), None
+    except Exception as error:  # the user's own batches, or a lack of them
+        return None, str(error)
+
+
+def _zero_cuts(history: History, method: Method) -> Iterator[str]:
+    """Warn of cuts that position decided."""
+    if not history.zero_cuts:
+        return
+    hint = "Layers that start at zero, and kernel taps that only ever see padding, have such scores."
+    if methods.reads(method) == "loss":
+        hint += " Larger batches, more `batches_per_round` or a longer warm-up give fewer zeros."
+    cut, times = history.zero_cuts[0], len(history.zero_cuts)
+    where = f" in {cut.parameter!r}" if cut.parameter else ""
+    more = f" This happened {times} times." if times > 1 else ""
+    yield (
+        f"In round {cut.round_index} only {cut.num_above:,} weights{where} had a score above zero, fewer than the"
+        f" {cut.num_kept:,} to keep: the cut fell inside exact zeros, and the rest was kept by position. {hint}{more}"
+    )
+
+
+def _collapses(masks: Masks, active: Masks | None, explained: Collection[str], remedy: str) -> Iterator[str]:
+    """Warn of layer collapse, with what commonly helps, unless it is explained otherwise."""
+    empty = sparsity.collapsed_layers(masks)
+    is_explained = bool(empty) and set(empty) <= set(explained)
+    helps = "" if is_explained else remedy
+    if empty:
+        yield f"Layer collapse: no weight is left in {listed(map(repr, empty))}.{helps}"
+    if active is not None and not active.num_kept:
+        yield f"The network is cut off: no path from its input to its output is left, so it cannot learn.{helps}"
+
+
+def _remedy(goal: Goal, more: str) -> str:
+    """Return what commonly helps against a collapse; ``more`` names what scores improve with, if anything."""
+    if goal.scope == "layerwise":
+        return f" {more} or a lower `sparsity` commonly help." if more else " A lower `sparsity` commonly helps."
+    return f" {f'{more}, a' if more else 'A'} lower `sparsity` or `scope='layerwise'` commonly help."
+
+
+def _unknown_paths(names: Sequence[str]) -> Iterator[str]:
+    """Warn of parameters without a path in the dense network either."""
+    if names:
+        yield (
+            f"No path through {listed(map(repr, names), most=4)} was found even without masks: what is sent through the"
+            " network to find paths does not arrive there, or not from there at the end. All that is kept there counts"
+            " as active in the effective sparsity."
+        )

@@ -1,0 +1,118 @@
+"""Learning-rate schedules of an IMP run: one as long as a cycle, and one as long as the training of the ticket."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+
+from lightning_drive.network.rewinding import RewindPoint
+from lightning_drive.trainer import loop_progress, phases
+from lightning_drive.trainer.phases import Schedules
+
+
+class CycleSchedules:
+    """The schedules of one ``fit``; made in ``setup``.
+
+    A ``cut_step`` is the global step of the last cut; ``None`` before it.
+    """
+
+    def __init__(self, cycles: int, epochs_per_cycle: int, rewind_epoch: int, max_epochs: int) -> None:
+        self._epochs_per_cycle, self._rewind_epoch = epochs_per_cycle, rewind_epoch
+        self._last_cut = cycles * epochs_per_cycle
+        self._cycle_length = rewind_epoch + epochs_per_cycle  # epochs of a schedule, those before the rewind included
+        self._ticket_length = -1 if max_epochs == -1 else rewind_epoch + max_epochs - self._last_cut
+        self._planned: int | None = None
+        self._undo_plan: Callable[[], None] | None = None
+        self._configs: list[LRSchedulerConfig] = []
+
+    @property
+    def are_planned(self) -> bool:
+        """Whether ``configure_optimizers`` made them for a phase of this run."""
+        return self._planned is not None
+
+    def plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let ``configure_optimizers`` see one cycle, until :meth:`begin`."""
+        self._planned = self._cycle_length
+        self._undo_plan = phases.plan(trainer, pl_module, self._planned)
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Take up the schedulers that ``configure_optimizers`` made."""
+        self.end()
+        self._configs = list(trainer.lr_scheduler_configs)
+
+    def end(self) -> None:
+        """Give ``configure_optimizers`` back."""
+        if self._undo_plan is not None:
+            self._undo_plan()
+        self._undo_plan = None
+
+    def resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut_step: int | None) -> None:
+        """Make schedulers for the phase of a checkpoint, if those at hand are of another length."""
+        length = self._cycle_length if cut_step is None else self._ticket_length
+        configs = trainer.lr_scheduler_configs  # empty also where SWA, resumed itself, has taken over
+        if configs and length != self._planned:
+            if cut_step is None:
+                new = phases.schedules_for(trainer, pl_module, length)
+            else:
+                new = self._of_ticket(trainer, pl_module, cut_step)
+            for config, old in zip(new.configs, configs, strict=True):
+                config.scheduler.load_state_dict(old.scheduler.state_dict())
+            trainer.lr_scheduler_configs[:] = self._configs = new.configs
+        self._planned = self._cycle_length
+
+    def rewind_(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, start: RewindPoint, cut_step: int | None
+    ) -> None:
+        """Rewind the Trainer's optimizers and schedulers to the start of the phase that begins."""
+        start = self._start_of_phase(trainer, pl_module, start, cut_step)
+        start.rewind_optimizers_(trainer.optimizers, learning_rates=True)
+        start.rewind_schedulers_([config.scheduler for config in self._configs])
+        trainer.lr_scheduler_configs[:] = self._configs  # SWA may have put its own there
+
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut_step: int | None) -> None:
+        """Raise if cycles would differ in their learning rates, or a schedule ends before its phase does."""
+        phases.check_frequencies(self._configs, self._epochs_per_cycle, self._rewind_epoch)
+        steps_per_epoch = loop_progress.steps_per_epoch(trainer)
+        if not self._configs or math.isinf(steps_per_epoch):
+            return
+        steps = self._cycle_length * steps_per_epoch
+        phases.check_lengths(self._configs, steps, steps_per_epoch, "an IMP cycle")
+        if self._ticket_has_another_length:
+            configs = self._of_ticket(trainer, pl_module, cut_step).configs
+            steps = math.inf if self._ticket_length == -1 else self._ticket_length * steps_per_epoch
+            if trainer.max_steps >= 0:
+                steps = min(steps, trainer.max_steps - self._steps_before_ticket(trainer, cut_step))
+            phases.check_lengths(configs, steps, steps_per_epoch, "training the ticket")
+
+    def _start_of_phase(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, start: RewindPoint, cut_step: int | None
+    ) -> RewindPoint:
+        """Make schedulers for the phase that begins, and return the rewind point as it is for them."""
+        if cut_step is not None and self._ticket_has_another_length and start.schedulers:
+            long = self._of_ticket(trainer, pl_module, cut_step)
+            self._configs = long.configs
+            if not self._rewind_epoch:  # all schedules are at their beginning
+                groups = zip(start.optimizers, long.param_groups, strict=True)
+                optimizers = [{**state, "param_groups": group} for state, group in groups]
+                return replace(start, optimizers=optimizers, schedulers=long.states)
+            short = phases.schedules_for(trainer, pl_module, self._cycle_length)
+            states = zip(start.schedulers, short.states, long.states, strict=True)
+            return replace(start, schedulers=[phases.adapted(*state) for state in states])
+        if len(self._configs) != len(start.schedulers):  # SWA removes them where it is resumed itself
+            self._configs = phases.schedules_for(trainer, pl_module, self._cycle_length).configs
+        return start
+
+    def _of_ticket(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut_step: int | None) -> Schedules:
+        steps_before = self._steps_before_ticket(trainer, cut_step)
+        return phases.schedules_for(trainer, pl_module, self._ticket_length, steps_before)
+
+    def _steps_before_ticket(self, trainer: pl.Trainer, cut_step: int | None) -> int:
+        """Count the steps before the last phase, without those that its learning-rate schedule has behind it."""
+        steps = self._last_cut * loop_progress.steps_per_epoch(trainer) if cut_step is None else cut_step
+        return round(steps * (1 - self._rewind_epoch / self._last_cut))
+
+    @property
+    def _ticket_has_another_length(self) -> bool:
+        return self._planned is not None and self._ticket_length != self._planned

@@ -1,0 +1,119 @@
+"""What a pruning callback saves in checkpoints, and what a resume restores from them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lightning_drive.core import saved_values
+from lightning_drive.core.masks import Masks
+from lightning_drive.core.messages import listed
+from lightning_drive.export import checkpoints
+from lightning_drive.network.rewinding import RewindPoint
+from lightning_drive.report import PruningReport
+from lightning_drive.trainer import loop_progress, restored_masks
+
+_VERSION = 1
+
+
+class Pruning(NamedTuple):
+    """Masks and their report; replaced as a whole, so that a save at any moment has two that fit together."""
+
+    masks: Masks = Masks()
+    """The masks, on the CPU; empty before pruning."""
+    report: PruningReport | None = None
+    unfinished: Mapping[str, Mapping[str, Tensor]] | None = None
+    """While the masks are being put into effect: new statistics of BatchNorm, by layer and buffer."""
+
+
+class SavedState(NamedTuple):
+    """All that a pruning callback saves."""
+
+    pruning: Pruning
+    start: RewindPoint | None
+    """The weights and optimizers to return to, as long as they are needed."""
+    settings: Mapping[str, Any]
+    """What the masks depend on, in plain types."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types and tensors; masks have one bit per weight."""
+        masks, report, unfinished = self.pruning
+        return {
+            "version": _VERSION,
+            "masks": masks.state_dict(),
+            "report": None if report is None else report.to_dict(),
+            "start": None if self.start is None else self.start.state_dict(),
+            "unfinished": unfinished,
+            "settings": dict(self.settings),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], what: str) -> "SavedState":
+        """Read what :meth:`to_dict` returned; raise ValueError if it is of another version, or damaged."""
+        version = saved_values.check(dict[str, object], values, what).get("version")
+        if type(version) is not int or version != _VERSION:
+            raise ValueError(
+                f"{what[:1].upper()}{what[1:]} has version {saved_values.shown(version)}, but this lightning_drive"
+                f" reads version {_VERSION}."
+            )
+        start = values.get("start")
+        masks, report = Masks.from_state_dict(values.get("masks")), values.get("report")  # type: ignore[arg-type]
+        report = None if report is None else PruningReport.from_dict(report)
+        restored_masks.check_belong_together(masks, report)
+        unfinished = saved_values.check(
+            dict[str, dict[str, Tensor]] | None,
+            values.get("unfinished"),
+            "the unfinished part of the callback state",
+        )
+        settings = values.get("settings", {})
+        return cls(
+            Pruning(masks, report, unfinished),
+            None if start is None else RewindPoint.from_state_dict(start),
+            saved_values.check(dict[str, object], settings, "the settings in the checkpoint's callback state"),
+        )
+
+
+def of_renamed(
+    callback: pl.Callback, own_names: Iterable[str], trainer: pl.Trainer, checkpoint: Mapping[str, Any]
+) -> tuple[str, Mapping[str, Any]] | None:
+    """Return name and state of the one pruning callback in a checkpoint that has another name, but is of this kind.
+
+    Lightning restores a state of the same name by itself. Raise ValueError if the checkpoint was pruned by callbacks
+    that this one cannot go on from.
+    """
+    states = checkpoint.get("callbacks") or {}
+    own = [states[name] for name in own_names if name in states]
+    taken = {other.state_key for other in trainer.callbacks}  # type: ignore[attr-defined]
+    others = {name: states[name] for name in checkpoints.pruning_states(checkpoint) if name not in taken}
+    pruned = [name for name, state in others.items() if state["report"] is not None]
+    if own and (not pruned or saved_values.check(dict[str, object], own[0], "the callback state").get("report")):
+        return None
+    fitting = [name for name, state in others.items() if _is_in_cycles(state) == _is_in_cycles(callback.state_dict())]
+    if len(others) == 1 and fitting and not own:
+        return fitting[0], others[fitting[0]]
+    if pruned and trainer.state.fn == TrainerFn.FITTING:
+        raise ValueError(
+            f"{type(callback).__name__} goes on only with the masks of one callback of its kind, IMP or not, but the"
+            f" checkpoint was pruned by {listed(others)}. Resume with the callback that the checkpoint was saved with,"
+            " or begin anew from a dense checkpoint."
+        )
+    return None
+
+
+def hold_still(checkpoint: dict[str, Any], callback: pl.Callback, pruning: Callable[[], Pruning]) -> None:
+    """Copy what another thread is going to write, and may still be writing when the network is pruned."""
+    before = None
+    while before is not pruning():  # else it was pruned meanwhile: once more
+        before = pruning()
+        copies = {name: loop_progress.copied(checkpoint[name]) for name in ("state_dict", "optimizer_states")}
+        state = callback.state_dict()
+    checkpoint.update(copies)
+    checkpoint["callbacks"][callback.state_key] = state
+
+
+def _is_in_cycles(state: Mapping[str, Any]) -> bool:
+    """Whether a callback state is one of IMP."""
+    settings = state.get("settings")
+    return isinstance(settings, dict) and "cycles" in settings

@@ -1,0 +1,36 @@
+"""Optimizer steps of a run: how many an epoch has, whether gradients wait for one, whether it is a ``fast_dev_run``."""
+
+import math
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lightning_drive.trainer import facts, other_callbacks
+
+
+def is_quick_check(trainer: pl.Trainer) -> bool:
+    """Whether this is a ``fast_dev_run``: one short epoch, in which pruning should be seen to work."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def steps_per_epoch(trainer: pl.Trainer, epoch: int = 0) -> float:
+    """Count the optimizer steps of an epoch, from ``on_train_start`` on; infinite for data of unknown length.
+
+    GradientAccumulationScheduler makes epochs different.
+    """
+    accumulated = trainer.accumulate_grad_batches
+    for callback in other_callbacks.callbacks_of(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            accumulated = callback.get_accumulate_grad_batches(epoch)
+    batches = trainer.num_training_batches
+    return math.ceil(batches / accumulated) if math.isfinite(batches) else math.inf
+
+
+def is_accumulating(trainer: pl.Trainer) -> bool:
+    """Whether gradients of earlier batches wait for an optimizer step, in ``on_train_batch_start``.
+
+    At the start of an epoch none do: the Trainer steps after its last batch.
+    """
+    batches = facts.counts(trainer).batches["current"]
+    is_between_batches = batches["ready"] == batches["processed"]
+    return not is_between_batches and (batches["ready"] - 1) % trainer.accumulate_grad_batches > 0
