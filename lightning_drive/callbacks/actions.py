@@ -15,19 +15,21 @@ from lightning_drive.core.goal import Goal
 from lightning_drive.core.masks import Masks
 from lightning_drive.network import batch_norm, prunable
 from lightning_drive.network.rewinding import RewindPoint
-from lightning_drive.report import PruningReport
 from lightning_drive.report.plan import PruningPlan
+from lightning_drive.report.pruning_report import PruningReport
 from lightning_drive.search.methods import Method
 from lightning_drive.trainer import (
-    averages,
-    display,
     facts,
+    loggers,
     other_callbacks,
+    ranks,
     reporting,
-    sandbox,
     search,
+    step_counts,
+    terminal,
     trained_parameters,
 )
+from lightning_drive.trainer.averages import Averages
 from lightning_drive.trainer.enforcement import Enforcement
 from lightning_drive.trainer.fit import Fit
 from lightning_drive.trainer.saved_state import Pruning, SavedState
@@ -36,10 +38,11 @@ from lightning_drive.trainer.spawned import Handover
 
 
 class PruningActions(pl.Callback):
-    """Settings and actions of all pruning callbacks; :class:`~lightning_drive.callbacks.base.PruningCallback` has hooks.
+    """Settings and actions of all pruning callbacks; the hooks are in :mod:`lightning_drive.callbacks.base`.
 
-    A subclass decides when it is time (:meth:`_is_due`) and what to do then (:meth:`_prune`). To change which parameters
-    are prunable, override :meth:`prunable_parameters`; to prune copies of the network along, :meth:`averages`.
+    A subclass decides when it is time (:meth:`_is_due`) and what to do then (:meth:`_prune`). To change which
+    parameters are prunable, override :meth:`prunable_parameters`; to prune copies of the network along,
+    :meth:`averages`.
 
     Args:
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
@@ -171,8 +174,8 @@ class PruningActions(pl.Callback):
 
         """
         module: Any = pl_module
-        trainer: Any = getattr(module, "_trainer", None)
-        in_fit = isinstance(trainer, pl.Trainer) and trainer.optimizers
+        trainer: Any = facts.trainer_of(module)
+        in_fit = trainer is not None and trainer.optimizers
         return self._plan(
             module,
             self._selected(trainer, module) if in_fit else self.prunable_parameters(module),
@@ -247,7 +250,7 @@ class PruningActions(pl.Callback):
                 self._start = None
         elif self._start is None and self._remember_epoch is not None:
             past = trainer.current_epoch > self._remember_epoch or batch_idx > 0
-            if facts.is_quick_check(trainer) or (trainer.current_epoch == self._remember_epoch and not past):
+            if step_counts.is_quick_check(trainer) or (trainer.current_epoch == self._remember_epoch and not past):
                 schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
                 self._start = RewindPoint.take(pl_module, trainer.optimizers, schedulers)
             elif trainer.current_epoch >= self._remember_epoch:
@@ -299,9 +302,9 @@ class PruningActions(pl.Callback):
     def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         """Put recorded masks into effect; a resume repeats it if it is cut short. Return whose best was forgotten."""
         start, forgotten = time.monotonic(), ""
-        for module in (pl_module, *other_callbacks.averaged_models(trainer)):
-            batch_norm.load_batch_norm_statistics(module, self._pruning.unfinished or {})
-        averages.load_batch_norm_statistics(self._averages(pl_module), self._pruning.unfinished or {})
+        statistics = self._pruning.unfinished or {}
+        batch_norm.load_batch_norm_statistics(pl_module, statistics)
+        self._pruned_along(trainer, pl_module).load_batch_norm_statistics_(statistics)
         self._settle(trainer, pl_module)
         self._hold_off_early_stopping(trainer)
         if self._finished and self.reset_best:
@@ -314,10 +317,10 @@ class PruningActions(pl.Callback):
     def _announce(self, trainer: pl.Trainer, outcome: Outcome, forgotten: str, text: str | None = None) -> None:
         """Tell the user and the loggers what was pruned, above the progress bar."""
         assert self.report is not None
-        with display.above_bar(trainer):
+        with terminal.above_bar(trainer):
             reporting.announce(trainer, self.report, outcome.warnings, self._metrics(), text)
             if self._finished:
-                display.log_pictures(trainer, self.report)
+                loggers.log_pictures(trainer, self.report)
             if forgotten:
                 rank_zero_info(forgotten)
 
@@ -329,12 +332,8 @@ class PruningActions(pl.Callback):
         """Put the masks on everything that is alive, and have every optimizer step followed by them."""
         before = self._fit.enforcement
         self._release()
-        enforcement = Enforcement(
-            pl_module,
-            self.masks,
-            copies=lambda: self._averages(pl_module),
-            warned=before is not None and before.warned,
-        )
+        warned = before is not None and before.warned
+        enforcement = Enforcement(pl_module, self.masks, self._pruned_along(trainer, pl_module), warned=warned)
         self._fit.enforcement = enforcement
         enforcement.begin(self, trainer, pl_module)
 
@@ -347,14 +346,9 @@ class PruningActions(pl.Callback):
     def _reinitialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Return to the remembered weights, with new initial values for the survivors."""
         assert self._start is not None
-        redrawn = self._start.snapshot.redrawn(self.masks, sandbox.random_numbers(trainer))
-        redrawn.rewind_(pl_module, self.masks)
+        redrawn = self._start.redrawn(self.masks, ranks.random_numbers(trainer))
+        redrawn.rewind_module_(pl_module, self.masks)
 
-    def _averages(self, pl_module: pl.LightningModule) -> list[dict[str, Tensor]]:
-        """Return the tensors of what is pruned along, by the names that they have in the module."""
-        return averages.tensors(self.averages(pl_module), pl_module)
-
-    def _restart_averages(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let averages begin again with the module as it is now."""
-        other_callbacks.restart_averages(trainer, pl_module)
-        averages.restart_(self._averages(pl_module), pl_module)
+    def _pruned_along(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Averages:
+        """Return the copies of the module that are pruned along with it."""
+        return Averages(trainer, pl_module, self.averages)

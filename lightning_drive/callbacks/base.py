@@ -15,23 +15,22 @@ from typing_extensions import override
 
 from lightning_drive.callbacks.actions import PruningActions
 from lightning_drive.core import arguments, saved_values, shards
-from lightning_drive.network import prunable
+from lightning_drive.network import prunable_checks
 from lightning_drive.trainer import (
     checks,
-    display,
+    end_of_training,
     facts,
-    loop_progress,
     other_callbacks,
     restored_masks,
-    run_length,
+    resuming,
     saved_state,
+    step_counts,
+    terminal,
     trained_parameters,
 )
 from lightning_drive.trainer.fit import Fit
 from lightning_drive.trainer.saved_state import Pruning, SavedState
-
-_LOOKS = 64
-"""Up to which batch of an epoch to look, at powers of two, for copies of the network that change."""
+from lightning_drive.trainer.unmasked_weights import UnmaskedWeights
 
 
 class PruningCallback(PruningActions):
@@ -74,20 +73,21 @@ class PruningCallback(PruningActions):
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise, before anything runs, if the module cannot be pruned."""
         selected = self._selected(trainer, pl_module)
-        prunable.check_numbers(selected)
+        prunable_checks.check_numbers(selected)
         shards.holders(selected)
         if text := trained_parameters.left_out(trainer, pl_module, self.prunable_parameters):
-            display.show(trainer, text)
+            terminal.show(trainer, text)
         if self._remember_epoch is not None:
             checks.check_finetuning(self, trainer)
 
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise, once data are loaded and a checkpoint is restored, if it never could be time to prune; warn if not."""
-        if not facts.is_quick_check(trainer):
-            run_length.warn_of_unknown_length(trainer, self._last_epoch, self._step, self._remedy_for_unknown_length)
-            run_length.warn_of_manual_steps(trainer, self._last_epoch, self._step, self._fit.max_epochs)
+        if not step_counts.is_quick_check(trainer):
+            last_cut = self._last_epoch, self._step, self._when
+            end_of_training.warn_of_unknown_length(trainer, *last_cut, self._remedy_for_unknown_length)
+            end_of_training.warn_of_manual_steps(trainer, *last_cut, self._fit.max_epochs)
             if not self.reset_best:
-                run_length.warn_of_early_stopping(trainer, self._last_epoch, self._step)
+                end_of_training.warn_of_early_stopping(trainer, *last_cut)
 
     @property
     def _remedy_for_unknown_length(self) -> str:
@@ -128,17 +128,19 @@ class PruningCallback(PruningActions):
             self._start_afresh()
         self._module = weakref.ref(pl_module)
         self._fit.has_begun, self._fit.thread = True, threading.get_ident()
-        self._names, self._copies = tuple(self.masks), set()
-        self._averages(pl_module)
+        averages = self._pruned_along(trainer, pl_module)
+        averages.tensors()  # which raises if they cannot be pruned along
         if not self._finished:
             self._check_module(trainer, pl_module)
+        names = self.masks if self._finished else self._selected(trainer, pl_module)
+        self._fit.unmasked = UnmaskedWeights(self, trainer, pl_module, averages, names)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up restored masks again, now that weights and optimizers are restored too."""
         self._fit.phase_start = time.monotonic() if trainer.global_step == 0 else None
         self._fit.is_resuming_epoch = True  # unless ``on_train_epoch_start`` comes first
-        loop_progress.begin_batch_again(trainer)
+        resuming.begin_batch_again(trainer)
         if not self._finished:
             self._check_training(trainer, pl_module)
         if self.pruned:
@@ -147,7 +149,7 @@ class PruningCallback(PruningActions):
             else:
                 self._commit(trainer, pl_module)
             if self._fit.is_restored:
-                display.show(trainer, f"The masks were restored: {self.masks}")
+                terminal.show(trainer, f"The masks were restored: {self.masks}")
             if self._finished and self.report is not None:
                 self._warn_of_other_settings(trainer, pl_module)
         self._hold_off_early_stopping(trainer)
@@ -155,8 +157,8 @@ class PruningCallback(PruningActions):
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune when it is time."""
-        self._warn_of_zeros(trainer, pl_module)
-        self._warn_of_copies(trainer, pl_module)
+        if self._fit.unmasked is not None:
+            self._fit.unmasked.at_epoch_start(self.masks, is_due=self._is_due(trainer))
         self._remember_when_due(trainer, pl_module)
         self._prune_when_due(trainer, pl_module)
         self._log_metrics(trainer, pl_module)
@@ -167,9 +169,8 @@ class PruningCallback(PruningActions):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Prune and log where a run resumes in the middle of an epoch, which has no ``on_train_epoch_start`` then."""
-        if self._fit.is_resuming_epoch:
-            self._warn_of_zeros(trainer, pl_module)
-            self._warn_of_copies(trainer, pl_module)
+        if self._fit.is_resuming_epoch and self._fit.unmasked is not None:
+            self._fit.unmasked.at_epoch_start(self.masks, is_due=self._is_due(trainer))
         self._remember_when_due(trainer, pl_module, batch_idx)
         if self._prune_when_due(trainer, pl_module) or self._fit.is_resuming_epoch:
             self._log_metrics(trainer, pl_module)
@@ -178,13 +179,14 @@ class PruningCallback(PruningActions):
             self._fit.enforcement.follow(trainer, pl_module)
             if batch_idx == 0:
                 self._fit.enforcement.check(pl_module)
-        if batch_idx <= _LOOKS and batch_idx & (batch_idx - 1) == 0:
-            self._look_for_averages(trainer, pl_module, batch_idx)
+        if self._fit.unmasked is not None:
+            self._fit.unmasked.at_batch_start(self.masks, batch_idx)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise if pruned layers were replaced by others; mask again what others wrote."""
-        self._look_for_averages(trainer, pl_module)
+        if self._fit.unmasked is not None:
+            self._fit.unmasked.at_epoch_end(self.masks)
         if self._fit.enforcement is not None:
             self._fit.enforcement.check(pl_module)
             self._fit.enforcement.renew()
@@ -230,7 +232,7 @@ class PruningCallback(PruningActions):
             with suppress(ValueError):  # masks that do not fit, which were the exception then
                 self.masks.apply_(pl_module)
         other_callbacks.hold_off_early_stopping(trainer, False)
-        loop_progress.begin_epoch_again(trainer)
+        resuming.begin_epoch_again(trainer)
         self._handover.discard()
         self._release()
 
@@ -266,7 +268,7 @@ class PruningCallback(PruningActions):
     ) -> None:
         """Note a search for a learning rate or batch size: it saves before training starts, and returns to that."""
         self._fit.is_probing = not self._fit.has_begun
-        loop_progress.let_epoch_begin_again(checkpoint)
+        resuming.begin_saved_epoch_again(checkpoint)
         if self._fit.enforcement is not None and self._pruning.unfinished is None:  # else masks are just being put on
             self._fit.enforcement.renew(checkpoint.get("state_dict"))
         if self._fit.has_begun and threading.get_ident() != self._fit.thread:
@@ -277,12 +279,12 @@ class PruningCallback(PruningActions):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take over the state of a pruning callback of another name; Lightning restores that of the same name."""
-        own_names = (self.state_key, self._legacy_state_key)
+        own_names = (self.state_key, facts.legacy_state_key(self))
         if (renamed := saved_state.of_renamed(self, own_names, trainer, checkpoint)) is not None:
             name, state = renamed
             self.load_state_dict(copy.deepcopy({**state}))
             if state["report"] is not None:
-                display.show(trainer, f"{type(self).__name__} takes over the masks of {name} in the checkpoint.")
+                terminal.show(trainer, f"{type(self).__name__} takes over the masks of {name} in the checkpoint.")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -329,58 +331,3 @@ class PruningCallback(PruningActions):
             then, now = self._restored_settings or {}, self._settings()
             selects = (partial(self._selected, trainer), self.prunable_parameters)
             restored_masks.warn_of_other_settings(self.masks, then, now, selects, pl_module)
-
-    # What is warned of.
-
-    def _warn_of_zeros(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn, once in a ``fit``, of a network that is sparse already and has no masks."""
-        if self._fit.is_resuming_epoch and not (self.pruned or self._is_due(trainer)):
-            for text in self._zeros_without_masks(pl_module, self._names):
-                rank_zero_warn(text)
-
-    def _warn_of_copies(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of submodules that are copies of the network and are not pruned along."""
-        others = trained_parameters.untrained(trainer, pl_module)
-        alive = {each for name, each in pl_module.named_parameters() if each.requires_grad and name not in others}
-        for each in network_copies.inside(pl_module, self._names, alive):
-            self._warn_of_copy(pl_module, each)
-
-    def _look_for_averages(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int = 1) -> None:
-        """Warn of copies in attributes that change while training goes on, so that they are no mere records."""
-        if batch_idx == 0:
-            self._sums = {}
-        callbacks = [each for each in other_callbacks.callbacks_of(trainer) if each is not self]
-        for each, sums, is_record in network_copies.outside(pl_module, callbacks, self._names):
-            if self._sums.setdefault(each.name, sums) != sums and not is_record:
-                self._warn_of_copy(pl_module, each)
-
-    def _warn_of_copy(self, pl_module: pl.LightningModule, found: network_copies.Copy) -> None:
-        """Warn of a copy, once, if it is not pruned along."""
-        along = {each.data_ptr() for average in self._averages(pl_module) for each in average.values()}
-        places = {each.data_ptr() for each in found.pairs.values()}
-        is_known = found.name in self._copies or not places.isdisjoint(along | self._copies)
-        if not is_known and not network_copies.is_sparse(found, self.masks):
-            self._copies.update((found.name, *places))
-            rank_zero_warn(network_copies.warning(found, type(self).__name__))
-
-    def _zeros_without_masks(
-        self, pl_module: pl.LightningModule, names: Iterable[str], masks: Masks | None = None
-    ) -> Iterator[str]:
-        """Say that weights are pruned already, but are not masked: neither before a cut nor by the masks of one."""
-        parameters = dict(pl_module.named_parameters())
-        weights = {name: parameters[name] for name in names if name in parameters}
-        numbers = trained_parameters.zeros(weights.values())
-        trains = "these zeros will be trained like all other weights until it prunes"
-        if masks is not None:
-            kept = sum(
-                int((shards.local(each.detach()) == 0).logical_and_(shards.part(masks[name], of=each)).sum())
-                for name, each in weights.items()
-            )
-            trains = f"{kept:,} of these zeros are kept, and will be trained like all other weights"
-        if numbers.are_many and (masks is None or kept):
-            yield (
-                f"{numbers.number:,} of {numbers.size:,} prunable weights ({numbers.share:.1%}) are 0 already, as in a"
-                f" network that was pruned, but {type(self).__name__} has no masks for them: {trains}. To go on with a"
-                " pruned network, pass a checkpoint as `ckpt_path` that was saved with the state of the callback that"
-                " pruned it."
-            )

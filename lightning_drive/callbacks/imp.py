@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,21 +15,17 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_drive.callbacks.base import PruningCallback
-from lightning_drive.core import arguments, saved_values
+from lightning_drive.core import arguments, saved_values, sparsity
 from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.core.messages import listed
-from lightning_drive.core.sparsity import collapsed_layers
-from lightning_drive.report.pruning_report import PruningReport
+from lightning_drive.report import plan
+from lightning_drive.report.plan import PruningPlan
 from lightning_drive.search.methods import Magnitude
-from lightning_drive.search.vanishing_scores import patterns
-from lightning_drive.trainer import (
-    display,
-    facts,
-    loop_progress,
-    other_callbacks,
-    restored_masks,
-    run_length,
-)
+from lightning_drive.search.unscored import patterns
+from lightning_drive.trainer import end_of_training, other_callbacks, restored_masks, step_counts, terminal
+from lightning_drive.trainer.cycle_schedules import CycleSchedules
+from lightning_drive.trainer.saved_state import SavedState
+from lightning_drive.trainer.search import Outcome
 
 
 class IMPPruningCallback(PruningCallback):
@@ -145,7 +142,7 @@ class IMPPruningCallback(PruningCallback):
         """Let ``configure_optimizers`` see one cycle."""
         super().setup(trainer, pl_module, stage)
         self._schedules = CycleSchedules(self.cycles, self.epochs_per_cycle, self.rewind_epoch, self._fit.max_epochs)
-        if stage != "fit" or facts.is_quick_check(trainer):
+        if stage != "fit" or step_counts.is_quick_check(trainer):
             return
         if self._finished and self.masks.hold_for(pl_module):
             return
@@ -163,7 +160,7 @@ class IMPPruningCallback(PruningCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up restored masks again, and a schedule for the phase that the run is in."""
-        if self._fit.is_restored and not facts.is_quick_check(trainer):
+        if self._fit.is_restored and not step_counts.is_quick_check(trainer):
             assert self._schedules is not None
             if not self._finished:
                 self._check_epochs()
@@ -203,24 +200,25 @@ class IMPPruningCallback(PruningCallback):
         """Name the cycle in the progress bar, which has just named the epoch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if batch_idx == 0 and not self._finished:
-            display.name_epoch(trainer, f", cycle {self.cycle + 1}/{self.cycles}")
+            terminal.name_epoch(trainer, f", cycle {self.cycle + 1}/{self.cycles}")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the run ended before its cycles did."""
         if not self._finished:
             rank_zero_warn(
-                f"Training ended in epoch {run_length.last_epoch(trainer)}{run_length.reason(trainer)}, in cycle"
-                f" {self.cycle} (counted from 0) of {self.cycles}: the network has a sparsity of"
+                f"Training ended in epoch {end_of_training.last_epoch(trainer)}{end_of_training.reason(trainer)}, in"
+                f" cycle {self.cycle} (counted from 0) of {self.cycles}: the network has a sparsity of"
                 f" {self.masks.sparsity:.4f}, not {self.sparsity}. The next cut would have been at the start of epoch"
                 f" {(self.cycle + 1) * self.epochs_per_cycle}. Let training run for more than"
                 f" {self.cycles * self.epochs_per_cycle} epochs, or lower `cycles` or `epochs_per_cycle`."
             )
 
     @override
-    def _check_settings(self, then: dict[str, Any], report: PruningReport | None) -> None:
+    def _check_settings(self, saved: SavedState) -> None:
         """Raise if cycles are left and would go on with other settings; older checkpoints do not have them all."""
-        now, cycle = self._settings(), 0 if report is None else report.cycle or 0
+        now, then, report = self._settings(), saved.settings, saved.pruning.report
+        cycle = 0 if report is None else report.cycle or 0
         cycles = saved_values.check(int, then.get("cycles"), "the number of cycles in the checkpoint's settings")
         names = [name for name in now if name in then and name not in ("include", "exclude")]
         other = [name for name in names if type(then[name]) is not type(now[name]) or then[name] != now[name]]
@@ -280,7 +278,7 @@ class IMPPruningCallback(PruningCallback):
         return f"IMP({_listed(self._cycle_settings())})"
 
     def _due_cycle(self, trainer: pl.Trainer) -> int:
-        if facts.is_quick_check(trainer):
+        if step_counts.is_quick_check(trainer):
             return self.cycles
         return min(trainer.current_epoch // self.epochs_per_cycle, self.cycles)
 
@@ -299,7 +297,7 @@ class IMPPruningCallback(PruningCallback):
             only_round=cycle,
             shuffle=is_last and self.control == "shuffle",
         )
-        if not facts.is_quick_check(trainer):
+        if not step_counts.is_quick_check(trainer):
             self._check_paths(outcome, cycle)
         if left_out:
             outcome.found.warnings.append(
@@ -328,7 +326,7 @@ class IMPPruningCallback(PruningCallback):
         """Raise if nothing is left to train."""
         masks, active = outcome.found.masks, outcome.diagnosis.active
         if active is not None and not active.num_kept:
-            empty = collapsed_layers(masks)
+            empty = sparsity.collapsed_layers(masks)
             where = f", and no weight is left in {listed(map(repr, empty))}" if empty else ""
             scope = "" if self.scope == "layerwise" else " set `scope='layerwise'`,"
             raise MisconfigurationException(
@@ -344,9 +342,9 @@ class IMPPruningCallback(PruningCallback):
         if self._finished and self.control == "reinit":
             self._reinitialise(trainer, pl_module)
         else:
-            self._start.snapshot.rewind_(pl_module, self.masks)
+            self._start.rewind_module_(pl_module, self.masks)
         self._schedules.rewind_(trainer, pl_module, self._start, self._cut_step)
-        self._restart_averages(trainer, pl_module)
+        self._pruned_along(trainer, pl_module).restart_()
         super()._settle(trainer, pl_module)
 
     @override
@@ -382,8 +380,8 @@ class IMPPruningCallback(PruningCallback):
             raise MisconfigurationException(
                 f"{type(self).__name__}(cycles={self.cycles}, epochs_per_cycle={self.epochs_per_cycle}) prunes for the"
                 f" last time at the start of epoch {last_cut} (counted from 0) and then trains the ticket, but training"
-                f" ends after max_epochs={self._fit.max_epochs} epochs. Set `max_epochs` to {last_cut} plus the epochs for"
-                " the ticket, or lower `cycles` or `epochs_per_cycle`."
+                f" ends after max_epochs={self._fit.max_epochs} epochs. Set `max_epochs` to {last_cut} plus the epochs"
+                " for the ticket, or lower `cycles` or `epochs_per_cycle`."
             )
 
     @override
@@ -400,10 +398,10 @@ class IMPPruningCallback(PruningCallback):
                 f" `include={self.include}` and `exclude={self.exclude}` select now: its cycles would not follow on."
                 f" Resume with the settings of the checkpoint, which select: {listed(self.masks)}."
             )
-        if facts.is_quick_check(trainer) or self._schedules is None or not self._schedules.are_planned:
+        if step_counts.is_quick_check(trainer) or self._schedules is None or not self._schedules.are_planned:
             return
         last_cut = self.cycles * self.epochs_per_cycle
-        steps_per_epoch = loop_progress.steps_per_epoch(trainer)
+        steps_per_epoch = step_counts.steps_per_epoch(trainer)
         is_known = pl_module.automatic_optimization  # else a batch may have any number of steps
         if is_known and 0 <= trainer.max_steps <= last_cut * steps_per_epoch < math.inf:
             raise MisconfigurationException(

@@ -3,13 +3,14 @@
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from typing_extensions import override
 
 from lightning_drive.callbacks.base import PruningCallback
@@ -18,10 +19,12 @@ from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.network import prunable
+from lightning_drive.report import plan
+from lightning_drive.report.plan import PruningPlan
 from lightning_drive.search import methods
 from lightning_drive.search.methods import Method
-from lightning_drive.trainer import facts, loop_progress, other_callbacks, run_length, training_step
-from lightning_drive.trainer.batches import check_data
+from lightning_drive.trainer import batches, checks, end_of_training, other_callbacks, search, step_counts
+from lightning_drive.trainer.unmasked_weights import zeros_without_masks
 
 
 class WarmupPruningCallback(PruningCallback):
@@ -96,8 +99,8 @@ class WarmupPruningCallback(PruningCallback):
             if self.warmup_steps is None and math.isinf(trainer.num_training_batches):
                 remedy = self._remedy_for_unknown_length
             rank_zero_warn(
-                f"Training ended in epoch {run_length.last_epoch(trainer)}, after {trainer.global_step} steps"
-                f"{run_length.reason(trainer)}, before the warm-up was over: the network is dense. It would have"
+                f"Training ended in epoch {end_of_training.last_epoch(trainer)}, after {trainer.global_step} steps"
+                f"{end_of_training.reason(trainer)}, before the warm-up was over: the network is dense. It would have"
                 f" been pruned {self._when}. {remedy}"
             )
 
@@ -129,11 +132,11 @@ class WarmupPruningCallback(PruningCallback):
 
     @override
     def _is_due(self, trainer: pl.Trainer) -> bool:
-        if facts.is_quick_check(trainer):
+        if step_counts.is_quick_check(trainer):
             return True
         if self.warmup_steps is None:
             return trainer.current_epoch >= self.warmup_epochs
-        return trainer.global_step >= self.warmup_steps and not loop_progress.is_accumulating(trainer)
+        return trainer.global_step >= self.warmup_steps and not step_counts.is_accumulating(trainer)
 
     @property
     def _warmup(self) -> tuple[str, int]:
@@ -145,7 +148,7 @@ class WarmupPruningCallback(PruningCallback):
     @override
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.monotonic()
-        method = methods.with_fewer_rounds(self.method, 2) if facts.is_quick_check(trainer) else self.method
+        method = methods.with_fewer_rounds(self.method, 2) if step_counts.is_quick_check(trainer) else self.method
         names = self._selected(trainer, pl_module)
         is_shuffled = self.control == "shuffle"
         outcome = self._search(trainer, pl_module, method, names, loss_fn=self.loss_fn, shuffle=is_shuffled)
@@ -154,7 +157,7 @@ class WarmupPruningCallback(PruningCallback):
         statistics = search.batch_norm_statistics(trainer, pl_module, masks, self.bn_batches, self.loss_fn)
         outcome.phases["batch_norm"] = time.monotonic() - before
         outcome.found.warnings.extend(self._frozen_layers(trainer, pl_module, masks))
-        outcome.found.warnings.extend(self._zeros_without_masks(pl_module, masks, masks))
+        outcome.found.warnings.extend(zeros_without_masks(self, pl_module, masks, masks))
         # Everything is computed: from here on only commit.
         self._record(trainer, outcome, str(method), start, control=self.control, statistics=statistics)
         forgotten = self._commit(trainer, pl_module)
@@ -165,7 +168,7 @@ class WarmupPruningCallback(PruningCallback):
         if self.control == "reinit" and self._start is not None:
             self._reinitialise(trainer, pl_module)
             self._start.rewind_optimizers_(trainer.optimizers, learning_rates=False)
-            self._restart_averages(trainer, pl_module)
+            self._pruned_along(trainer, pl_module).restart_()
         super()._settle(trainer, pl_module)
 
     def _frozen_layers(self, trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Masks) -> Iterator[str]:
@@ -195,8 +198,8 @@ class WarmupPruningCallback(PruningCallback):
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_module(trainer, pl_module)
         if methods.reads(self.method) == "loss" and self.loss_fn is None:
-            training_step.check_training_step(pl_module)
-        if facts.is_quick_check(trainer) or self.warmup_steps is not None:
+            checks.check_training_step(pl_module)
+        if step_counts.is_quick_check(trainer) or self.warmup_steps is not None:
             return
         if 0 <= self._fit.max_epochs <= self.warmup_epochs:
             raise MisconfigurationException(
@@ -211,13 +214,13 @@ class WarmupPruningCallback(PruningCallback):
         reads_statistics = self.bn_batches > 0 and self._warmup[1] > 0
         reads_loss = methods.reads(self.method) == "loss"
         if reads_loss or reads_statistics or pl_module.example_input_array is None:
-            check_data(trainer)
-        if facts.is_quick_check(trainer):
+            batches.check_data(trainer)
+        if step_counts.is_quick_check(trainer):
             return
         if self.warmup_steps is not None:
             self._check_steps(trainer, pl_module, self.warmup_steps)
             return
-        steps = sum(loop_progress.steps_per_epoch(trainer, epoch) for epoch in range(self.warmup_epochs))
+        steps = sum(step_counts.steps_per_epoch(trainer, epoch) for epoch in range(self.warmup_epochs))
         is_known = math.isfinite(steps) and pl_module.automatic_optimization  # else a batch may have any number
         if is_known and 0 <= trainer.max_steps <= steps:
             raise MisconfigurationException(
@@ -233,7 +236,7 @@ class WarmupPruningCallback(PruningCallback):
             ends_after["max_steps"] = float(trainer.max_steps)
         if self._fit.max_epochs >= 0 and pl_module.automatic_optimization:  # else a batch may have any number of steps
             left = range(trainer.current_epoch, self._fit.max_epochs)
-            steps = sum(loop_progress.steps_per_epoch(trainer, epoch) for epoch in left)
+            steps = sum(step_counts.steps_per_epoch(trainer, epoch) for epoch in left)
             ends_after["max_epochs"] = trainer.global_step + steps
         for name, last in ends_after.items():
             if last <= warmup_steps:

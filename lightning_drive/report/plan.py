@@ -1,15 +1,13 @@
 """PruningPlan: what a callback will prune of a module, when, and at what cost, known before training."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_drive.core import schedules
-from lightning_drive.core.arguments import Schedule, check_count, check_patterns
+from lightning_drive.core.arguments import check_count, check_patterns
 from lightning_drive.report import tables
 
 _SHOWN_ROUNDS = 8
@@ -33,26 +31,6 @@ class PlannedParameter:
     shape: tuple[int, ...]
     num_weights: int
     stays_dense: str = ""
-
-
-class Intent(NamedTuple):
-    """When and how a callback will prune, whatever the module; see :class:`PruningPlan`."""
-
-    method: str
-    rounds: int
-    passes: int
-    pass_over: str
-    first_epoch: int
-    last_epoch: int
-    step: int | None = None
-    """Before which global step it will prune; the epochs say nothing then."""
-
-    @property
-    def when(self) -> str:
-        """When it will prune last, to be put into a sentence."""
-        if self.step is not None:
-            return f"before step {self.step}"
-        return f"at the start of epoch {self.last_epoch} (counted from 0)"
 
 
 @dataclass(frozen=True)
@@ -235,48 +213,4 @@ def planned_parameters(
         PlannedParameter(name, tuple(parameter.shape), parameter.numel(), reason(name, parameter))
         for name, parameter in module.named_parameters()
         if not isinstance(parameter, UninitializedParameter)  # whose shape nobody knows
-    )
-
-
-def counts(sizes: Sequence[int], rounds: int, sparsity: float, schedule: Schedule, scope: str) -> tuple[int, ...]:
-    """Return how many prunable weights are left after each round.
-
-    Example:
-        >>> counts([100, 900], 2, 0.99, "exponential", "global"), counts([2, 8], 1, 0.9, "linear", "layerwise")
-        ((100, 10), (2,))
-
-    """
-    densities = [schedules.SCHEDULES[schedule](index, rounds, sparsity, 0.0) for index in range(1, rounds + 1)]
-    groups = [sum(sizes)] if scope == "global" else sizes
-    return tuple(sum(schedules.num_kept(size, density) for size in groups) for density in densities)
-
-
-def plan_of_intent(
-    module: nn.Module,
-    selected: Mapping[str, nn.Parameter],
-    intent: Intent,
-    *,
-    sparsity: float,
-    schedule: Schedule,
-    scope: str,
-    exclude: Iterable[str] | None,
-    max_epochs: int | None,
-    steps_per_epoch: int | None,
-    untrained: Container[str] = (),
-) -> PruningPlan:
-    """Return the plan of a callback that has an Intent."""
-    return plan(
-        module,
-        selected,
-        method=intent.method,
-        kept=counts([parameter.numel() for parameter in selected.values()], intent.rounds, sparsity, schedule, scope),
-        passes=intent.passes,
-        pass_over=intent.pass_over,
-        first_epoch=intent.first_epoch,
-        last_epoch=intent.last_epoch,
-        first_step=intent.step,
-        exclude=exclude,
-        max_epochs=max_epochs,
-        steps_per_epoch=steps_per_epoch,
-        untrained=untrained,
     )

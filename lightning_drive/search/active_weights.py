@@ -11,7 +11,7 @@ from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import shown_error
 from lightning_drive.network import synflow
 from lightning_drive.network.forward_calls import Passage
-from lightning_drive.network.undisturbed import in_mode
+from lightning_drive.network.without_dropout import in_mode
 
 _MODES: tuple[Mode, ...] = ("eval", "train")
 

@@ -13,7 +13,7 @@ from lightning_drive.core import shards
 from lightning_drive.core.arguments import Schedule, Scope, check_patterns
 from lightning_drive.core.goal import Goal
 from lightning_drive.core.masks import Masks
-from lightning_drive.network import gradients, prunable
+from lightning_drive.network import gradients, prunable, prunable_checks
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.search import unscored
 from lightning_drive.search.diagnosis import Diagnosis, diagnose
@@ -97,7 +97,7 @@ def find_masks(
     shards.reshard_(module)
     include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     names = prunable.prunable_parameters(module, include, exclude)
-    prunable.check_numbers(names)
+    prunable_checks.check_numbers(names)
     others = prunable.dense_matrices(module, names, exclude) if include is None else ()
     passes = None if batches is None else gradients.Passes(batches)
     example = getattr(module, "example_input_array", None) if example_input is None else example_input

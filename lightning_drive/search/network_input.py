@@ -9,7 +9,8 @@ from lightning_drive.core import containers
 from lightning_drive.network import forward_calls, gradients
 from lightning_drive.network.forward_calls import Passage
 from lightning_drive.network.gradients import LossFunction
-from lightning_drive.network.undisturbed import in_mode, preserved_rng
+from lightning_drive.network.random_state import preserved_rng
+from lightning_drive.network.without_dropout import in_mode
 from lightning_drive.search.scoring_batches import ScoringBatches
 
 

@@ -9,10 +9,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_drive.trainer import network_copies
+from lightning_drive.trainer import facts, network_copies
 from lightning_drive.trainer.network_copies import Branches, Copy, branches_of, joined, size
 
-_OF_LIGHTNING = {"_average_model", "_buffers", "_fabric", "_fabric_optimizers", "_modules", "_parameters", "_trainer"}
+_HOLDERS = facts.HOLDERS | {"_buffers", "_modules", "_parameters"}
 """Attributes that hold live parameters, or averages that are pruned along."""
 
 _PASSED_OVER = (type, FunctionType, MethodType, ModuleType, Tensor, pl.Trainer, pl.Callback)
@@ -56,7 +56,7 @@ def _in_attributes(pl_module: pl.LightningModule, holders: Iterable[object], bra
     own = {id(parameter) for parameter in pl_module.parameters()}
     for holder in holders:
         for attribute, value in vars(holder).items():
-            if attribute in _OF_LIGHTNING:
+            if attribute in _HOLDERS:
                 continue
             for path, thing in _things(value, attribute, set()):
                 of, tensors = _match(thing, branches, pl_module)

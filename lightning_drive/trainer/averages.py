@@ -6,12 +6,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from lightning_drive.core import zeroing
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
-from lightning_drive.trainer import other_callbacks
+from lightning_drive.trainer import facts, other_callbacks
+from lightning_drive.trainer.facts import Average
 
 
 class Averages:
@@ -36,7 +36,7 @@ class Averages:
         if not isinstance(copies, Iterable) or isinstance(copies, (nn.Module, Mapping, str)):
             raise TypeError(f"`averages` must return a list, with every copy in it, got {type(copies).__name__}.")
         own, kind = _named_tensors(self._pl_module), type(self._pl_module).__name__
-        of_callbacks = [_named_tensors(_module_of(average)) for _, average in self._of_callbacks()]
+        of_callbacks = [_named_tensors(average.module) for _, average in self._of_callbacks()]
         return [*of_callbacks, *(_checked(copy, own, kind) for copy in copies)]
 
     @torch.no_grad()
@@ -66,23 +66,17 @@ class Averages:
             for name, tensor in tensors.items():
                 tensor.copy_(own[name])
         for callback, average in self._of_callbacks():
-            count = getattr(average if isinstance(average, AveragedModel) else callback, "n_averaged", None)
+            count = getattr(average.holder, "n_averaged", None)
             if count is not None:
                 count.zero_()
             if isinstance(callback, StochasticWeightAveraging):  # or it would average the start of this epoch at once
-                callback._latest_update_epoch = self._trainer.current_epoch
+                facts.count_as_averaged(callback, self._trainer.current_epoch)
 
-    def _of_callbacks(self) -> Iterator[tuple[pl.Callback, nn.Module]]:
+    def _of_callbacks(self) -> Iterator[tuple[pl.Callback, Average]]:
         """Yield Lightning's averaging callbacks, each with its average, where it has one already."""
         for callback in other_callbacks.callbacks_of(self._trainer):
-            average = getattr(callback, "_average_model", None)
-            if average is not None:
+            if (average := facts.average_of(callback)) is not None:
                 yield callback, average
-
-
-def _module_of(average: nn.Module) -> nn.Module:
-    """Return the part of an average that has the parameter names of the LightningModule."""
-    return average.module if isinstance(average, AveragedModel) else average
 
 
 def _named_tensors(module: nn.Module) -> dict[str, Tensor]:

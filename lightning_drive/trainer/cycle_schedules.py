@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_drive.network.rewinding import RewindPoint
-from lightning_drive.trainer import loop_progress, phases
+from lightning_drive.trainer import phases, step_counts
 from lightning_drive.trainer.phases import Schedules
 
 
@@ -74,7 +74,7 @@ class CycleSchedules:
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut_step: int | None) -> None:
         """Raise if cycles would differ in their learning rates, or a schedule ends before its phase does."""
         phases.check_frequencies(self._configs, self._epochs_per_cycle, self._rewind_epoch)
-        steps_per_epoch = loop_progress.steps_per_epoch(trainer)
+        steps_per_epoch = step_counts.steps_per_epoch(trainer)
         if not self._configs or math.isinf(steps_per_epoch):
             return
         steps = self._cycle_length * steps_per_epoch
@@ -110,7 +110,7 @@ class CycleSchedules:
 
     def _steps_before_ticket(self, trainer: pl.Trainer, cut_step: int | None) -> int:
         """Count the steps before the last phase, without those that its learning-rate schedule has behind it."""
-        steps = self._last_cut * loop_progress.steps_per_epoch(trainer) if cut_step is None else cut_step
+        steps = self._last_cut * step_counts.steps_per_epoch(trainer) if cut_step is None else cut_step
         return round(steps * (1 - self._rewind_epoch / self._last_cut))
 
     @property

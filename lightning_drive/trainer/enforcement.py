@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -15,7 +16,7 @@ from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.network import optimizer_state
 from lightning_drive.network.masked_parameters import MaskedParameters
-from lightning_drive.trainer import checks, facts
+from lightning_drive.trainer import checks, facts, other_callbacks
 from lightning_drive.trainer.averages import Averages
 
 
@@ -43,7 +44,7 @@ class Enforcement:
         self._parameters.zero_weights_()
         self._parameters.zero_gradients_()
         self._averages.mask_(self._masks)
-        if facts.reads_gradients_early(pruning, trainer, pl_module):
+        if _reads_gradients_early(pruning, trainer, pl_module):
             keep_overflow = facts.scaler(trainer) is not None
             self._handles += self._parameters.zero_gradients_at_once(keep_overflow=keep_overflow)
         self._hookless = not pl_module.automatic_optimization
@@ -134,3 +135,15 @@ class Enforcement:
         self._parameters.zero_weights_()
         if self._parameters.may_divide_by_zero:
             self._parameters.zero_optimizer_state_(optimizer)
+
+
+def _reads_gradients_early(pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    """Whether gradients may be used, or clipped, before ``on_before_optimizer_step`` of the pruning callback."""
+    in_module = ("backward", "on_after_backward", "optimizer_step")
+    in_callbacks = ("on_after_backward", "on_before_optimizer_step")
+    others = other_callbacks.others(pruning, trainer)
+    return (
+        not pl_module.automatic_optimization
+        or any(is_overridden(hook, pl_module, pl.LightningModule) for hook in in_module)
+        or any(is_overridden(hook, other, pl.Callback) for other in others for hook in in_callbacks)
+    )

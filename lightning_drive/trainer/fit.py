@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lightning_drive.trainer.enforcement import Enforcement
+from lightning_drive.trainer.unmasked_weights import UnmaskedWeights
 
 
 @dataclass
@@ -25,3 +26,5 @@ class Fit:
     """When training, or its current cycle, began, by ``time.monotonic()``; ``None``: only a part of it is known."""
     enforcement: Enforcement | None = None
     """What keeps the masks on the module, once it is pruned."""
+    unmasked: UnmaskedWeights | None = None
+    """What warns of weights that the masks do not reach."""

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_drive.report.pruning_report import PruningReport
+from lightning_drive.trainer import facts
 from lightning_drive.trainer.terminal import is_installed
 
 _WITH_PICTURES = (TensorBoardLogger, WandbLogger, MLFlowLogger)
@@ -17,7 +18,7 @@ _WITH_PICTURES = (TensorBoardLogger, WandbLogger, MLFlowLogger)
 def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
     """Log numbers at once, with the step and epoch that Lightning gives to its own."""
     for logger in trainer.loggers:
-        logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=_step(trainer))
+        logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=facts.logged_step(trainer))
 
 
 def log_pictures(trainer: pl.Trainer, report: PruningReport) -> None:
@@ -27,7 +28,7 @@ def log_pictures(trainer: pl.Trainer, report: PruningReport) -> None:
         return
     for logger in loggers:
         try:
-            _log_pictures(logger, report, _step(trainer))
+            _log_pictures(logger, report, facts.logged_step(trainer))
         except Exception as error:  # a picture is not worth a training
             rank_zero_warn(
                 f"The pictures of the pruning could not be logged by {type(logger).__name__}"
@@ -48,8 +49,3 @@ def _log_pictures(logger: Logger, report: PruningReport, step: int) -> None:
             logger.log_image(name, [Image.open(file)], step=step)
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_figure(logger.run_id, report.figure(kind), f"{name}.png")
-
-
-def _step(trainer: pl.Trainer) -> int:
-    """Count as Lightning does for loggers: batches after which an optimizer stepped, however many optimizers did."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped

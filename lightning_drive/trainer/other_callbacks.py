@@ -6,15 +6,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from lightning_drive.trainer import facts
+
 
 def hold_off_early_stopping(trainer: pl.Trainer, on: bool) -> None:
     """Keep EarlyStopping from looking at the monitored value while this is on, and let it look again afterwards."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping):
-            for name in ("_should_skip_check", "_run_early_stopping_check"):  # subclasses have hooks of their own
-                vars(callback).pop(name, None)
-                if on:
-                    vars(callback)[name] = _skip_check
+            facts.hold_off(callback, on)
 
 
 def forget_best(trainer: pl.Trainer) -> str:
@@ -55,5 +54,6 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
 
 
-def _skip_check(trainer: pl.Trainer) -> bool:
-    return True
+def others(pruning: pl.Callback, trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the callbacks of a Trainer beside the pruning one."""
+    return [callback for callback in callbacks_of(trainer) if callback is not pruning]

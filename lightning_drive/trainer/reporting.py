@@ -9,17 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_drive.core.arguments import Control
 from lightning_drive.network import prunable
-<<<<<<< HEAD
-from lightning_drive.report.pruning_report import CycleReport, PruningReport
-from lightning_drive.search.diagnosis import Diagnosis
-from lightning_drive.trainer import display, other_callbacks
-=======
-from lightning_drive.network.costs import Costs
 from lightning_drive.report.parts import CycleReport
 from lightning_drive.report.pruning_report import PruningReport
-from lightning_drive.search.loop import Found
-from lightning_drive.trainer import other_callbacks
->>>>>>> r-e
+from lightning_drive.search.diagnosis import Diagnosis
+from lightning_drive.trainer import loggers, other_callbacks, terminal
 from lightning_drive.trainer.search import Outcome
 
 
@@ -84,7 +77,7 @@ def announce(
     """Warn, show the report, or a text in its place, and log its numbers and more metrics."""
     for warning in warnings:
         rank_zero_warn(warning)
-    display.show(trainer, report if text is None else text)
+    terminal.show(trainer, report if text is None else text)
     numbers = {
         "pruning/sparsity": report.sparsity,
         "pruning/density": report.density,
@@ -92,7 +85,7 @@ def announce(
         "pruning/seconds": report.seconds,
         **metrics,
     }
-    display.log_metrics(trainer, {name: value for name, value in numbers.items() if value is not None})
+    loggers.log_metrics(trainer, {name: value for name, value in numbers.items() if value is not None})
 
 
 def metrics(report: PruningReport | None) -> dict[str, float]:

@@ -12,8 +12,8 @@ from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.export import checkpoints
 from lightning_drive.network.rewinding import RewindPoint
-from lightning_drive.report import PruningReport
-from lightning_drive.trainer import loop_progress, restored_masks
+from lightning_drive.report.pruning_report import PruningReport
+from lightning_drive.trainer import restored_masks, resuming
 
 _VERSION = 1
 
@@ -76,7 +76,7 @@ class SavedState(NamedTuple):
 
 
 def of_renamed(
-    callback: pl.Callback, own_names: Iterable[str], trainer: pl.Trainer, checkpoint: Mapping[str, Any]
+    callback: pl.Callback, own_names: Iterable[object], trainer: pl.Trainer, checkpoint: Mapping[str, Any]
 ) -> tuple[str, Mapping[str, Any]] | None:
     """Return name and state of the one pruning callback in a checkpoint that has another name, but is of this kind.
 
@@ -107,7 +107,7 @@ def hold_still(checkpoint: dict[str, Any], callback: pl.Callback, pruning: Calla
     before = None
     while before is not pruning():  # else it was pruned meanwhile: once more
         before = pruning()
-        copies = {name: loop_progress.copied(checkpoint[name]) for name in ("state_dict", "optimizer_states")}
+        copies = {name: resuming.copied(checkpoint[name]) for name in ("state_dict", "optimizer_states")}
         state = callback.state_dict()
     checkpoint.update(copies)
     checkpoint["callbacks"][callback.state_key] = state

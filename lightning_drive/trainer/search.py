@@ -16,14 +16,15 @@ from lightning_drive.core.arguments import Mode
 from lightning_drive.core.goal import Goal
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.processes import Ranks
-from lightning_drive.network import batch_norm, gradients, prunable
+from lightning_drive.network import batch_norm, gradients, prunable, prunable_checks
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.search.diagnosis import Diagnosis
 from lightning_drive.search.find import search_reached
 from lightning_drive.search.loop import Found
 from lightning_drive.search.methods import Method
 from lightning_drive.search.scored_network import Network
-from lightning_drive.trainer import display, sandbox, training_step
+from lightning_drive.trainer import ranks as processes
+from lightning_drive.trainer import sandbox, terminal, training_step
 from lightning_drive.trainer.batches import TrainingBatches
 from lightning_drive.trainer.sandbox import Sandbox
 
@@ -64,7 +65,7 @@ def search(
     begin = last_round = time.monotonic()
     shards.reshard_(pl_module)  # validation, a forward pass without a backward pass, leaves parameters whole
     training_step.free_gradients(trainer, pl_module)
-    prunable.check_numbers(prunable.parameters_by_name(pl_module, names))
+    prunable_checks.check_numbers(prunable.parameters_by_name(pl_module, names))
     title, num_rounds = f"Pruning by {type(method).__name__}", method.rounds if only_round is None else 1
 
     bars: list[Callable[[], None]] = []  # a second search has one of its own
@@ -72,21 +73,21 @@ def search(
     @contextmanager
     def opened(names: Sequence[str]) -> Iterator[Network]:
         with (
-            display.progress(trainer, title, num_rounds) as advance,
+            terminal.progress(trainer, title, num_rounds) as advance,
             _scored(trainer, pl_module, method.mode) as (scored, batches),
         ):
             bars.append(advance)
             parameters = prunable.parameters_by_name(scored.module, names)
             loss = _loss(scored, loss_fn, pl_module)
             example = scored.module.example_input_array
-            yield Network(scored.module, parameters, batches, loss, example, sandbox.ranks_of(trainer))
+            yield Network(scored.module, parameters, batches, loss, example, processes.ranks_of(trainer))
 
     def on_round(*_: Any) -> None:
         nonlocal last_round
         last_round = time.monotonic()
         bars[-1]()
 
-    generator = sandbox.random_numbers(trainer) if shuffle else None
+    generator = processes.random_numbers(trainer) if shuffle else None
     found, diagnosis = search_reached(
         opened,
         method,
@@ -112,7 +113,7 @@ def batch_norm_statistics(
     """Estimate BatchNorm's statistics under masks, from training batches: layer name to statistics by buffer name."""
     if not num_batches:
         return {}
-    ranks = sandbox.ranks_of(trainer)
+    ranks = processes.ranks_of(trainer)
     with _scored(trainer, pl_module) as (scored, batches), ranks.together():
         masks.apply_(scored.module)
         loss = _loss(scored, loss_fn, pl_module)
@@ -125,7 +126,7 @@ def batch_norm_statistics(
 
 def _loss(scored: Sandbox, loss_fn: LossFunction | None, pl_module: pl.LightningModule) -> LossFunction:
     """Return the loss of the replica: the user's own, or that of ``training_step``."""
-    own = training_step.loss_of(scored) if loss_fn is None else scored.of(loss_fn)
+    own = training_step.loss_of(scored) if loss_fn is None else scored.replica_of(loss_fn)
     return gradients.on_replica_only(own, pl_module)
 
 
