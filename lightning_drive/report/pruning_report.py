@@ -35,9 +35,9 @@ class PruningReport:
             parameter) or ``"reinit"`` (the values of the survivors).
         cycle: The number of finished cycles of iterative magnitude pruning; ``None`` with other methods.
         phases: Seconds by phase, as far as they are known: ``warmup`` (with IMP ``training``: all since the start of
-            training or the last cut), ``rounds``, ``measuring`` (of paths and multiply-adds), ``batch_norm`` (estimating
-            its statistics again) and ``commit`` (putting the masks on). ``seconds`` is the sum of ``rounds``,
-            ``measuring`` and ``batch_norm``.
+            training or the last cut), ``rounds``, ``measuring`` (of paths and multiply-adds), ``batch_norm``
+            (estimating its statistics again) and ``commit`` (putting the masks on). ``seconds`` is the sum of
+            ``rounds``, ``measuring`` and ``batch_norm``.
         rounds: What every round removed from every layer; empty if that is not known.
         scores: The distribution of the scores in the last round; ``None`` if that is not known.
         cycles: One entry for each cycle of iterative magnitude pruning.
