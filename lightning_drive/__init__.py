@@ -50,24 +50,24 @@ _HOMES = {
     "search.find": ("find_masks",),
     "search.methods": ("DRIVE", "SNIP", "Magnitude", "Random", "SynFlow"),
 }
-"""Module to the public names that are in it."""
+"""Module to the public names in it."""
 
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is public when it is first asked for: torch takes seconds to import, and Lightning more."""
+    """Import a public name when it is first used: torch takes seconds to import, and Lightning more."""
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-    return found
+    globals()[name] = public = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    return public
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Where Lightning is there already, its command line can find the callbacks by their short names.
+# If Lightning is imported already, its command line shall find the callbacks by their short names.
 if "lightning.pytorch" in sys.modules:
     for _name, _home in _HOME_OF.items():
         if _home.startswith("callbacks."):

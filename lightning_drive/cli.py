@@ -1,4 +1,4 @@
-"""For LightningCLI: what is wrong with a setting, in one line."""
+"""OneLineErrorsCLI: LightningCLI with an error of one line for a wrong setting."""
 
 import os
 import re
@@ -13,12 +13,12 @@ from typing_extensions import override
 
 
 class OneLineErrorsCLI(LightningCLI):
-    """LightningCLI that says what is wrong with a setting in one line.
+    """LightningCLI that prints one line for a setting that is wrong.
 
-    In LightningCLI itself a wrong value ends in the usage of all arguments, or in a traceback through jsonargparse,
-    with the reason somewhere inside. Here whatever is refused while arguments are parsed is said in one line, and so is
-    what this package refuses, such as ``sparsity=90`` or a warm-up that is as long as the training. All other errors
-    keep their traceback, and with the environment variable ``JSONARGPARSE_DEBUG=true`` these do, too.
+    LightningCLI itself prints the usage of all arguments for a wrong value, or a traceback through jsonargparse with
+    the reason somewhere inside. This class prints one line for all errors of parsing, and for all settings that this
+    package rejects, such as ``sparsity=90`` or a warm-up that is as long as the training. All other errors keep their
+    traceback, and so do these with the environment variable ``JSONARGPARSE_DEBUG=true``.
 
     Example::
 
@@ -34,19 +34,19 @@ class OneLineErrorsCLI(LightningCLI):
             super().__init__(*args, **kwargs)
         except ArgumentError as error:
             self._exit(error)
-        except MisconfigurationException as error:  # of settings that do not go together, known when a run is set up
+        except MisconfigurationException as error:  # settings that do not go together, found when a run is set up
             if not _is_ours(error):
                 raise
             self._exit(error)
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Let errors be raised, not printed."""
+        """Make a parser that raises errors; the one of LightningCLI prints them."""
         return super().init_parser(**{"exit_on_error": False, **kwargs})
 
     @override
     def instantiate_classes(self) -> None:
-        """Print one line and exit, where a constructor of this package refuses an argument."""
+        """Print one line and exit if a constructor of this package rejects an argument."""
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
@@ -58,7 +58,7 @@ class OneLineErrorsCLI(LightningCLI):
         if "JSONARGPARSE_DEBUG" in os.environ:
             raise error
         line = _one_line(error)
-        # jsonargparse before 4.52 gives that as the cause of everything.
+        # jsonargparse before 4.52 names `NoneType` as the cause of every error.
         self.parser.exit(2, f"error: {error if NoneType.__name__ in line else line}\n")
 
 
@@ -74,7 +74,7 @@ _PLACE = re.compile(r"""(?:Parser key "|Problem with given class_path ')([^"']+)
 
 
 def _one_line(error: BaseException) -> str:
-    """Say where the error is and what it is, without the lists of everything that was tried."""
+    """Return where the error is and what it is, without the lists of everything that was tried."""
     places: dict[str, None] = {}  # as an ordered set: jsonargparse repeats them
     text = str(error)
     for text in map(str, _causes(error)):
@@ -86,6 +86,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether it was raised in this package."""
+    """Whether an error was raised in this package."""
     names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(names) and names[-1].split(".")[0] == __name__.split(".")[0]

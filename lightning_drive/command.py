@@ -33,7 +33,7 @@ examples:
   lightning-drive compress last.ckpt model.safetensors
   lightning-drive expand model.safetensors dense.ckpt
 
-`lightning-drive COMMAND --help` says more about one of them.
+`lightning-drive COMMAND --help` describes one of them.
 """
 
 _ABOUT_PLAN = """\
@@ -54,7 +54,7 @@ Where the file has no report, the zeros in its tensors are counted instead.
 
 _ABOUT_COMPRESS = """\
 Write the weights of a checkpoint as a sparse file: one bit for each weight,
-which says whether it is 0, and the values of the others, exactly as they are.
+which is 0 if the weight is 0, and the exact values of all other weights.
 It is a safetensors file, and loading it runs no code. Needs safetensors.
 
 Kept beside the weights: the report of the pruning, hyper-parameters, and what
@@ -68,7 +68,7 @@ Write a sparse file as a checkpoint again, with every zero in it. It is made for
 `load_from_checkpoint`, and for `ckpt_path` of `trainer.test` and `predict`.
 Training cannot go on from it.
 
-In Python, `lightning_drive.load_sparse(PATH)` gives the weights directly.
+In Python, `lightning_drive.load_sparse(PATH)` returns the weights directly.
 """
 
 
@@ -107,7 +107,7 @@ class _Parser(argparse.ArgumentParser):
     """Prints errors in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (`{self.prog} --help` says more)\n")
+        self.exit(2, f"{self.prog}: error: {message} (`{self.prog} --help` has more)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "module",
         metavar="MODULE",
-        help="PACKAGE.MODULE:NAME of a torch module, or of a class or function that gives one without arguments, such"
+        help="PACKAGE.MODULE:NAME of a torch module, or of a class or function that returns one without arguments, such"
         " as torchvision.models:resnet18; also from the current folder",
     )
     plan.add_argument(
@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         help="another argument of the callback, such as rounds=50 or \"exclude=['fc.*']\"; may be repeated",
     )
     plan.add_argument(
-        "--max-epochs", metavar="N", type=int, help="epochs of the whole run, to say which part of it pruning takes"
+        "--max-epochs", metavar="N", type=int, help="epochs of the whole run, to print which part of it pruning takes"
     )
     plan.add_argument("--steps-per-epoch", metavar="N", type=int, help="training steps in each epoch, for the same")
 
@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
             action="store_true",
             help="load CKPT with all that was pickled into it, such as hyper-parameters of any class. This RUNS CODE"
             " FROM THE FILE: give it only for files from a source that you trust. Without it, no code is run, and such"
-            " a file is refused",
+            " a file is an error",
         )
     for command in (compress, expand):
         command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")

@@ -1,4 +1,4 @@
-"""A few lines of YAML are enough, through the real LightningCLI, and a wrong value is refused in one clear line."""
+"""A few lines of YAML are enough, through the real LightningCLI, and a wrong value ends in one clear line."""
 
 import inspect
 import re
@@ -64,7 +64,7 @@ def squared_outputs(module: Any, batch: Any) -> Any:
 
 @pytest.fixture
 def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LightningCLI]:
-    """Run ``main.py fit --config config.yaml ...`` as a person would, in this process."""
+    """Return a function that runs ``main.py fit --config config.yaml ...`` as a person would, in this process."""
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG)
 
@@ -129,14 +129,14 @@ def test_wrong_value__one_line(command_line: Any, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("argument", WRONG)
 def test_wrong_value(command_line: Any, capsys: pytest.CaptureFixture[str], argument: str) -> None:
     """Without it, the line is among those of jsonargparse."""
-    with pytest.raises((SystemExit, ValueError)) as refused:
+    with pytest.raises((SystemExit, ValueError)) as raised:
         command_line(f"--trainer.callbacks.{argument}")
-    seen = capsys.readouterr().err if refused.type is SystemExit else str(refused.value)
+    seen = capsys.readouterr().err if raised.type is SystemExit else str(raised.value)
     assert re.search(WRONG[argument].split(": ")[-1].removesuffix(f" Got value: {argument.split('=')[1]}"), seen)
 
 
 def test_wrong_settings_together__one_line(command_line: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is only known when a run is set up is one line, too."""
+    """An error that is found when a run is set up is one line, too."""
     with pytest.raises(SystemExit, match="2"):
         command_line("--trainer.callbacks.warmup_epochs=7", kind=OneLineErrorsCLI)
     *_, seen = capsys.readouterr().err.splitlines()
@@ -155,21 +155,21 @@ def test_wrong_value__missing(command_line: Any, tmp_path: Path, capsys: pytest.
 
 
 def test_one_line_errors__others(command_line: Any) -> None:
-    """What goes wrong in code of others keeps its traceback."""
+    """Errors in code of others keep their traceback."""
     with pytest.raises(ValueError, match="a mistake of their own"):
         command_line("--trainer.callbacks+=test_cli.Broken", kind=OneLineErrorsCLI)
 
 
 @pytest.mark.parametrize("argument", ["sparsity=90", "rounds=1.5"])
 def test_one_line_errors__debug(command_line: Any, monkeypatch: pytest.MonkeyPatch, argument: str) -> None:
-    """For who looks for the cause, all is as without it."""
+    """With the variable of jsonargparse, errors are as in LightningCLI."""
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(Exception, match="Does not validate against any of the Union subtypes"):
         command_line(f"--trainer.callbacks.{argument}", kind=OneLineErrorsCLI)
 
 
 def test_one_line_errors__unclear(command_line: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """A cause that says nothing, as jsonargparse before 4.52 gives, is not taken for the reason."""
+    """The cause that jsonargparse before 4.52 names for every error is not printed as the reason."""
     cli = command_line(kind=OneLineErrorsCLI, subcommand="", run=False)
     error = ValueError("Does not validate against any of the Union subtypes: the reason")
     error.__cause__ = ValueError("Expected a <class 'NoneType'>. Got value: 1.5")
@@ -201,10 +201,11 @@ def test_siblings(command_line: Any, tmp_path: Path, name: str) -> None:
     assert callback.report.control == "shuffle"
 
 
-@pytest.mark.parametrize("path", ["lightning_drive.{}", "{}"])
-@pytest.mark.parametrize("name", SIBLINGS)
+@pytest.mark.parametrize(
+    ("name", "path"), [*((name, "lightning_drive.{}") for name in SIBLINGS), ("DRIVEPruningCallback", "{}")]
+)
 def test_command_line__append(command_line: Any, tmp_path: Path, name: str, path: str) -> None:
-    """A callback can be added on the command line alone; once imported, by its class name."""
+    """A callback can be added on the command line alone, also by its class name (`test_rooms` has all names)."""
     config = yaml.safe_load(CONFIG)
     config["trainer"]["callbacks"] = [{"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -228,7 +229,7 @@ def printed(run: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> st
 def test_print_config__round_trip(
     command_line: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """What `--print_config` prints, with all defaults, is a config that says the same and finds the same masks."""
+    """`--print_config` prints a config, with all defaults, that prints itself again and finds the same masks."""
     config = yaml.safe_load(CONFIG)
     given = {"sparsity": 0.8, "exclude": ["head.*"], "control": "shuffle", **SIBLINGS[name]}
     if name in ("DRIVEPruningCallback", "SNIPPruningCallback"):
@@ -281,7 +282,7 @@ RANGE = re.compile(r"in ``\[0, 1\)``|[Aa]t least \d|from 0 .* to ``\w+ - 1``")
 
 
 def help_texts(text: str) -> dict[str, str]:
-    """Argument to what ``--trainer.callbacks.help`` says about it."""
+    """Return argument to its text in ``--trainer.callbacks.help``."""
     [_, *parts] = re.split(r"^  --trainer\.callbacks\.(?=\w+ .*$)", text, flags=re.MULTILINE)
     return {part.split()[0]: " ".join(part.split()) for part in parts}
 
@@ -290,11 +291,11 @@ def help_texts(text: str) -> dict[str, str]:
 def test_help(capsys: pytest.CaptureFixture[str], command_line: Any, name: str) -> None:
     """Every argument is there with its meaning and its default; a number with its range, which holds."""
     kind = getattr(lightning_drive, name)
-    found = help_texts(printed(lambda: command_line(f"--trainer.callbacks.help=lightning_drive.{name}"), capsys))
+    texts = help_texts(printed(lambda: command_line(f"--trainer.callbacks.help=lightning_drive.{name}"), capsys))
     parameters = inspect.signature(kind).parameters
-    assert list(found) == list(parameters)
+    assert list(texts) == list(parameters)
     for argument, parameter in parameters.items():
-        meaning, _, rest = found[argument].rpartition(" (")
+        meaning, _, rest = texts[argument].rpartition(" (")
         assert len(meaning.split()) > 6  # the name of the argument, that of its value, and a sentence
         if parameter.default is inspect.Parameter.empty:
             assert rest.startswith("required")

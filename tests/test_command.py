@@ -1,4 +1,4 @@
-"""The command makes checkpoints small and whole again, prints what was pruned, and says in one line what is wrong."""
+"""The command makes checkpoints small and whole again, prints what was pruned, and prints an error as one line."""
 
 import argparse
 import importlib
@@ -84,7 +84,7 @@ def checkpoint(run: Run) -> Path:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Run what must end in one line of error; give it."""
+    """Run a command that must end in one line of error, and return that line."""
     capsys.readouterr()
     try:
         status: object = main([str(argument) for argument in arguments])
@@ -105,7 +105,7 @@ def succeeds(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def test_compress(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The weights are those of the checkpoint, and the sizes that are said are true."""
+    """The weights are those of the checkpoint, and the printed sizes are true."""
     checkpoint, module, _ = run
     out = tmp_path / "small.safetensors"
     lines = succeeds(capsys, "compress", checkpoint, out).splitlines()
@@ -197,7 +197,7 @@ PICKLED: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("kind", PICKLED)
 def test_trust_pickle(kind: str, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Such a checkpoint is refused with the flag named, and used with it; what JSON cannot hold is named then."""
+    """Such a checkpoint is an error that names the flag; with it, only entries that JSON cannot hold are left out."""
     value, name = PICKLED[kind]
     content = torch.load(run[0], weights_only=True)
     content["hyper_parameters"] = {**SETTINGS, **value} if isinstance(value, dict) else value
@@ -215,7 +215,7 @@ def test_trust_pickle(kind: str, run: Run, tmp_path: Path, capsys: pytest.Captur
 def test_trust_pickle__of_the_current_folder(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A class is imported from the current folder, as `plan` does it; elsewhere the error says so."""
+    """A class is imported from the current folder, as `plan` does it; elsewhere the error names its module."""
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     here.mkdir()
     elsewhere.mkdir()
@@ -235,7 +235,7 @@ def test_trust_pickle__of_the_current_folder(
     sys.modules.pop("settings_of_mine", None)
 
 
-def test_trust_pickle__says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_trust_pickle__warns_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("report", "compress"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
@@ -331,10 +331,10 @@ def test_overwrite(command: str, checkpoint: Path, tmp_path: Path, capsys: pytes
 def test_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, _, callback = run
     assert succeeds(capsys, "report", checkpoint) == f"{callback.report}\n"
-    found = json.loads(succeeds(capsys, "report", "--json", checkpoint))
-    assert found.keys() == {"callback", "report"}
-    assert found["callback"] == "OurOwn"
-    assert PruningReport.from_dict(found["report"]) == callback.report
+    printed = json.loads(succeeds(capsys, "report", "--json", checkpoint))
+    assert printed.keys() == {"callback", "report"}
+    assert printed["callback"] == "OurOwn"
+    assert PruningReport.from_dict(printed["report"]) == callback.report
 
 
 def test_report__after_compress(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -405,14 +405,14 @@ def test_report__zeros(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         "none    0x3          0      0    0.00%",
         "all              1,605  1,563   97.38%",
     ]
-    found = json.loads(succeeds(capsys, "report", path, "--json"))
-    assert found["report"] is None
-    assert found["callback"] == ("DRIVEPruningCallback" if kind == "not_yet" else None)
-    assert found["tensors"][0] == {"name": "weight", "shape": [40, 40], "numbers": 1600, "zeros": 1560}
-    assert [each["zeros"] for each in found["tensors"]] == [1560, 1, 1, 1, 0]
+    printed = json.loads(succeeds(capsys, "report", path, "--json"))
+    assert printed["report"] is None
+    assert printed["callback"] == ("DRIVEPruningCallback" if kind == "not_yet" else None)
+    assert printed["tensors"][0] == {"name": "weight", "shape": [40, 40], "numbers": 1600, "zeros": 1560}
+    assert [tensor["zeros"] for tensor in printed["tensors"]] == [1560, 1, 1, 1, 0]
 
 
-# What is wrong.
+# Errors.
 
 
 @pytest.mark.parametrize("command", ["compress", "report"])
@@ -440,7 +440,7 @@ def test_errors__checkpoint(command: str, tmp_path: Path, capsys: pytest.Capture
 
 
 def no_such_shape() -> bytes:
-    """Give a file of which torch says in many lines that it cannot have such a tensor."""
+    """Return a file with a tensor that makes torch raise an error of many lines."""
     record = {"version": 1, "tensors": {"a": {"stored": "whole"}}}
     tensor = {"dtype": "F32", "shape": [(1 << 64) - 1, 0], "data_offsets": [0, 0]}
     header = json.dumps({"__metadata__": {"lightning_drive": json.dumps(record)}, "a": tensor}).encode()
@@ -467,7 +467,7 @@ def test_errors__interrupted(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was there stays, and nothing else is left."""
+    """The old file stays, and nothing else is left."""
 
     def stop(content: Any, path: Path) -> None:
         path.write_bytes(b"half of it")
@@ -508,12 +508,12 @@ def test_errors__report_of_another_version(tmp_path: Path, capsys: pytest.Captur
 def test_errors__arguments(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     error = fails(capsys, *arguments)
     assert message in error
-    assert error.endswith("--help` says more)\n")
+    assert error.endswith("--help` has more)\n")
     assert error.startswith(f"lightning-drive {arguments[0]}: " if arguments[0] != "shrink" else "lightning-drive: ")
 
 
 def test_errors__no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    """Who gives nothing gets the help, and a script that does so an error."""
+    """Without arguments, the help is printed, and the exit status is that of an error."""
     assert main([]) == 2
     out, help_text = capsys.readouterr()
     assert out == ""
@@ -560,7 +560,7 @@ def test_command__reader_has_seen_enough(
     stream = os.fdopen(writer, "w")
     monkeypatch.setattr(sys, "stdout", stream)
     assert main(["report", str(checkpoint)]) == 0
-    assert sys.stdout is None  # or Python would say at its end that it could not write
+    assert sys.stdout is None  # or Python would print at its end that it could not write
     assert capsys.readouterr().err == ""
     with pytest.raises(BrokenPipeError):
         stream.close()
@@ -585,21 +585,21 @@ HEAVY = {"torch", "lightning", "numpy", "safetensors", "yaml"}
     ],
 )
 def test_command__imports_nothing_heavy(arguments: list[str], status: int, stream: str) -> None:
-    """What needs no torch does not wait for it: measured by what Python says that it imports."""
+    """Help and wrong arguments do not wait for torch, by the list of imports that Python prints."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "lightning_drive", *arguments], capture_output=True, text=True
     )
     lines = done.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in lines if line.startswith("import time:")}
-    said = [line for line in lines if not line.startswith("import time:")] if stream == "err" else [done.stdout]
+    printed = [line for line in lines if not line.startswith("import time:")] if stream == "err" else [done.stdout]
     assert done.returncode == status
-    assert any("lightning-drive" in line for line in said)
+    assert any("lightning-drive" in line for line in printed)
     assert "argparse" in imported  # or nothing was measured
     assert imported & HEAVY == set()
 
 
 def test_command__version(capsys: pytest.CaptureFixture[str]) -> None:
-    """It stands in one place, where the build takes it from, too."""
+    """The version stands in one place, where the build takes it from, too."""
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["--version"])
     source = (PACKAGE / "lightning_drive" / "__init__.py").read_text()
@@ -612,7 +612,7 @@ def test_command__version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_command__help_fits(
     command: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No line is wider than the terminal, and every command is there and says what it is for."""
+    """No line is wider than the terminal, and every command is listed with its purpose."""
     monkeypatch.setenv("COLUMNS", str(width))
     with pytest.raises(SystemExit, match=r"^0$"):
         main([*command.split(), "--help"])
@@ -649,7 +649,7 @@ def models_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize("what", ["net", "Models.mlp"])
 def test_plan(what: str, models_here: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command prints what the callback's own plan says."""
+    """The command prints the callback's own plan."""
     arguments = ["plan", f"{models_here}:{what}", "--sparsity", "0.5", "--set", "rounds=3", "--set", "exclude=['2.*']"]
     assert main([*arguments, "--max-epochs", "8", "--steps-per-epoch", "6"]) == 0
     module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))

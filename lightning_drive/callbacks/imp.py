@@ -19,7 +19,6 @@ from lightning_drive.report.plan import PruningPlan
 from lightning_drive.search import unscored
 from lightning_drive.search.methods import Magnitude
 from lightning_drive.trainer import cycle_checks, end_of_training, step_counts, terminal
-from lightning_drive.trainer.cycle_checks import listed_settings
 from lightning_drive.trainer.cycle_schedules import Cycles, CycleSchedules
 from lightning_drive.trainer.saved_state import SavedState
 
@@ -95,19 +94,19 @@ class IMPPruningCallback(PruningCallback):
         reset_best: bool = True,
         control: Control = "none",
     ) -> None:
-        cycles = arguments.check_count("cycles", cycles)
-        epochs_per_cycle = arguments.check_count("epochs_per_cycle", epochs_per_cycle)
-        rewind_epoch = arguments.check_count("rewind_epoch", rewind_epoch, least=0)
-        bn_batches = arguments.check_count("bn_batches", bn_batches, least=0)
-        if rewind_epoch >= epochs_per_cycle:
+        self.cycles = arguments.check_count("cycles", cycles)
+        self.epochs_per_cycle = arguments.check_count("epochs_per_cycle", epochs_per_cycle)
+        self.rewind_epoch = arguments.check_count("rewind_epoch", rewind_epoch, least=0)
+        self.bn_batches = arguments.check_count("bn_batches", bn_batches, least=0)
+        if self.rewind_epoch >= self.epochs_per_cycle:
             raise ValueError(
                 f"`rewind_epoch` is an epoch of the first cycle, so it must be less than `epochs_per_cycle`"
-                f" ({epochs_per_cycle}), got {rewind_epoch}."
+                f" ({self.epochs_per_cycle}), got {self.rewind_epoch}."
             )
-        if control == "reinit" and rewind_epoch > 0:
+        if control == "reinit" and self.rewind_epoch > 0:
             raise ValueError(
                 "`control='reinit'` trains from new initial values, so it needs `rewind_epoch=0`, got"
-                f" rewind_epoch={rewind_epoch}."
+                f" rewind_epoch={self.rewind_epoch}."
             )
         super().__init__(
             sparsity=sparsity,
@@ -117,12 +116,8 @@ class IMPPruningCallback(PruningCallback):
             exclude=exclude,
             reset_best=reset_best,
             control=control,
-            remember_epoch=rewind_epoch,
+            remember_epoch=self.rewind_epoch,
         )
-        self.cycles = cycles
-        self.epochs_per_cycle = epochs_per_cycle
-        self.rewind_epoch = rewind_epoch
-        self.bn_batches = bn_batches
         self._without_gradient: set[str] | None = None  # names of what has had none in the first cycle
         self._schedules: CycleSchedules | None = None  # those of this ``fit``
 
@@ -249,7 +244,7 @@ class IMPPruningCallback(PruningCallback):
         return plan.plan(
             module,
             selected,
-            method=self._method(),
+            method=self._cycles.method,
             kept=self._goal.kept([parameter.numel() for parameter in selected.values()], self.cycles),
             passes=0,
             pass_over="",
@@ -261,9 +256,6 @@ class IMPPruningCallback(PruningCallback):
     @override
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return self._due_cycle(trainer) > self.cycle
-
-    def _method(self) -> str:
-        return f"IMP({listed_settings(self._cycle_settings())})"
 
     def _due_cycle(self, trainer: pl.Trainer) -> int:
         if step_counts.is_quick_check(trainer):
@@ -291,7 +283,9 @@ class IMPPruningCallback(PruningCallback):
         if left_out:
             outcome.found.warnings.append(unscored.unreached_in_cycle(left_out, names))
         # Everything is computed: from here on only commit.
-        self._record(trainer, outcome, self._method(), start, control=self.control if is_last else "none", cycle=cycle)
+        self._record(
+            trainer, outcome, self._cycles.method, start, control=self.control if is_last else "none", cycle=cycle
+        )
         forgotten = self._commit(trainer, pl_module)
         self._announce(trainer, outcome, forgotten, None if is_last else self._line())
 
@@ -333,11 +327,8 @@ class IMPPruningCallback(PruningCallback):
 
     @override
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), **self._cycle_settings()}
-
-    def _cycle_settings(self) -> dict[str, int]:
         names = ("cycles", "epochs_per_cycle", "rewind_epoch")
-        return {name: int(getattr(self, name)) for name in names}
+        return {**super()._settings(), **{name: int(getattr(self, name)) for name in names}}
 
     @override
     def _release(self) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What a pruning callback did, and with what result.
+    """The result of a pruning: layers, costs, warnings, and where in training it happened.
 
     Args:
         method: The method's settings, such as ``"DRIVE(rounds=100, batches_per_round=1, mode='train')"``.
@@ -30,15 +30,16 @@ class PruningReport:
         epoch: The epoch at whose start the network was pruned, from 0.
         step: ``trainer.global_step`` at that moment.
         digest: :meth:`Masks.digest` of the masks.
-        warnings: What went less than well.
+        warnings: Texts about results that need attention.
         control: What was changed afterwards for comparison: ``"none"``, ``"shuffle"`` (the masks, within each
             parameter) or ``"reinit"`` (the values of the survivors).
-        cycle: How many cycles of iterative magnitude pruning lie behind; ``None`` with other methods.
-        phases: Seconds by phase, as far as they are known: ``warmup`` (or ``training``, of an IMP cycle; all since the
-            start of training or the last cut), ``rounds``, ``measuring`` (of paths and multiply-adds), ``batch_norm``
-            (re-estimating its statistics) and ``commit``. ``seconds`` are the second to fourth of them.
+        cycle: The number of finished cycles of iterative magnitude pruning; ``None`` with other methods.
+        phases: Seconds by phase, as far as they are known: ``warmup`` (with IMP ``training``: all since the start of
+            training or the last cut), ``rounds``, ``measuring`` (of paths and multiply-adds), ``batch_norm``
+            (estimating its statistics again) and ``commit`` (putting the masks on). ``seconds`` is the sum of
+            ``rounds``, ``measuring`` and ``batch_norm``.
         rounds: What every round removed from every layer; empty if that is not known.
-        scores: How the scores of the last round lay.
+        scores: The distribution of the scores in the last round; ``None`` if that is not known.
         cycles: One entry for each cycle of iterative magnitude pruning.
         other_multiply_adds: Multiply-adds for one sample in which no prunable weight takes part, such as those of
             attention and of layers that were left out; ``None`` if they could not be counted.
@@ -93,7 +94,7 @@ class PruningReport:
         Args:
             masks: The kept weights.
             active: The kept weights that lie on an input-output path; ``None`` if they are not known.
-            warnings: What went less than well.
+            warnings: Texts about results that need attention.
             itemsizes: Parameter name to the bytes of one weight.
             multiply_adds: Parameter name to its multiply-adds for one sample, or ``None``.
             others: All other fields of the report but ``layers`` and ``digest``.

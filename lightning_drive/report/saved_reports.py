@@ -20,7 +20,7 @@ def plain(value: Any) -> Any:
 
 
 def values_in(path: Path) -> Mapping[str, Any]:
-    """Return the saved values of the report in a file; raise if it has none, and say why."""
+    """Return the saved values of the report in a file; raise ``ValueError`` with the reason if it has none."""
     if checkpoints.is_safetensors(path):
         checkpoint = checkpoint_metadata.unpacked(sparse_reader.read_metadata(path), path)
     else:

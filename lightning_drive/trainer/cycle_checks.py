@@ -36,8 +36,8 @@ def check_settings(saved: SavedState, now: Mapping[str, object]) -> None:
         before, after = ({name: saved_values.shown(of[name]) for name in other} for of in (then, now))
         raise ValueError(
             f"The checkpoint is from cycle {cycle} of an IMP run with {listed_settings(before)}, but this"
-            f" IMPPruningCallback has {listed_settings(after)}: its cycles would not follow on. Resume with the settings"
-            " of the checkpoint."
+            f" IMPPruningCallback has {listed_settings(after)}: its cycles would not follow on. Resume with the"
+            " settings of the checkpoint."
         )
 
 

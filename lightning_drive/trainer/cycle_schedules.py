@@ -25,6 +25,11 @@ class Cycles(NamedTuple):
         return f"cycles={self.number}, epochs_per_cycle={self.epochs}"
 
     @property
+    def method(self) -> str:
+        """The method as reports and plans name it."""
+        return f"IMP({self}, rewind_epoch={self.rewind_epoch})"
+
+    @property
     def last_cut(self) -> int:
         """At the start of which epoch the last cut is due."""
         return self.number * self.epochs

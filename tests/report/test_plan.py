@@ -1,4 +1,4 @@
-"""A plan says what the callback then does."""
+"""A plan states what the callback then does."""
 
 from itertools import accumulate
 from pathlib import Path
@@ -10,7 +10,21 @@ from torch import nn
 
 from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, SNIPPruningCallback, SynFlowPruningCallback
 from lightning_drive.callbacks.base import PruningCallback
-from lightning_drive.report.plan import PruningPlan
+from lightning_drive.report.plan import PruningPlan, plan
+
+
+def small_plan(**changes: Any) -> PruningPlan:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    module[1].weight.requires_grad_(False)
+    settings: dict[str, Any] = {
+        "method": "Magnitude()",
+        "kept": [8],
+        "passes": 0,
+        "pass_over": "",
+        "first_epoch": 1,
+        "last_epoch": 1,
+    }
+    return plan(module, {"0.weight"}, **{**settings, **changes})
 
 
 @pytest.mark.parametrize("scope", ["global", "layerwise"])
@@ -33,12 +47,12 @@ def test_plan__is_kept(make: Any, schedule: str, scope: str, tmp_path: Path) -> 
     fits.trainer(tmp_path, callback, max_epochs=4).fit(module, fits.loader())
     report = callback.report
     assert report is not None
-    assert [each.name for each in plan.parameters if not each.stays_dense] == [each.name for each in report.layers]
-    removed = accumulate(sum(each.removed) for each in report.rounds)
+    assert [one.name for one in plan.parameters if not one.stays_dense] == [layer.name for layer in report.layers]
+    removed = accumulate(sum(pruning_round.removed) for pruning_round in report.rounds)
     assert list(plan.kept) == [report.num_weights - number for number in removed]
     assert plan.last_epoch == report.epoch
     assert plan.method == report.method
-    reasons = {each.name: each.stays_dense for each in plan.parameters}
+    reasons = {one.name: one.stays_dense for one in plan.parameters}
     assert reasons["features.0.weight"] == reasons["features.0.bias"] == "excluded"
     assert reasons["norm.weight"] == "frozen"
     assert reasons["norm.bias"] == "a bias or norm"
@@ -110,3 +124,43 @@ def test_plan__text_joins_biases_and_norms() -> None:
 def test_plan__error(argument: str) -> None:
     with pytest.raises(ValueError, match=f"`{argument}` must be a whole number of at least 1, got 0"):
         DRIVEPruningCallback(sparsity=0.5).plan(nn.Linear(2, 2), **{argument: 0})
+
+
+def test_plan__of_a_method_that_reads_no_loss() -> None:
+    """It takes no forward and backward passes, and the plan names none."""
+    assert str(small_plan(max_epochs=4, steps_per_epoch=5)).splitlines()[-1] == "costs: next to nothing"
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs", "when"),
+    [
+        ({}, (1, 1), "at the start of epoch 1 (counted from 0)"),
+        ({"last_epoch": 3}, (1, 3), "at the start of epoch 3 (counted from 0)"),
+        ({"first_step": 11}, (None, None), "before step 11"),
+        ({"first_step": 11, "steps_per_epoch": 5}, (2, 2), "before step 11"),
+    ],
+)
+def test_plan__when(changes: dict[str, Any], epochs: tuple[int | None, int | None], when: str) -> None:
+    """Steps are put into an epoch where the length of one is known."""
+    changed = small_plan(**changes)
+    assert (changed.first_epoch, changed.last_epoch) == epochs
+    assert changed.when == when
+
+
+def test_plan__reasons() -> None:
+    """Every parameter that stays dense has a reason; excluded goes over frozen, and frozen over a bias."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2), nn.Embedding(3, 4), nn.Linear(2, 2))
+    module[1].requires_grad_(False)
+    settings: dict[str, Any] = {"method": "", "kept": [4], "passes": 0, "pass_over": ""}
+    planned = plan(
+        module, {"0.weight"}, **settings, first_epoch=0, last_epoch=0, exclude=["1.w*"], untrained=["3.weight"]
+    )
+    assert {one.name: one.stays_dense for one in planned.parameters} == {
+        "0.weight": "",
+        "0.bias": "a bias or norm",
+        "1.weight": "excluded",
+        "1.bias": "frozen",
+        "2.weight": "not selected",
+        "3.weight": "in no optimizer",
+        "3.bias": "a bias or norm",
+    }
