@@ -488,7 +488,7 @@ class PruningCallback(pl.Callback):
         version = saved_values.check(dict[str, object], state_dict, what).get("version")
         if type(version) is not int or version != _VERSION:
             raise ValueError(
-                f"The checkpoint's {type(self).__name__} state has version {saved_values.shown(version)}, but this"
+                f"The checkpoint's {type(self).__name__} state has version {messages.shown(version)}, but this"
                 f" lightning_drive reads version {_VERSION}."
             )
         start = state_dict.get("start")

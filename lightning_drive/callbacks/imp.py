@@ -20,7 +20,7 @@ from lightning_drive.callbacks.base import PruningCallback
 from lightning_drive.core import arguments, saved_values
 from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.core.masks import collapsed_layers
-from lightning_drive.core.messages import listed
+from lightning_drive.core.messages import listed, shown
 from lightning_drive.network.rewinding import RewindPoint
 from lightning_drive.report.plan import Intent
 from lightning_drive.report.pruning_report import PruningReport
@@ -232,7 +232,7 @@ class IMPPruningCallback(PruningCallback):
         names = [name for name in now if name in then and name not in ("include", "exclude")]
         other = [name for name in names if type(then[name]) is not type(now[name]) or then[name] != now[name]]
         if cycle < cycles and other:
-            before, after = ({name: saved_values.shown(of[name]) for name in other} for of in (then, now))
+            before, after = ({name: shown(of[name]) for name in other} for of in (then, now))
             raise ValueError(
                 f"The checkpoint is from cycle {cycle} of an IMP run with {_listed(before)}, but this"
                 f" IMPPruningCallback has {_listed(after)}: its cycles would not follow on. Resume with the settings of"

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_drive.core import saved_values
-from lightning_drive.core.messages import listed
+from lightning_drive.core.messages import listed, shown
 from lightning_drive.export import reading
 
 _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
@@ -107,7 +106,7 @@ def state_dict_of(content: Mapping[str, Any], path: Path) -> Mapping[str, Tensor
     state_dict = content.get("state_dict", content)
     if not isinstance(state_dict, dict):
         raise ValueError(f"The 'state_dict' in {str(path)!r} must be a dictionary, got a {type(state_dict).__name__}.")
-    odd = [saved_values.shown(name) for name in state_dict if not isinstance(name, str)]
+    odd = [shown(name) for name in state_dict if not isinstance(name, str)]
     if odd:
         raise ValueError(f"The names in the 'state_dict' of {str(path)!r} must be texts, but {listed(odd)} is none.")
     others = [repr(name) for name, each in state_dict.items() if not isinstance(each, Tensor)]
@@ -147,12 +146,12 @@ def pruning_in(content: Mapping[str, Any]) -> tuple[str, Any]:
     """
     own = content.get(_PRUNING)
     found = [
-        ((name if isinstance(name, str) else saved_values.shown(name)).partition("{")[0], state["report"])
+        ((name if isinstance(name, str) else shown(name)).partition("{")[0], state["report"])
         for name, state in pruning_states(content).items()
     ]
     if isinstance(own, dict):
         name = own.get("callback")
-        found.append((name if isinstance(name, str) else saved_values.shown(name), own.get("report")))
+        found.append((name if isinstance(name, str) else shown(name), own.get("report")))
     pruned = [each for each in found if each[1] is not None]
     return next(iter(pruned or found), ("", None))
 
@@ -293,7 +292,7 @@ def _if_trusted(path: Path) -> str:
 def _plain_part(values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
     """Give what JSON can hold, and name what it cannot."""
     plain = {key: _tagged(value) for key, value in values.items() if _fits_json({key: value})}
-    names = {key: key if isinstance(key, str) else saved_values.shown(key) for key in values}
+    names = {key: key if isinstance(key, str) else shown(key) for key in values}
     return plain, [f"{names[key]} ({type(value).__name__})" for key, value in values.items() if key not in plain]
 
 

@@ -10,7 +10,7 @@ from lightning_drive.core import saved_values
 from lightning_drive.core.arguments import Control
 from lightning_drive.core.history import Round, ScoreHistogram
 from lightning_drive.core.masks import Masks
-from lightning_drive.core.messages import listed
+from lightning_drive.core.messages import listed, shown
 from lightning_drive.export import checkpoints, sparse_files
 from lightning_drive.report import figures, tables
 
@@ -296,7 +296,7 @@ class PruningReport:
         callback, values = checkpoints.pruning_in(checkpoint)
         if values is not None:
             return cls.from_dict(values)
-        epoch, step = (saved_values.shown(checkpoint.get(key)) for key in ("epoch", "global_step"))
+        epoch, step = (shown(checkpoint.get(key)) for key in ("epoch", "global_step"))
         where = f"{str(path)!r} (epoch {epoch}, step {step})"
         if callback:
             raise ValueError(f"{where} holds no report yet: {callback} had not pruned when it was saved.")
@@ -308,7 +308,7 @@ class PruningReport:
             )
         raise ValueError(
             f"{where} holds no report: it was saved without a pruning callback of lightning_drive. Its callbacks:"
-            f" {listed(name if isinstance(name, str) else saved_values.shown(name) for name in states)}."
+            f" {listed(name if isinstance(name, str) else shown(name) for name in states)}."
         )
 
     # To read.
