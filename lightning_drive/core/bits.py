@@ -34,7 +34,7 @@ def unpack(bits: Tensor, shape: list[int]) -> Tensor:
 
 
 def unpacked(name: str, packed: Mapping[str, Any]) -> Tensor:
-    """Return the mask that the ``shape`` and ``bits`` of a file fit into; raise a ``ValueError`` if they do not."""
+    """Return the mask of a ``shape`` and ``bits`` from a file; raise a ``ValueError`` if the two do not fit."""
     shape, bits = packed.get("shape"), packed.get("bits")
     if not isinstance(shape, list) or not isinstance(bits, Tensor):
         raise ValueError(f"The packed mask of {name!r} needs a `shape` and `bits`: the file is damaged.")

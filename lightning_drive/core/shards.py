@@ -80,15 +80,13 @@ def _holders(tensor: Tensor, name: str = "a parameter") -> Ranks:
     if not is_sharded(tensor):
         return ALONE
     spread: Any = tensor
-    mesh, split = (
-        spread.device_mesh,
-        [dim for dim, placement in enumerate(spread.placements) if not placement.is_replicate()],
-    )
+    mesh, placements = spread.device_mesh, tuple(spread.placements)
+    split = [index for index, placement in enumerate(placements) if not placement.is_replicate()]
     if not split:
         return ALONE
-    if len(split) > 1 or type(spread.placements[split[0]]).__name__ != "Shard" or spread.placements[split[0]].dim != 0:
+    if len(split) > 1 or type(placements[split[0]]).__name__ != "Shard" or placements[split[0]].dim != 0:
         raise ValueError(
-            f"{name!r} is placed as {tuple(spread.placements)}: only parameters that are split along their first"
+            f"{name!r} is placed as {placements}: only parameters that are split along their first"
             " dimension, over one dimension of the device mesh, can be pruned. Use `fully_shard` without tensor"
             " parallelism."
         )
