@@ -1,8 +1,8 @@
 """What must not become slow or large: ratios to peers in the same process; seconds are of the processor, not the clock.
 
 Other work on the machine only ever adds time (shared caches, shared memory bandwidth), so the least of several
-measurements counts, on both sides. The bounds are 1.2 to 1.8 times what was measured on 2026-11-27 (torch 2.14.1, one
-thread of an AMD EPYC); `tests/benchmarks` measures all there is to know, and `docs/performance.md` has the results.
+measurements counts, on both sides. The bounds are 1.2 to 1.8 times those measured on 2026-11-27 (torch 2.14.1, one
+thread of an AMD EPYC); `tests/benchmarks` measures the rest, and `docs/performance.md` has the results.
 """
 
 import copy

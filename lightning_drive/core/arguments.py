@@ -1,6 +1,6 @@
-"""Check settings as they come from users and other tools, and return them as plain Python.
+"""Settings of users: the closed choices, and checks that return them as plain Python or raise.
 
-What numpy, torch or a configuration library gives is taken; checkpoints hold no trace of it.
+Numbers of numpy and torch and lists of configuration libraries are accepted; checkpoints hold no trace of them.
 """
 
 from collections.abc import Mapping
@@ -9,19 +9,23 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor, nn
 
-from lightning_drive.core import saved_values
+from lightning_drive.core.messages import shown
+
+Schedule: TypeAlias = Literal["exponential", "linear"]
+"""How the number of weights falls from round to round."""
+
+Scope: TypeAlias = Literal["global", "layerwise"]
+"""Whether all weights are ranked together, or those of every parameter by themselves."""
+
+Mode: TypeAlias = Literal["train", "eval"]
+"""The mode of the module while it is scored."""
+
+Control: TypeAlias = Literal["none", "shuffle", "reinit"]
+"""A control experiment: random masks with the counts of those that were found, or other initial weights."""
 
 
 def check_count(argument: str, value: object, *, least: int | None = 1) -> int:
-    """Return a whole number of at least ``least`` as an ``int``.
-
-    Args:
-        argument: The argument's name, for the message.
-        value: What was given.
-        least: The lowest value allowed; ``None``: any.
-
-    Raises:
-        ValueError: If it is no such number.
+    """Return a whole number of at least ``least`` (``None``: any) as an ``int``; raise a ``ValueError`` for all else.
 
     Example:
         >>> import numpy as np
@@ -36,35 +40,16 @@ def check_count(argument: str, value: object, *, least: int | None = 1) -> int:
     return int(number)
 
 
-def check_number(argument: str, value: object, what: str = "must be a number") -> float:
-    """Return a real number as a ``float``.
-
-    Args:
-        argument: The argument's name, for the message.
-        value: What was given.
-        what: What must hold, for the message.
-
-    Raises:
-        TypeError: If it is no number.
-
-    """
+def check_number(argument: str, value: object, condition: str = "must be a number") -> float:
+    """Return a real number as a ``float``; raise a ``TypeError`` that states the condition for all else."""
     number = _plain(value)
     if isinstance(number, bool) or not isinstance(number, Real):
-        raise TypeError(f"`{argument}` {what}, got {_shown(value)}.")
+        raise TypeError(f"`{argument}` {condition}, got {_shown(value)}.")
     return float(number)
 
 
 def check_flag(argument: str, value: object) -> bool:
-    """Return ``True`` or ``False`` as a ``bool``.
-
-    Args:
-        argument: The argument's name, for the message.
-        value: What was given.
-
-    Raises:
-        TypeError: If it is neither.
-
-    """
+    """Return ``True`` or ``False`` as a ``bool``; raise a ``TypeError`` for all else."""
     flag = _plain(value)
     if not isinstance(flag, bool):
         raise TypeError(f"`{argument}` must be True or False, got {_shown(value)}.")
@@ -72,17 +57,7 @@ def check_flag(argument: str, value: object) -> bool:
 
 
 def check_choice(argument: str, value: object, choices: Any) -> Any:
-    """Return one of the choices of a ``Literal`` as the ``Literal`` has it.
-
-    Args:
-        argument: The argument's name, for the message.
-        value: What was given.
-        choices: The ``Literal`` type.
-
-    Raises:
-        ValueError: If it is none of them.
-
-    """
+    """Return the choice of a ``Literal`` type that equals a value; raise a ``ValueError`` if there is none."""
     text = _plain(value)
     for choice in get_args(choices):
         if isinstance(text, str) and text == choice:
@@ -91,14 +66,10 @@ def check_choice(argument: str, value: object, choices: Any) -> Any:
 
 
 def check_patterns(argument: str, patterns: object) -> list[str] | None:
-    """Return glob patterns as a list of ``str``; a single string is refused, since it would be read letter by letter.
+    """Return glob patterns, in any iterable but a string, as a list of ``str``; those of a set are sorted.
 
-    Args:
-        argument: The argument's name, for the message.
-        patterns: Any iterable of strings, or ``None``.
-
-    Raises:
-        TypeError: If it is neither (its type is named; tensors and modules are not printed).
+    A single string would be read letter by letter. For it, as for all else but ``None``, raise a ``TypeError`` that
+    names the type: tensors and modules are too long to print.
 
     Example:
         >>> check_patterns("include", {"encoder.*": 1}.keys()), check_patterns("include", {"b", "a"})
@@ -110,13 +81,13 @@ def check_patterns(argument: str, patterns: object) -> list[str] | None:
     if isinstance(patterns, (str, bytes, Mapping, nn.Module, Tensor)):
         raise _not_patterns(argument, patterns)
     try:
-        found = list(patterns)  # type: ignore[call-overload]
+        texts = list(patterns)  # type: ignore[call-overload]
     except TypeError:  # nothing to iterate over
         raise _not_patterns(argument, patterns) from None
-    for pattern in found:
-        if not isinstance(pattern, str):
-            raise _not_patterns(argument, patterns, f" with {saved_values.shown(pattern)} in it")
-    names = map(str.__str__, found)  # of numpy's strings and of enumerations, too
+    for text in texts:
+        if not isinstance(text, str):
+            raise _not_patterns(argument, patterns, f" with {shown(text)} in it")
+    names = map(str.__str__, texts)  # of numpy's strings and of enumerations, too
     return sorted(names) if isinstance(patterns, (set, frozenset)) else list(names)
 
 
@@ -125,13 +96,13 @@ def _not_patterns(argument: str, given: object, within: str = "") -> TypeError:
     remedy = "" if isinstance(given, (str, bytes)) else " Give names as `module.named_parameters()` has them."
     return TypeError(
         f"`{argument}` must be a list of glob patterns over parameter names, such as ['encoder.*'], got"
-        f" {saved_values.shown(given)}{kind}{within}.{remedy}"
+        f" {shown(given)}{kind}{within}.{remedy}"
     )
 
 
 def _shown(value: object) -> str:
-    """Return a value of one number or less as it prints, and the type of anything that may be long."""
-    return repr(value) if getattr(value, "ndim", None) == 0 else saved_values.shown(value)
+    """Return a short text: a single number as it prints, the type of anything that may be long."""
+    return repr(value) if getattr(value, "ndim", None) == 0 else shown(value)
 
 
 def _plain(value: Any) -> Any:
@@ -139,12 +110,3 @@ def _plain(value: Any) -> Any:
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         return value.item()
     return value
-
-
-Schedule: TypeAlias = Literal["exponential", "linear"]
-
-Mode: TypeAlias = Literal["train", "eval"]
-
-Scope: TypeAlias = Literal["global", "layerwise"]
-
-Control: TypeAlias = Literal["none", "shuffle", "reinit"]

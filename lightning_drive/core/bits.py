@@ -8,19 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_drive.core import saved_values
+from lightning_drive.core.messages import shown
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a number to the integers that have as many."""
+"""Bytes of a number to the integer type that has as many."""
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Pack a boolean tensor into bits, the first entry in the highest bit.
-
-    Args:
-        mask: Boolean tensor of any shape.
-
-    Returns:
-        ``uint8`` tensor on the CPU, of shape ``(ceil(mask.numel() / 8),)``.
+    """Return a boolean tensor of any shape as bits, the first entry in the highest bit of a flat ``uint8`` CPU tensor.
 
     Example:
         >>> pack(torch.tensor([True, False, False, False, False, False, False, True, True]))
@@ -33,31 +28,20 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: list[int]) -> Tensor:
-    """Unpack what :func:`pack` packed.
-
-    Args:
-        bits: ``uint8`` tensor of shape ``(ceil(prod(shape) / 8),)``.
-        shape: The shape of the mask.
-
-    Returns:
-        Boolean tensor of that shape.
-
-    """
+    """Return the boolean tensor of a shape whose ``prod(shape)`` entries :func:`pack` packed."""
     flat = (bits.view(-1, 1) >> _bit_positions(bits.device) & 1).view(-1)
     return flat[: prod(shape)].view(shape).bool()
 
 
 def unpacked(name: str, packed: Mapping[str, Any]) -> Tensor:
-    """Unpack one mask, once its parts are known to fit together."""
+    """Return the mask of a ``shape`` and ``bits`` from a file; raise a ``ValueError`` if the two do not fit."""
     shape, bits = packed.get("shape"), packed.get("bits")
     if not isinstance(shape, list) or not isinstance(bits, Tensor):
         raise ValueError(f"The packed mask of {name!r} needs a `shape` and `bits`: the file is damaged.")
     saved_values.check(list[int], shape, f"the shape of the mask of {name!r}")
     number = prod(shape)
     if bits.dtype != torch.uint8 or bits.shape != ((number + 7) // 8,) or not saved_values.has_memory(bits):
-        raise ValueError(
-            f"The packed mask of {name!r} does not hold {saved_values.shown(number)} bits: the file is damaged."
-        )
+        raise ValueError(f"The packed mask of {name!r} does not hold {shown(number)} bits: the file is damaged.")
     if number % 8 and int(bits[-1]) & (255 >> number % 8):
         raise ValueError(
             f"The packed mask of {name!r} has bits set behind the {number} that it should have: the file is damaged."

@@ -1,4 +1,4 @@
-"""The tensors in a batch, or in what a network takes and returns, whatever holds them."""
+"""The tensors in a batch, or in the arguments and results of a network, whatever container holds them."""
 
 import copy
 from collections import defaultdict
@@ -19,11 +19,7 @@ def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     Containers are what Lightning enters when it moves and converts a batch: lists, tuples, mappings (``UserDict`` and
     others that are no ``dict``, too), dataclasses and subclasses of these, and objects with a ``to`` method, such as a
     batch of graphs; and objects with tensors among their attributes. Everything else is shared, and so is a container
-    that cannot be copied.
-
-    Args:
-        function: Takes and returns a tensor.
-        tree: The tree; it is not changed.
+    that cannot be copied. The tree itself is not changed.
 
     Example:
         >>> mapped(torch.neg, {"x": [torch.ones(2)], "name": "a"})
@@ -33,39 +29,34 @@ def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return function(tree)
     if type(tree) in (list, tuple):
-        return type(tree)(mapped(function, each) for each in tree)
+        return type(tree)(mapped(function, entry) for entry in tree)
     if type(tree) is dict:
-        return {key: mapped(function, each) for key, each in tree.items()}
+        return {key: mapped(function, entry) for key, entry in tree.items()}
     return _copied(function, tree) if _is_container(tree) else tree
 
 
 def leaves(tree: Any) -> list[Tensor]:
     """Return the tensors of a tree, in order.
 
-    Args:
-        tree: The tree.
-
     Example:
         >>> leaves(({"image": torch.zeros(1)}, "label", [torch.ones(1)]))
         [tensor([0.]), tensor([1.])]
 
     """
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     mapped(note, tree)
-    return found
+    return tensors
 
 
 def arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return positional and keyword arguments, as Lightning reads them out of an ``example_input_array``.
 
-    Args:
-        given: An argument, a tuple of arguments or a mapping of keyword arguments.
-
+    That is one argument, a tuple of arguments or a mapping of keyword arguments.
     """
     if isinstance(given, Mapping):
         return (), dict(given)
@@ -83,7 +74,7 @@ def _is_container(thing: object) -> bool:
 def _copied(function: Callable[[Tensor], Tensor], thing: Any) -> Any:
     """Copy a container with the tensors in it replaced."""
     on_copy = _OnCopy(function)
-    with suppress(Exception), on_copy:  # whatever stands against a copy
+    with suppress(Exception), on_copy:  # whatever prevents a copy
         twin = copy.deepcopy(thing)
         if on_copy.has_met_any or not hasattr(type(thing), "__deepcopy__"):  # TensorDict copies in a way of its own
             return twin
@@ -97,22 +88,22 @@ def _copied(function: Callable[[Tensor], Tensor], thing: Any) -> Any:
 
 
 def _made_anew(function: Callable[[Tensor], Tensor], thing: Any) -> Any:
-    """Make a container out of its entries, as Lightning does: copying looks for methods in some that are entries."""
+    """Return a new container made of its entries, as Lightning does: some take a method for an entry in a copy."""
     kind: Any = type(thing)
     if isinstance(thing, Mapping):
-        entries = {key: mapped(function, each) for key, each in thing.items()}
+        entries = {key: mapped(function, entry) for key, entry in thing.items()}
         return kind(thing.default_factory, entries) if isinstance(thing, defaultdict) else kind(entries)
     if isinstance(thing, Sequence):
-        parts = [mapped(function, each) for each in thing]
-        return kind(*parts) if hasattr(thing, "_fields") else kind(parts)
+        items = [mapped(function, item) for item in thing]
+        return kind(*items) if hasattr(thing, "_fields") else kind(items)
     twin = copy.copy(thing)
-    for each in fields(thing):  # a dataclass with slots
-        object.__setattr__(twin, each.name, mapped(function, getattr(thing, each.name)))
+    for field in fields(thing):  # a dataclass with slots
+        object.__setattr__(twin, field.name, mapped(function, getattr(thing, field.name)))
     return twin
 
 
 class _OnCopy(FunctionMode):
-    """Puts something else in place of each tensor that ``copy.deepcopy`` comes to."""
+    """Replaces each tensor that ``copy.deepcopy`` comes to."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

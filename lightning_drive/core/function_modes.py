@@ -1,4 +1,4 @@
-"""What to do at every function of torch that is called, under interrupts too."""
+"""Modes that change every call of a function of torch, safe under interrupts."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ from typing_extensions import Self
 
 
 class FunctionMode(TorchFunctionMode):
-    """A mode that an interrupt cannot leave behind: see :meth:`run` for what it does to functions of torch.
+    """A mode that an interrupt cannot leave behind; subclasses change calls in :meth:`run`.
 
     torch takes a mode off its stack while it runs, and an interrupt there keeps it off, or brings it back as late as
-    when the interrupt has been dealt with. So leaving one that is not there is no error (it would hide the interrupt),
-    and one that comes back after it was left does nothing.
+    when the interrupt has been dealt with. So leaving a mode that is not on the stack raises nothing (an error would
+    hide the interrupt), and a mode that comes back after it was left does nothing.
     """
 
     _is_on = False
@@ -38,25 +38,14 @@ class FunctionMode(TorchFunctionMode):
         return self.run(func, args, kwargs or {}) if self._is_on else func(*args, **(kwargs or {}))
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a function of torch.
-
-        Args:
-            func: The function.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-
-        """
+        """Run a function of torch with its positional and keyword arguments."""
         return func(*args, **kwargs)
 
 
 class InPrecision(FunctionMode):
-    """Keeps floating-point numbers in one type, whatever type ``forward`` makes others in or converts them to.
+    """Keeps floating-point numbers in one type, whatever types ``forward`` creates others in or converts them to.
 
-    Numbers that have nothing to do with those stay as they are: a signal handler may save or load a checkpoint.
-
-    Args:
-        dtype: The type.
-
+    Calls without a number of that type stay as they are: a signal handler may save or load a checkpoint.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -64,33 +53,20 @@ class InPrecision(FunctionMode):
         self._dtype = dtype
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a function of torch on numbers of one type, and convert what it returns.
-
-        Args:
-            func: The function.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-
-        """
+        """Run a function of torch on numbers of one type, and convert its results."""
         kinds = {leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         if kinds and self._dtype not in kinds:
             return func(*args, **kwargs)
         if any(kind.is_floating_point for kind in kinds - {self._dtype}):
             args, kwargs = (
                 converted(args, self._dtype),
-                {key: converted(each, self._dtype) for key, each in kwargs.items()},
+                {key: converted(value, self._dtype) for key, value in kwargs.items()},
             )
         return converted(func(*args, **kwargs), self._dtype)
 
 
 def converted(result: Any, dtype: torch.dtype) -> Any:
-    """Return what a function of torch returned, with its floating-point numbers in one type.
-
-    Args:
-        result: A tensor, or several, or something else.
-        dtype: The type.
-
-    """
+    """Return a result of a function of torch, or a tuple or list of them, with floating-point numbers in one type."""
 
     def convert(value: Any) -> Any:
         is_other = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype
@@ -102,7 +78,7 @@ def converted(result: Any, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def set_aside() -> Generator[None]:
-    """Take the innermost mode off the stack, if it is one of these, while nothing runs that it is meant for."""
+    """Take the innermost mode off the stack, if it is a :class:`FunctionMode`, during calls that it is not for."""
     mode = _get_current_function_mode()  # type: ignore[no-untyped-call]
     if not isinstance(mode, FunctionMode):
         yield
@@ -116,14 +92,10 @@ def set_aside() -> Generator[None]:
 
 
 def backward(loss: Tensor) -> None:
-    """Run the backward pass of a loss under the modes that are on.
+    """Run the backward pass of a loss, a tensor of one number, under the modes that are on.
 
-    ``loss.backward()`` is a function of torch as any other, in which the innermost mode is off. What a checkpoint
-    (``torch.utils.checkpoint``) computes again in it would then be other than what was computed before.
-
-    Args:
-        loss: A tensor of one number.
-
+    ``loss.backward()`` is a function of torch as any other, in which the innermost mode is off. A checkpoint
+    (``torch.utils.checkpoint``) would then compute something else in it than before.
     """
     if type(loss) in (Tensor, nn.Parameter):
         ones = (torch.ones_like(loss),)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_drive.core import counting, saved_values, shards, tensor_kinds, zeroing
 from lightning_drive.core.bits import pack, unpacked
-from lightning_drive.core.messages import listed
+from lightning_drive.core.messages import listed, shown
 
 _VERSION = 1
 
@@ -212,8 +212,7 @@ class Masks(Mapping[str, Tensor]):
         version = saved_values.check(dict[str, object], state_dict, "the state of the masks").get("version")
         if type(version) is not int or version != _VERSION:
             raise ValueError(
-                f"These masks have version {saved_values.shown(version)}, but this lightning_drive reads version"
-                f" {_VERSION}."
+                f"These masks have version {shown(version)}, but this lightning_drive reads version {_VERSION}."
             )
         masks = saved_values.check(
             dict[str, dict[Any, Any]], state_dict.get("masks"), "the dictionary of the packed masks"

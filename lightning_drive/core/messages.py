@@ -1,14 +1,10 @@
-"""Texts for people: long lists made short."""
+"""Short texts for messages: of lists, of errors and of values of any size. It imports no torch."""
 
 from collections.abc import Iterable
 
 
 def listed(items: Iterable[object], most: int = 8) -> str:
-    """Join what there is with commas, and count what would be too much to read.
-
-    Args:
-        items: What to list.
-        most: How many of them to show, at least 1.
+    """Join items with commas, and count those after the first ``most``.
 
     Example:
         >>> listed(["a", "b", "c"]), listed(["a", "b", "c", "d"], most=2), listed([])
@@ -22,11 +18,7 @@ def listed(items: Iterable[object], most: int = 8) -> str:
 
 
 def shown_error(error: BaseException, most: int = 300) -> str:
-    r"""Say what an error is in one line of at most so many letters: those of torch may list every backend there is.
-
-    Args:
-        error: The error.
-        most: How many letters of its first line to show.
+    r"""Return the type of an error and the first ``most`` letters of its first line; those of torch may be very long.
 
     Example:
         >>> shown_error(ValueError("It is wrong.\nHere is more about it")), shown_error(ValueError("wrong"), most=3)
@@ -35,3 +27,23 @@ def shown_error(error: BaseException, most: int = 300) -> str:
     """
     line = next(iter(str(error).splitlines()), "").rstrip(".")
     return f"{type(error).__name__}: {line if len(line) <= most else line[:most] + '...'}"
+
+
+def shown(value: object) -> str:
+    """Return a short text for a value of any type and size.
+
+    Example:
+        >>> shown("a"), shown(-1), shown([1, 2]), shown(1 << 20_000)
+        ("'a'", '-1', 'a list', 'an integer of 20,001 bits')
+
+    """
+    if value is None or isinstance(value, (bool, float)):
+        return repr(value)
+    if isinstance(value, int):
+        return repr(value) if value.bit_length() < 200 else f"an integer of {value.bit_length():,} bits"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else f"{value[:60]}...")
+    if isinstance(value, tuple) and len(value) <= 4 and all(isinstance(part, (str, int)) for part in value):
+        return f"({', '.join(map(shown, value))})"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

@@ -1,6 +1,6 @@
-"""What the processes of a training run do together; in a run of one process all of it does nothing.
+"""Collectives over the processes of a run (sums, means, broadcasts, shared errors); no-ops for one process.
 
-Every method here is to be called by all ranks, in the same order. No Lightning: ``torch.distributed`` alone.
+All ranks call every method, in the same order. No Lightning: ``torch.distributed`` alone.
 """
 
 from collections.abc import Generator, Iterable
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Some processes, one of which is this one.
+    """A group of processes that this one belongs to.
 
     Args:
-        size: How many they are.
-        index: Which of them this one is, from 0.
-        group: Their process group; ``None``: all processes there are.
-        device: Where tensors have to be for the group's backend.
+        size: The number of processes.
+        index: The place of this process among them, from 0.
+        group: Their process group; ``None``: all processes.
+        device: The device that the group's backend needs tensors on.
 
     Example:
         >>> ALONE.size, ALONE.sum(torch.tensor([1, 2])), ALONE.broadcast("text")
@@ -38,25 +38,11 @@ class Ranks:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, device: torch.device) -> "Ranks":
-        """Take the processes of a group.
-
-        Args:
-            group: A process group; ``None``: all processes.
-            device: Where tensors have to be for the group's backend.
-
-        """
+        """Return the processes of a group (``None``: all), whose backend needs tensors on ``device``."""
         return cls(dist.get_world_size(group), dist.get_rank(group), group, device)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Add up a tensor over all ranks.
-
-        Args:
-            tensor: Of the same shape and type on every rank; left as it is.
-
-        Returns:
-            The sum, on the tensor's device.
-
-        """
+        """Return the sum of a tensor, of one shape and type, over all ranks, on the tensor's device."""
         if self.size == 1:
             return tensor
         total = tensor.detach().to(self.device, copy=True)
@@ -64,12 +50,7 @@ class Ranks:
         return total.to(tensor.device)
 
     def mean_(self, tensors: Iterable[Tensor]) -> None:
-        """Average tensors over all ranks, in place and to the same bits everywhere.
-
-        Args:
-            tensors: On the group's device, of the same shapes and types on every rank.
-
-        """
+        """Average tensors on the group's device over all ranks, in place and to the same bits everywhere."""
         if self.size == 1:
             return
         tensors = list(tensors)
@@ -79,15 +60,7 @@ class Ranks:
             tensor.div_(self.size)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Stack the tensors of all ranks.
-
-        Args:
-            tensor: Of the same shape and type on every rank.
-
-        Returns:
-            Shape ``(size, *tensor.shape)``, on the tensor's device.
-
-        """
+        """Return the tensors of all ranks, of one shape and type, stacked to ``(size, *tensor.shape)``."""
         if self.size == 1:
             return tensor.unsqueeze(0)
         sent = tensor.detach().to(self.device).contiguous()
@@ -96,15 +69,7 @@ class Ranks:
         return torch.stack(gathered).to(tensor.device)
 
     def broadcast(self, value: T) -> T:
-        """Give every rank what the first one has.
-
-        Args:
-            value: Anything that can be pickled.
-
-        Returns:
-            The first rank's value.
-
-        """
+        """Return the first rank's value, which can be pickled, on every rank."""
         if self.size == 1:
             return value
         values = [value]
@@ -114,13 +79,10 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Generator[None]:
-        """Let an error of one rank be an error of all, instead of having the others wait for it without end.
+        """Make an error of one rank an error of all: the others would wait for it without end.
 
-        Inside, ranks work for themselves. The rank whose work failed raises its own error.
-
-        Raises:
-            RuntimeError: If the work failed on another rank.
-
+        Inside, every rank works by itself. The rank whose work failed raises its own error, and the others a
+        ``RuntimeError``.
         """
         error: BaseException | None = None
         try:

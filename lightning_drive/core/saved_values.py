@@ -1,4 +1,4 @@
-"""Read values from files that may be damaged or of another program: every odd form is one ``ValueError``."""
+"""Read values from files that may be damaged or of another program, and raise one ``ValueError`` for every odd form."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -9,10 +9,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import torch
 from torch import Tensor
 
+from lightning_drive.core.messages import shown
+
 T = TypeVar("T")
 
 REMEDY = "It is damaged, or of another version or program. Take another copy of the file, or an earlier checkpoint."
-"""What to say of a value that does not have its form."""
+"""The end of every message about a value of another form."""
 
 _MOST = 1 << 63
 """Every whole number is less: of shapes, counts and steps."""
@@ -27,14 +29,10 @@ _MOST_BEYOND = 1 << 28
 
 
 def read(kind: type[T], values: object) -> T:
-    """Make a dataclass of plain values, each of which must be as its annotation says; tuples may be lists.
+    """Return a dataclass with the given values, each in the form of its annotation; tuples may come as lists.
 
-    Args:
-        kind: A dataclass whose fields are numbers, texts, literals, tuples, mappings or dataclasses.
-        values: Field name to value; fields with a default may be missing.
-
-    Raises:
-        ValueError: If a field is missing, unknown or of another form (named).
+    Fields are numbers, texts, literals, tuples, mappings or dataclasses; those with a default may be missing. Raise a
+    ``ValueError`` that names a field if it is missing, unknown or of another form.
 
     Example:
         >>> from dataclasses import make_dataclass
@@ -52,48 +50,15 @@ another version or program. Take another copy of the file, or an earlier checkpo
 
 
 def check(kind: Any, value: object, what: str) -> Any:
-    """Return a value that has the form of an annotation.
+    """Return a value that has the form of an annotation, such as ``dict[str, int]``.
 
-    Args:
-        kind: The annotation, such as ``dict[str, int]``.
-        value: The value.
-        what: What to call it in the message, such as ``"`shape` of the mask"``.
-
-    Raises:
-        ValueError: If it has another form.
-
+    Raise a ``ValueError`` if it has another form; ``what`` names it there, such as ``"`shape` of the mask"``.
     """
     return _value(kind, value, what, "")
 
 
-def shown(value: object) -> str:
-    """Return a short text for a value of any type and size.
-
-    Args:
-        value: Any value.
-
-    Example:
-        >>> shown("a"), shown(-1), shown([1, 2]), shown(1 << 20_000)
-        ("'a'", '-1', 'a list', 'an integer of 20,001 bits')
-
-    """
-    if value is None or isinstance(value, (bool, float)):
-        return repr(value)
-    if isinstance(value, int):
-        return repr(value) if value.bit_length() < 200 else f"an integer of {value.bit_length():,} bits"
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else f"{value[:60]}...")
-    if isinstance(value, tuple) and len(value) <= 4 and all(isinstance(part, (str, int)) for part in value):
-        return f"({', '.join(map(shown, value))})"
-    name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
-
-
 def has_memory(tensor: Tensor) -> bool:
     """Whether a tensor has values in memory, and not by far fewer than it claims, as an expanded one may have.
-
-    Args:
-        tensor: Any tensor.
 
     Example:
         >>> has_memory(torch.ones(1).expand(1000)), has_memory(torch.ones(1).expand(10**12))
@@ -106,13 +71,9 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def digest(value: object) -> str:
-    """Name nested dictionaries and lists of numbers, texts and tensors by their content.
+    """Return a SHA-256, in hexadecimal, of nested dictionaries and lists of numbers, texts and tensors.
 
-    Args:
-        value: The value; what is of another type counts by the name of that.
-
-    Returns:
-        A SHA-256 in hexadecimal.
+    Of values of other types only the type's name counts.
 
     Example:
         >>> digest({"lr": 0.1, "momenta": [torch.ones(2)]}) == digest({"lr": 0.1, "momenta": [torch.ones(1)]})
@@ -129,14 +90,14 @@ def _feed(update: Callable[[bytes], None], value: object, depth: int) -> None:
         raise ValueError(f"A saved state is nested more than {_DEEPEST} deep. {REMEDY}")
     if isinstance(value, dict):
         update(b"{")
-        for name, each in value.items():
+        for name, entry in value.items():
             _feed(update, name, depth + 1)
-            _feed(update, each, depth + 1)
+            _feed(update, entry, depth + 1)
         update(b"}")
     elif isinstance(value, (list, tuple)):
         update(b"[")
-        for each in value:
-            _feed(update, each, depth + 1)
+        for entry in value:
+            _feed(update, entry, depth + 1)
         update(b"]")
     elif type(value) is Tensor and value.layout == torch.strided:
         update(f"{value.dtype}{tuple(value.shape)}{has_memory(value)}".encode())
@@ -154,7 +115,7 @@ def _dataclass(kind: type[T], values: object, path: str) -> T:
     place = f" in `{path}`" if path else ""
     if not isinstance(values, Mapping):
         raise ValueError(f"The {kind.__name__}{place} must be a dictionary, got {shown(values)}. {REMEDY}")
-    known: dict[str, Any] = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
+    known: dict[str, Any] = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     unknown = [name if isinstance(name, str) else shown(name) for name in values if name not in known]
     if unknown:
         raise ValueError(
@@ -163,8 +124,8 @@ def _dataclass(kind: type[T], values: object, path: str) -> T:
         )
     missing = [
         repr(name)
-        for name, each in known.items()
-        if name not in values and each.default is MISSING and each.default_factory is MISSING
+        for name, field in known.items()
+        if name not in values and field.default is MISSING and field.default_factory is MISSING
     ]
     if missing:
         raise ValueError(f"The {kind.__name__}{place} is not complete: without {', '.join(missing)}. {REMEDY}")
@@ -201,9 +162,9 @@ def _value(kind: Any, value: Any, what: str, path: str) -> Any:
             raise _odd("a dictionary", value, what, path)
         return {
             _value(parts[0], name, what, f"name in {path}".rstrip(" in")): _value(
-                parts[1], each, what, f"{path}[{shown(name)}]"
+                parts[1], entry, what, f"{path}[{shown(name)}]"
             )
-            for name, each in value.items()
+            for name, entry in value.items()
         }
     if kind is Tensor:
         if isinstance(value, Tensor) and has_memory(value):

@@ -1,4 +1,4 @@
-"""How dense the network should be after each pruning round.
+"""Schedules: how dense the network is after each pruning round.
 
 Every schedule is a pure function ``(round_index, num_rounds, sparsity) -> density`` that falls to exactly
 ``1 - sparsity`` at ``round_index == num_rounds``. Densities are fractions of *all* prunable weights, never of
@@ -80,7 +80,7 @@ SCHEDULES: dict[str, Callable[[int, int, float, float], float]] = {"exponential"
 
 
 def num_kept(num_weights: int, density: float) -> int:
-    """The exact count behind a density: ``round(num_weights * density)``, and at least one.
+    """Return the exact count behind a density: ``round(num_weights * density)``, and at least one.
 
     Args:
         num_weights: How many weights there are, dense.
@@ -95,16 +95,7 @@ def num_kept(num_weights: int, density: float) -> int:
 
 
 def check_sparsity(sparsity: object) -> float:
-    """Return a fraction removed as a ``float``.
-
-    Args:
-        sparsity: Fraction removed, in ``[0, 1)``.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is outside ``[0, 1)``.
-
-    """
+    """Return a fraction removed as a ``float``; raise a ``TypeError`` or ``ValueError`` if it is not in ``[0, 1)``."""
     fraction = check_number("sparsity", sparsity, "is the fraction removed and must be a number in [0, 1)")
     if not 0 <= fraction < 1:
         hint = f" For {fraction:g} % pass {fraction / 100:g}." if 1 < fraction < 100 else ""

@@ -1,4 +1,4 @@
-r"""What a weight is worth: tensors in, one non-negative score per weight out, higher is kept.
+r"""The formulas of scores: tensors in, one non-negative score per weight out, higher is kept.
 
 Symbols as in the DRIVE paper: weights :math:`\theta`, keep mask :math:`m`, effective weights
 :math:`w = \theta \odot m`, and :math:`g = \partial L / \partial w` on one batch. All scores are computed in float32,
@@ -137,11 +137,6 @@ def drive_three_factor(weight: Tensor, mask: Tensor, gradient: Tensor) -> Tensor
 
 
 def in_full(tensor: Tensor) -> Tensor:
-    """Give a tensor in the precision of scores: float32, or float64 if that is what it has.
-
-    Args:
-        tensor: Weights or gradients.
-
-    """
+    """Return weights or gradients in the precision of scores: float64 if they have it, else float32."""
     tensor = tensor.detach()
     return tensor if tensor.dtype in _FULL else tensor.to(torch.promote_types(tensor.dtype, torch.float32))

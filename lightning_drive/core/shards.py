@@ -1,4 +1,4 @@
-"""Parameters that are split over ranks (FSDP2's ``fully_shard``): this rank's part of each, and the way back."""
+"""Parameters that are split over ranks (FSDP2's ``fully_shard``): this rank's part of each, and whole ones again."""
 
 import sys
 from collections.abc import Mapping
@@ -12,37 +12,18 @@ from lightning_drive.core.processes import ALONE, Ranks
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is split over ranks: a ``DTensor``.
-
-    Args:
-        tensor: A parameter, gradient or optimizer state.
-
-    """
+    """Whether a parameter, gradient or optimizer state is split over ranks: a ``DTensor``."""
     dtensor = sys.modules.get("torch.distributed.tensor")  # heavy, and loaded by whoever made one
     return dtensor is not None and isinstance(tensor, dtensor.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Give this rank's part of a tensor, in the same memory; a tensor that is not split as a whole.
-
-    Args:
-        tensor: A parameter, gradient or optimizer state.
-
-    """
+    """Return this rank's part of a tensor, in the same memory; the whole tensor if it is not split."""
     return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def part(whole: Tensor, of: Tensor) -> Tensor:
-    """Cut out of a whole tensor what belongs to this rank's part of another one of the same shape.
-
-    Args:
-        whole: A plain tensor, such as a mask.
-        of: A tensor that may be split over ranks.
-
-    Returns:
-        A view, in the shape of :func:`local` of the other one.
-
-    """
+    """Return the view of a whole tensor, such as a mask, that belongs to :func:`local` of another of its shape."""
     ranks = _holders(of)
     if ranks.size == 1:
         return whole
@@ -51,15 +32,9 @@ def part(whole: Tensor, of: Tensor) -> Tensor:
 
 
 def joined(own: Tensor, of: Tensor) -> Tensor:
-    """Put the parts of all ranks together again; every rank gets the whole.
+    """Return, on every rank, the whole tensor of all ranks' parts, such as of a mask, in the full shape of another.
 
-    Args:
-        own: A plain tensor, such as a mask, in the shape of :func:`local` of the other one.
-        of: A tensor that may be split over ranks.
-
-    Returns:
-        A plain tensor in the other one's full shape, on the device of ``own``.
-
+    Each rank's own part is in the shape of :func:`local` of the other tensor.
     """
     ranks = _holders(of)
     if ranks.size == 1:
@@ -71,17 +46,9 @@ def joined(own: Tensor, of: Tensor) -> Tensor:
 
 
 def holders(parameters: Mapping[str, Tensor]) -> Ranks:
-    """Find the ranks that the parameters are split over.
+    """Return the ranks that all parameters are split over; ``ALONE`` if none is split.
 
-    Args:
-        parameters: Parameter name to live parameter.
-
-    Returns:
-        ``ALONE`` if none of them is split.
-
-    Raises:
-        ValueError: If only some are split, or they are split in another way than along their first dimension.
-
+    Raise a ``ValueError`` if only some are split, or in another way than along their first dimension.
     """
     whole = [name for name, parameter in parameters.items() if not is_sharded(parameter)]
     if len(whole) == len(parameters):
@@ -92,21 +59,16 @@ def holders(parameters: Mapping[str, Tensor]) -> Ranks:
             " their gradients over the ranks. Apply `fully_shard` to the module that holds them, too, or leave them out"
             " with `exclude`."
         )
-    found = {name: _holders(parameter, name) for name, parameter in parameters.items()}
-    first = next(iter(found.values()))
-    others = [name for name, ranks in found.items() if ranks.group is not first.group]
+    holding = {name: _holders(parameter, name) for name, parameter in parameters.items()}
+    first = next(iter(holding.values()))
+    others = [name for name, ranks in holding.items() if ranks.group is not first.group]
     if others:
         raise ValueError(f"All prunable parameters must be sharded over the same ranks, but {listed(others)} are not.")
     return first
 
 
 def reshard_(module: nn.Module) -> None:
-    """Make parameters that a forward pass has put together be parts again; FSDP2 leaves some whole until backward.
-
-    Args:
-        module: Any module.
-
-    """
+    """Split parameters again that a forward pass has joined; FSDP2 leaves some whole until the backward pass."""
     for submodule in module.modules():
         reshard = getattr(submodule, "reshard", None)
         if callable(reshard) and hasattr(submodule, "unshard"):  # an FSDPModule
@@ -114,16 +76,17 @@ def reshard_(module: nn.Module) -> None:
 
 
 def _holders(tensor: Tensor, name: str = "a parameter") -> Ranks:
-    """Find the ranks that a tensor is split over."""
+    """Return the ranks that a tensor is split over."""
     if not is_sharded(tensor):
         return ALONE
     spread: Any = tensor
-    mesh, split = spread.device_mesh, [index for index, each in enumerate(spread.placements) if not each.is_replicate()]
+    mesh, placements = spread.device_mesh, tuple(spread.placements)
+    split = [index for index, placement in enumerate(placements) if not placement.is_replicate()]
     if not split:
         return ALONE
-    if len(split) > 1 or type(spread.placements[split[0]]).__name__ != "Shard" or spread.placements[split[0]].dim != 0:
+    if len(split) > 1 or type(placements[split[0]]).__name__ != "Shard" or placements[split[0]].dim != 0:
         raise ValueError(
-            f"{name!r} is placed as {tuple(spread.placements)}: only parameters that are split along their first"
+            f"{name!r} is placed as {placements}: only parameters that are split along their first"
             " dimension, over one dimension of the device mesh, can be pruned. Use `fully_shard` without tensor"
             " parallelism."
         )

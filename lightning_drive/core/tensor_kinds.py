@@ -1,20 +1,17 @@
-"""Weights that are no plain dense numbers: sparse or quantised ones, and subclasses of tensors."""
+"""Weights that are not plain dense numbers (sparse, quantised, subclasses): recognise, read, and write zeros."""
 
 import torch
 from torch import Tensor
 
 _UNREAD = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
-"""What operations raise that a kind of tensor does not have; ``NotImplementedError`` is a ``RuntimeError``."""
+"""The errors of operations that a kind of tensor does not have; ``NotImplementedError`` is a ``RuntimeError``."""
 
 _COMPRESSED = {torch.sparse_csr: "row", torch.sparse_bsr: "row", torch.sparse_csc: "col", torch.sparse_bsc: "col"}
 """Sparse layouts to the dimension whose indices they compress."""
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is the numbers that it stands for.
-
-    Args:
-        tensor: Any tensor; of one that is split over ranks, this rank's part.
+    """Whether a tensor's memory holds the numbers that it stands for; ask of this rank's part if it is split.
 
     Example:
         >>> weight = torch.eye(2)
@@ -27,26 +24,15 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def is_own_kind(tensor: Tensor) -> bool:
-    """Whether a tensor is of a subclass that computes in its own way, as quantised weights of torchao are.
-
-    Args:
-        tensor: Any tensor.
-
-    """
+    """Whether a tensor is of a subclass that computes in its own way, as quantised weights of torchao are."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def numbers(tensor: Tensor, name: str) -> Tensor:
     """Return the numbers that a tensor stands for as a plain dense tensor.
 
-    Args:
-        tensor: Any tensor, such as a parameter; it may be sparse, quantised or a subclass with ``dequantize()`` or
-            ``to_dense()``.
-        name: What to call it in the message.
-
-    Raises:
-        TypeError: If it cannot be told (named).
-
+    It may be sparse, quantised or a subclass with ``dequantize()`` or ``to_dense()``. Raise a ``TypeError`` with its
+    name if it is none of these.
     """
     if is_plain(tensor):
         return tensor
@@ -68,16 +54,10 @@ def numbers(tensor: Tensor, name: str) -> Tensor:
 
 
 def zero_(tensor: Tensor, pruned: Tensor, name: str) -> None:
-    """Set entries of a tensor that is not plain to exactly 0.
+    """Set the pruned entries of a sparse tensor, a quantised one or a subclass to exactly 0.
 
-    Args:
-        tensor: A sparse or quantised tensor, or a subclass.
-        pruned: Boolean tensor of the same shape, on its device; ``True`` where to write.
-        name: What to call it in the message.
-
-    Raises:
-        TypeError: If that cannot be done, and they are not 0 already (named).
-
+    ``pruned`` is a boolean tensor of the same shape, on the same device. Raise a ``TypeError`` with the tensor's name
+    if zeros cannot be written, and the entries are not 0 already.
     """
     tensor = tensor.detach()
     before = numbers(tensor, name)
@@ -99,13 +79,7 @@ def zero_(tensor: Tensor, pruned: Tensor, name: str) -> None:
 
 
 def not_maskable(tensor: Tensor, name: str) -> TypeError:
-    """Return the error that says that a parameter cannot be masked.
-
-    Args:
-        tensor: The parameter.
-        name: Its name.
-
-    """
+    """Return the error for a parameter of some name that cannot be masked."""
     return TypeError(
         f"{name!r} is {described(tensor)}, into which zeros cannot be written one by one. Put the masks on"
         " before the weights are quantised or converted: `masks.apply_(module)`, then convert."
@@ -113,7 +87,7 @@ def not_maskable(tensor: Tensor, name: str) -> TypeError:
 
 
 def _places(tensor: Tensor) -> Tensor:
-    """Return for each entry of a compressed sparse tensor which of its values it is, from 1 on; 0 for none."""
+    """Return the place, from 1 on, that each entry of a compressed sparse tensor has among its values; 0 for none."""
     values = tensor.values()
     order = torch.arange(1, values.numel() + 1, dtype=torch.float64, device=values.device).view(values.shape)
     if _COMPRESSED[tensor.layout] == "row":
@@ -127,12 +101,7 @@ def _places(tensor: Tensor) -> Tensor:
 
 
 def described(tensor: Tensor) -> str:
-    """Say what kind of tensor something is.
-
-    Args:
-        tensor: Any tensor.
-
-    """
+    """Return a short text for the kind of a tensor: its class, its type of numbers and its layout."""
     own = "" if type(tensor) in (Tensor, torch.nn.Parameter) else f"a {type(tensor).__name__} of "
     layout = "" if tensor.layout == torch.strided else f" with the layout {tensor.layout}"
     return f"{own or 'a tensor of '}{tensor.dtype}{layout}"

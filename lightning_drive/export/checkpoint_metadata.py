@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_drive.core.messages import shown
 from lightning_drive.core import saved_values
 from lightning_drive.export import checkpoints
 
@@ -97,7 +98,7 @@ def unpacked(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
 def _plain_part(values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the entries that JSON can hold, and the names and types of those that it cannot."""
     plain = {key: _tagged(value) for key, value in values.items() if _fits_json({key: value})}
-    names = {key: key if isinstance(key, str) else saved_values.shown(key) for key in values}
+    names = {key: key if isinstance(key, str) else shown(key) for key in values}
     return plain, [f"{names[key]} ({type(value).__name__})" for key, value in values.items() if key not in plain]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_drive.core import saved_values
-from lightning_drive.core.messages import listed
+from lightning_drive.core.messages import listed, shown
 from lightning_drive.export import files
 
 PRUNING = "lightning_drive"
@@ -64,7 +64,7 @@ def state_dict_of(content: Mapping[str, Any], path: Path) -> Mapping[str, Tensor
     state_dict = content.get("state_dict", content)
     if not isinstance(state_dict, dict):
         raise ValueError(f"The 'state_dict' in {str(path)!r} must be a dictionary, got a {type(state_dict).__name__}.")
-    odd = [saved_values.shown(name) for name in state_dict if not isinstance(name, str)]
+    odd = [shown(name) for name in state_dict if not isinstance(name, str)]
     if odd:
         raise ValueError(f"The names in the 'state_dict' of {str(path)!r} must be texts, but {listed(odd)} is none.")
     others = [repr(name) for name, value in state_dict.items() if not isinstance(value, Tensor)]
@@ -95,12 +95,12 @@ def pruning_in(content: Mapping[str, Any]) -> tuple[str, Any]:
     """
     own = content.get(PRUNING)
     callbacks = [
-        ((name if isinstance(name, str) else saved_values.shown(name)).partition("{")[0], state["report"])
+        ((name if isinstance(name, str) else shown(name)).partition("{")[0], state["report"])
         for name, state in pruning_states(content).items()
     ]
     if isinstance(own, dict):
         name = own.get("callback")
-        callbacks.append((name if isinstance(name, str) else saved_values.shown(name), own.get("report")))
+        callbacks.append((name if isinstance(name, str) else shown(name), own.get("report")))
     pruned = [(name, report) for name, report in callbacks if report is not None]
     return next(iter(pruned or callbacks), ("", None))
 

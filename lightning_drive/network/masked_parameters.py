@@ -1,4 +1,4 @@
-"""The live parameters of a module under its masks: what a training step needs, looked up once."""
+"""Keep the pruned parameters of a live module at zero in every step: weights, gradients and optimizer state."""
 
 from copy import copy
 
@@ -16,9 +16,9 @@ from lightning_drive.network.optimizer_state import element_wise, is_like, keeps
 
 
 class MaskedParameters:
-    """The live parameters of one module under its masks: what a training step needs, looked up once.
+    """The live parameters of one module and their masks, prepared for being masked in every training step.
 
-    Of parameters that are split over ranks, every rank looks after its own part.
+    Of parameters that are split over ranks, every rank masks its own part.
 
     Args:
         module: Has every masked parameter under its name, in the mask's shape.
@@ -29,7 +29,7 @@ class MaskedParameters:
             for a zero.
 
     Raises:
-        TypeError: If a parameter is not dense, or a subclass that may keep its numbers elsewhere (named).
+        TypeError: If a parameter is not dense, or of a subclass that may keep its numbers elsewhere (named).
         ValueError: If a parameter is missing or has another shape (named).
 
     """
@@ -41,15 +41,10 @@ class MaskedParameters:
                 raise tensor_kinds.not_maskable(shards.local(parameter), name)
         self.may_divide_by_zero = any(parameter.dtype == torch.float16 for parameter in parameters.values())
         self._parameters = parameters
-        self._covers = {parameter: _Cover(masks[name], parameter) for name, parameter in parameters.items()}
+        self._fast_masks = {parameter: _FastMask(masks[name], parameter) for name, parameter in parameters.items()}
 
     def replaced_in(self, module: nn.Module) -> list[str]:
-        """Name the parameters that the module no longer has, or has another one in place of.
-
-        Args:
-            module: The module that these were the parameters of.
-
-        """
+        """Return the names of the parameters that the module no longer has, or has replaced by others."""
         now = dict(module.named_parameters(remove_duplicate=False))
         return [
             name
@@ -60,76 +55,66 @@ class MaskedParameters:
     @torch.no_grad()
     def zero_weights_(self) -> None:
         """Set the pruned weights to exactly 0."""
-        for parameter, cover in self._covers.items():
-            cover.zero_(parameter)
+        for parameter, mask in self._fast_masks.items():
+            mask.zero_(parameter)
 
     @torch.no_grad()
     def renew_weights_(self) -> dict[str, int]:
-        """Set the pruned weights to exactly 0 where they are not, also on another device than before.
+        """Set the pruned weights to exactly 0, also on another device than before.
 
-        Returns:
-            Name of every parameter where some were not, and how many.
-
+        Return the name of every parameter in which some were not 0, and their number.
         """
-        covers = {name: self._covers[parameter].on(parameter.device) for name, parameter in self._parameters.items()}
-        counts = {name: cover.count_broken(self._parameters[name]) for name, cover in covers.items()}
+        fast_masks = {
+            name: self._fast_masks[parameter].on(parameter.device) for name, parameter in self._parameters.items()
+        }
+        counts = {name: mask.count_broken(self._parameters[name]) for name, mask in fast_masks.items()}
         broken = {name: int(count) for name, count in counts.items() if count}
         for name in broken:
-            covers[name].zero_(self._parameters[name])
+            fast_masks[name].zero_(self._parameters[name])
         return broken
 
     @torch.no_grad()
     def zero_gradients_(self) -> None:
         """Set the gradients of pruned weights to exactly 0, where there are gradients."""
-        for parameter, cover in self._covers.items():
+        for parameter, mask in self._fast_masks.items():
             if parameter.grad is not None:
-                cover.zero_(parameter.grad)
+                mask.zero_(parameter.grad)
 
     def zero_gradients_at_once(self, *, keep_overflow: bool) -> list[RemovableHandle]:
-        """Have every backward pass set the gradients of pruned weights to exactly 0 as soon as they are there.
+        """Set the gradients of pruned weights to exactly 0 within every backward pass, until the handles are removed.
 
-        Args:
-            keep_overflow: Whether infinite and NaN gradients stay, by which a ``GradScaler`` sees that it must skip
-                the step, as it would in dense training.
-
-        Returns:
-            Handles whose ``remove`` ends it.
-
+        With ``keep_overflow`` infinite and NaN gradients stay, by which a ``GradScaler`` sees that it must skip the
+        step, as it would in dense training.
         """
         return [
-            parameter.register_post_accumulate_grad_hook(_GradientHook(cover, keep_overflow))  # type: ignore[no-untyped-call]
-            for parameter, cover in self._covers.items()
+            parameter.register_post_accumulate_grad_hook(_GradientHook(mask, keep_overflow))  # type: ignore[no-untyped-call]
+            for parameter, mask in self._fast_masks.items()
             if parameter.requires_grad
         ]
 
     @torch.no_grad()
     def zero_optimizer_state_(self, optimizer: Optimizer) -> None:
-        """Make an optimizer forget pruned weights: its momentum would bring them back.
+        """Remove pruned weights from the state of an optimizer, whose momentum would bring them back.
 
         State that is known to be kept element by element is masked, also in optimizers that this one wraps (SAM,
-        Lookahead). Where there is any other beside it (a preconditioner, say), none is. The history of ``LBFGS``,
-        which is of all parameters together, is of no use to a network with fewer of them, and begins anew, unless it
-        is one of a pruned network already. Doing it twice does no harm.
-
-        Args:
-            optimizer: The optimizer.
-
+        Lookahead). If there is any other beside it (a preconditioner, say), none is. The history of ``LBFGS``, which
+        joins all parameters, begins anew, unless no pruned weight has moved in it. A second call changes nothing.
         """
         for inner in with_wrapped(optimizer):
             if isinstance(inner, LBFGS) and self._is_in_history_of(inner):
                 inner.state.clear()
             if not keeps_tensors_elsewhere(inner):
-                for parameter, cover in self._covers.items():
+                for parameter, mask in self._fast_masks.items():
                     for value in element_wise(inner, parameter):
-                        cover.zero_(value)
+                        mask.zero_(value)
 
     def _is_in_history_of(self, optimizer: LBFGS) -> bool:
         """Whether a pruned weight has moved, or had a gradient, in the steps that the optimizer remembers."""
         flat = [
-            (self._covers[each].pruned if each in self._covers else torch.zeros_like(each, dtype=torch.bool))
+            (self._fast_masks[value].pruned if value in self._fast_masks else torch.zeros_like(value, dtype=torch.bool))
             .reshape(-1)
-            .repeat_interleave(1 + each.is_complex())
-            for each in optimizer.param_groups[0]["params"]
+            .repeat_interleave(1 + value.is_complex())
+            for value in optimizer.param_groups[0]["params"]
         ]
         length = sum(map(len, flat))
         history = tree_leaves([dict(state) for state in optimizer.state.values()])
@@ -137,11 +122,11 @@ class MaskedParameters:
         return any(bool(vector[torch.cat(flat)].any()) for vector in vectors)
 
 
-class _Cover:
-    """What a mask prunes of a parameter, or of this rank's part of it, in the form that is applied the fastest.
+class _FastMask:
+    """A mask of a parameter, or of this rank's part of it, prepared for being written many times.
 
-    On a CPU ``masked_fill_`` looks at one number after the other. Clearing their bits is the same and several times as
-    fast, most of all with masks as wide as the numbers.
+    On a CPU ``masked_fill_`` looks at one number after the other. Clearing bits gives the same and is several times as
+    fast, most of all by masks as wide as the numbers. To write zeros once, see :mod:`lightning_drive.core.zeroing`.
     """
 
     def __init__(self, mask: Tensor, parameter: Tensor) -> None:
@@ -155,11 +140,11 @@ class _Cover:
 
     @property
     def pruned(self) -> Tensor:
-        """The same as a boolean tensor."""
+        """The pruned entries, as a boolean tensor."""
         return self._pruned if self._bits is None else self._bits == 0
 
-    def on(self, device: torch.device) -> "_Cover":
-        """Return the same on a device: when training ends, Lightning moves the module to the CPU."""
+    def on(self, device: torch.device) -> "_FastMask":
+        """Return the mask on a device: when training ends, Lightning moves the module to the CPU."""
         if (self._pruned if self._bits is None else self._bits).device == device:
             return self
         moved = copy(self)
@@ -174,7 +159,7 @@ class _Cover:
         return tensor.masked_fill(~self.pruned, 0).count_nonzero()
 
     def zero_(self, tensor: Tensor, *, keep_overflow: bool = False) -> None:
-        """Fill in zeros, also into a sparse tensor, such as the gradient of an ``nn.Embedding(sparse=True)``."""
+        """Write zeros, also into a sparse tensor, such as the gradient of an ``nn.Embedding(sparse=True)``."""
         tensor = shards.local(tensor)
         if self._bits is not None and not keep_overflow and is_like(tensor, self._bits):
             tensor.view(self._bits.dtype).bitwise_and_(self._bits)
@@ -186,12 +171,12 @@ class _Cover:
 
 
 class _GradientHook:
-    """Masks the gradient of a parameter after it was accumulated."""
+    """Masks the gradient of a parameter once it is accumulated."""
 
-    def __init__(self, cover: _Cover, keep_overflow: bool) -> None:
-        self._cover, self._keep_overflow = cover, keep_overflow
+    def __init__(self, mask: _FastMask, keep_overflow: bool) -> None:
+        self._mask, self._keep_overflow = mask, keep_overflow
 
     @torch.no_grad()
     def __call__(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._cover.zero_(parameter.grad, keep_overflow=self._keep_overflow)
+            self._mask.zero_(parameter.grad, keep_overflow=self._keep_overflow)

@@ -1,4 +1,4 @@
-"""Which state of an optimizer is kept element by element, so that a pruned weight has its own part of it."""
+"""Find the state that optimizers keep element by element, one number for each weight."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,32 +30,32 @@ _ELEMENT_WISE = frozenset(
 """Names under which optimizers keep one number for each weight."""
 
 _OWN_NAMES = {Adagrad: {"sum"}, ASGD: {"ax"}, Rprop: {"prev", "step_size"}}
-"""Names that mean it in these optimizers alone: elsewhere ``sum`` may be one of matrices."""
+"""Such names of single optimizers: elsewhere ``sum`` may be one of matrices."""
 
 
 def element_wise(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
     """Return the state tensors of a parameter, if they are known to have one number for each of its weights.
 
-    If there is anything else but single numbers, return none: it may be a preconditioner or a basis, and even moments
-    are then often those of rotated weights, whose zeros mean nothing.
+    If there is anything else but single numbers, return none: it may be a preconditioner or a basis, and then even
+    moments are often those of rotated weights, whose zeros mean nothing.
     """
     state = optimizer.state.get(parameter)
     if not isinstance(state, Mapping):
         return []
     names = _ELEMENT_WISE.union(*(own for kind, own in _OWN_NAMES.items() if isinstance(optimizer, kind)))
-    found = []
+    tensors = []
     for name, value in state.items():
         if name in names and _is_plain(value) and value.shape == parameter.shape:
-            found.append(value)
+            tensors.append(value)
         elif not (value is None or isinstance(value, (int, float, str)) or _is_single_number(value)):
             return []
-    return found
+    return tensors
 
 
 def keeps_tensors_elsewhere(optimizer: Optimizer) -> bool:
-    """Whether an optimizer has tensors that are neither parameters nor the state of one: bases, say, of rotations."""
+    """Whether an optimizer has tensors that are neither parameters nor the state of one, such as bases of rotations."""
     own = [value for name, value in vars(optimizer).items() if name != "state"]
-    parameters = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return any(
         isinstance(value, Tensor) and id(value) not in parameters and not _is_single_number(value)
         for value in tree_leaves(own)
@@ -63,7 +63,7 @@ def keeps_tensors_elsewhere(optimizer: Optimizer) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether this is a tensor of floating-point numbers that are what they say: no codes, no packed numbers."""
+    """Whether a value is a tensor that holds floating-point numbers themselves: no codes, no packed numbers."""
     return (
         isinstance(value, Tensor) and value.is_floating_point() and type(shards.local(value)) in (Tensor, nn.Parameter)
     )
@@ -79,19 +79,16 @@ def is_like(tensor: Tensor, bits: Tensor) -> bool:
 
 
 def with_wrapped(optimizer: Optimizer) -> list[Optimizer]:
-    """Find the optimizer and those that it wraps, in attributes or in lists and dictionaries there, each once.
+    """Return an optimizer, such as SAM or Lookahead, and those that it wraps, each once.
 
-    What has parameter groups is taken for an optimizer: wrappers need not be of that class.
-
-    Args:
-        optimizer: An optimizer, such as SAM or Lookahead.
-
+    Wrapped optimizers are looked for in attributes, and in lists and dictionaries there. All objects with parameter
+    groups count as optimizers: wrappers need not be of that class.
     """
-    found = [optimizer]
-    for outer in found:  # grows as wrapped optimizers turn up
-        found += [
+    optimizers = [optimizer]
+    for outer in optimizers:  # grows as wrapped optimizers turn up
+        optimizers += [
             value
             for value in tree_leaves(list(vars(outer).values()))
-            if isinstance(getattr(value, "param_groups", None), list) and value not in found
+            if isinstance(getattr(value, "param_groups", None), list) and value not in optimizers
         ]
-    return found
+    return optimizers

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_drive.core import saved_values
 from lightning_drive.core.history import Round, ScoreHistogram
-from lightning_drive.core.messages import listed
+from lightning_drive.core.messages import listed, shown
 from lightning_drive.export import checkpoint_metadata, checkpoints, sparse_reader
 from lightning_drive.report.parts import LayerReport
 
@@ -29,7 +29,7 @@ def values_in(path: Path) -> Mapping[str, Any]:
     if values is not None:
         report: Mapping[str, Any] = values
         return report
-    epoch, step = (saved_values.shown(checkpoint.get(name)) for name in ("epoch", "global_step"))
+    epoch, step = (shown(checkpoint.get(name)) for name in ("epoch", "global_step"))
     where = f"{str(path)!r} (epoch {epoch}, step {step})"
     if callback:
         raise ValueError(f"{where} holds no report yet: {callback} had not pruned when it was saved.")
@@ -41,7 +41,7 @@ def values_in(path: Path) -> Mapping[str, Any]:
         )
     raise ValueError(
         f"{where} holds no report: it was saved without a pruning callback of lightning_drive. Its callbacks:"
-        f" {listed(name if isinstance(name, str) else saved_values.shown(name) for name in states)}."
+        f" {listed(name if isinstance(name, str) else shown(name) for name in states)}."
     )
 
 

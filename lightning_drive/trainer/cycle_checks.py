@@ -13,7 +13,7 @@ from torch import nn
 from lightning_drive.core import saved_values
 from lightning_drive.core.arguments import Scope
 from lightning_drive.core.masks import collapsed_layers
-from lightning_drive.core.messages import listed
+from lightning_drive.core.messages import listed, shown
 from lightning_drive.trainer import other_callbacks, restored_masks, step_counts
 from lightning_drive.trainer.cycle_schedules import Cycles
 from lightning_drive.trainer.saved_state import SavedState
@@ -33,7 +33,7 @@ def check_settings(saved: SavedState, now: Mapping[str, object]) -> None:
     names = [name for name in now if name in then and name not in ("include", "exclude")]
     other = [name for name in names if type(then[name]) is not type(now[name]) or then[name] != now[name]]
     if cycle < cycles and other:
-        before, after = ({name: saved_values.shown(of[name]) for name in other} for of in (then, now))
+        before, after = ({name: shown(of[name]) for name in other} for of in (then, now))
         raise ValueError(
             f"The checkpoint is from cycle {cycle} of an IMP run with {listed_settings(before)}, but this"
             f" IMPPruningCallback has {listed_settings(after)}: its cycles would not follow on. Resume with the"

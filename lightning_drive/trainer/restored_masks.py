@@ -11,7 +11,7 @@ from torch import nn
 from lightning_drive.core import saved_values
 from lightning_drive.core.arguments import Control
 from lightning_drive.core.masks import Masks
-from lightning_drive.core.messages import listed
+from lightning_drive.core.messages import listed, shown
 from lightning_drive.network import prunable
 from lightning_drive.report.pruning_report import PruningReport
 
@@ -59,7 +59,7 @@ def warn_of_other_settings(
     for name in ("schedule", "scope"):
         if name in then and then[name] != now[name]:
             rank_zero_warn(
-                f"The checkpoint was pruned with {name}={saved_values.shown(then[name])} and stays so:"
+                f"The checkpoint was pruned with {name}={shown(then[name])} and stays so:"
                 f" `{name}={now[name]!r}` has no effect. Start from a dense checkpoint."
             )
     patterns = [name for name in ("include", "exclude") if name not in then or then[name] != now[name]]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_drive.core import saved_values
 from lightning_drive.core.masks import Masks
-from lightning_drive.core.messages import listed
+from lightning_drive.core.messages import listed, shown
 from lightning_drive.export import checkpoints
 from lightning_drive.network.rewinding import RewindPoint
 from lightning_drive.report.pruning_report import PruningReport
@@ -55,7 +55,7 @@ class SavedState(NamedTuple):
         version = saved_values.check(dict[str, object], values, what).get("version")
         if type(version) is not int or version != _VERSION:
             raise ValueError(
-                f"{what[:1].upper()}{what[1:]} has version {saved_values.shown(version)}, but this lightning_drive"
+                f"{what[:1].upper()}{what[1:]} has version {shown(version)}, but this lightning_drive"
                 f" reads version {_VERSION}."
             )
         start = values.get("start")

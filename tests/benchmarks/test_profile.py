@@ -12,7 +12,7 @@ from benchmarks.measure import rounds_and_passes
 from benchmarks.page import Figure
 
 from lightning_drive import DRIVE, SynFlow
-from lightning_drive.core import masks, selection
+from lightning_drive.core import radix_select, sample_select, selection, zeroing
 from lightning_drive.network import gradients, synflow
 from lightning_drive.search.methods import Method
 
@@ -21,9 +21,10 @@ PARTS = (
     ("the pass", synflow.SynapticFlow, "gradients"),
     ("the method", DRIVE, "score"),
     ("the method", SynFlow, "score"),
-    ("ranking: the threshold", selection, "_cut"),
+    ("ranking: the threshold", sample_select, "cut"),
+    ("ranking: the threshold", radix_select, "cut"),
     ("ranking: the masks", selection, "_masks"),
-    ("setting weights to 0", masks, "zero_"),
+    ("setting weights to 0", zeroing, "zero_"),
 )
 
 
