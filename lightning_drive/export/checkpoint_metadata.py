@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_drive.core.messages import shown
-from lightning_drive.core import saved_values
 from lightning_drive.export import checkpoints
 
 _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")

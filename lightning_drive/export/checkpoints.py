@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_drive.core import saved_values
 from lightning_drive.core.messages import listed, shown
 from lightning_drive.export import files
 

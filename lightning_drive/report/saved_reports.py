@@ -5,7 +5,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lightning_drive.core import saved_values
 from lightning_drive.core.history import Round, ScoreHistogram
 from lightning_drive.core.messages import listed, shown
 from lightning_drive.export import checkpoint_metadata, checkpoints, sparse_reader
