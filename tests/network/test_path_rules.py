@@ -108,8 +108,8 @@ def test_constants_keep_their_values(bucket: Callable[[Tensor], Tensor]) -> None
     module(torch.zeros(1, 12, 4))
     masks = dense_masks(module)
     masks["first.weight"][1] = False
-    found = paths.active_masks(module, masks, torch.zeros(1, 12, 4))
-    assert {name: int(mask.sum()) for name, mask in found.items()} == {"first.weight": 12, "last.weight": 6}
+    active = paths.active_masks(module, masks, torch.zeros(1, 12, 4))
+    assert {name: int(mask.sum()) for name, mask in active.items()} == {"first.weight": 12, "last.weight": 6}
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch has no grouped products")
