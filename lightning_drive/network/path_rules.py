@@ -39,8 +39,8 @@ _MOVES = {
 
 _JOINING = {
     *("linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"),
-    *("conv_transpose3d", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "_grouped_mm"),
-    *("grouped_mm"),
+    *("conv_transpose3d", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"),
+    *("_grouped_mm", "grouped_mm"),
 }
 """Layers and products with weights, which join what arrives at their inputs."""
 

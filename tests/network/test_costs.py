@@ -15,15 +15,15 @@ from lightning_drive.network.forward_passes import ForwardPass
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_measure__mlp(batch_size: int) -> None:
     """One for each weight, whatever the batch."""
-    found = measure(models.MLP(6, 4, 3), torch.randn(batch_size, 6))
-    assert (found.multiply_adds, found.others) == ({"0.weight": 24, "2.weight": 12}, 0)
-    assert (found.itemsizes, found.error, found.warnings) == ({"0.weight": 4, "2.weight": 4}, None, ())
+    measured = measure(models.MLP(6, 4, 3), torch.randn(batch_size, 6))
+    assert (measured.multiply_adds, measured.others) == ({"0.weight": 24, "2.weight": 12}, 0)
+    assert (measured.itemsizes, measured.error, measured.warnings) == ({"0.weight": 4, "2.weight": 4}, None, ())
 
 
 def test_measure__convolutions() -> None:
     """Each weight once for every pixel of the output: 6x6, after pooling 3x3, and one."""
-    found = measure(models.ConvNet(), torch.randn(2, 2, 6, 6))
-    assert found.multiply_adds == {"conv1.weight": 36 * 4 * 2 * 9, "conv2.weight": 9 * 5 * 4 * 9, "fc.weight": 15}
+    measured = measure(models.ConvNet(), torch.randn(2, 2, 6, 6))
+    assert measured.multiply_adds == {"conv1.weight": 36 * 4 * 2 * 9, "conv2.weight": 9 * 5 * 4 * 9, "fc.weight": 15}
 
 
 @pytest.mark.parametrize(
@@ -37,39 +37,39 @@ def test_measure__convolutions() -> None:
     ],
 )
 def test_measure__layer(layer: nn.Module, shape: tuple[int, ...], expected: int) -> None:
-    found = measure(nn.Sequential(layer), torch.randn(3, *shape))
-    assert (found.multiply_adds, found.others) == ({"0.weight": expected}, 0)
+    counts = measure(nn.Sequential(layer), torch.randn(3, *shape))
+    assert (counts.multiply_adds, counts.others) == ({"0.weight": expected}, 0)
 
 
 def resnet18_by_hand() -> list[int]:
     """ResNet-18 for 32x32 images: pixels of the output, times channels, times inputs and kernel."""
-    found, channels = [32 * 32 * 64 * 3 * 9], 64
+    counts, channels = [32 * 32 * 64 * 3 * 9], 64
     for pixels, wider in ((32 * 32, 64), (16 * 16, 128), (8 * 8, 256), (4 * 4, 512)):
-        found += [pixels * wider * channels * 9, pixels * wider * wider * 9]
-        found += [pixels * wider * channels] if wider > channels else []
-        found += [pixels * wider * wider * 9] * 2
+        counts += [pixels * wider * channels * 9, pixels * wider * wider * 9]
+        counts += [pixels * wider * channels] if wider > channels else []
+        counts += [pixels * wider * wider * 9] * 2
         channels = wider
-    return [*found, 512 * 10]
+    return [*counts, 512 * 10]
 
 
 def test_measure__resnet18() -> None:
     """The well-known 0.56 billion."""
     resnet = pytest.importorskip("torchvision.models").resnet18(num_classes=10)
     resnet.conv1, resnet.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-    found = measure(resnet, torch.randn(2, 3, 32, 32))
-    assert list(found.multiply_adds.values()) == resnet18_by_hand()
+    measured = measure(resnet, torch.randn(2, 3, 32, 32))
+    assert list(measured.multiply_adds.values()) == resnet18_by_hand()
     assert sum(resnet18_by_hand()) == 555_422_720
 
 
 def test_measure__attention() -> None:
     """The projections belong to their weights, also where they are not called as a layer; the products to none."""
-    found = measure(models.Attention(), torch.randn(2, 16))
-    assert found.multiply_adds == {
+    measured = measure(models.Attention(), torch.randn(2, 16))
+    assert measured.multiply_adds == {
         "attention.in_proj_weight": 4 * 12 * 4,
         "attention.out_proj.weight": 4 * 4 * 4,
         "fc.weight": 12,
     }
-    assert found.others == 2 * 4 * 4 * 4  # queries and keys, then values: 4 by 4 tokens, 4 numbers
+    assert measured.others == 2 * 4 * 4 * 4  # queries and keys, then values: 4 by 4 tokens, 4 numbers
 
 
 class FusedAttention(nn.Module):
@@ -85,14 +85,14 @@ class FusedAttention(nn.Module):
 
 
 def test_measure__fused_attention() -> None:
-    found = measure(FusedAttention(), torch.randn(1, 5, 8))
-    assert (found.multiply_adds, found.others) == ({"project.weight": 5 * 24 * 8}, 2 * 5 * 5 * 8)
+    measured = measure(FusedAttention(), torch.randn(1, 5, 8))
+    assert (measured.multiply_adds, measured.others) == ({"project.weight": 5 * 24 * 8}, 2 * 5 * 5 * 8)
 
 
 def test_measure__tied() -> None:
     """A weight that is used twice works twice."""
-    found = measure(models.Tied(), torch.randn(3, 4))
-    assert found.multiply_adds == {"first.weight": 32, "head.weight": 12}
+    measured = measure(models.Tied(), torch.randn(3, 4))
+    assert measured.multiply_adds == {"first.weight": 32, "head.weight": 12}
 
 
 class Standardised(nn.Conv2d):
@@ -132,15 +132,15 @@ class Lowered(nn.Linear):
 )
 def test_measure__computed_weight(layer: nn.Module, shape: tuple[int, ...], expected: int) -> None:
     """What a product with a computed weight costs belongs to the weight, and not to the bias beside it."""
-    found = measure(nn.Sequential(layer), torch.randn(2, *shape))
-    assert (found.multiply_adds, found.others) == ({"0.weight": expected}, 0)
+    measured = measure(nn.Sequential(layer), torch.randn(2, *shape))
+    assert (measured.multiply_adds, measured.others) == ({"0.weight": expected}, 0)
 
 
 def test_measure__others() -> None:
     """What is left out of pruning costs all the same."""
     module = models.MLP(6, 4, 3)
-    found = measure(module, torch.randn(1, 6), ["0.weight"])
-    assert (found.multiply_adds, found.others) == ({"0.weight": 24}, 12)
+    measured = measure(module, torch.randn(1, 6), ["0.weight"])
+    assert (measured.multiply_adds, measured.others) == ({"0.weight": 24}, 12)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,8 @@ def test_measure__others() -> None:
 )
 def test_measure__precision(dtype: torch.dtype, input_dtype: torch.dtype, itemsize: int) -> None:
     module = models.MLP(6, 3).to(dtype)
-    found = measure(module, torch.randn(2, 6).to(input_dtype))
-    assert (found.multiply_adds, found.others) == ({"0.weight": 18}, 0)
+    measured = measure(module, torch.randn(2, 6).to(input_dtype))
+    assert (measured.multiply_adds, measured.others) == ({"0.weight": 18}, 0)
     assert costs.measure(module, dict(module.named_parameters()), None).itemsizes["0.weight"] == itemsize
 
 
@@ -182,15 +182,15 @@ class Partly(nn.Module):
 def test_measure__partly() -> None:
     """What cannot be counted is not known; what is not used is nothing; both are said."""
     module = Partly()
-    found = measure(module, torch.randn(1, 3), [name for name, _ in module.named_parameters()])
-    assert found.others is None
-    assert {name: number for name, number in found.multiply_adds.items() if name.endswith("weight")} == {
+    measured = measure(module, torch.randn(1, 3), [name for name, _ in module.named_parameters()])
+    assert measured.others is None
+    assert {name: number for name, number in measured.multiply_adds.items() if name.endswith("weight")} == {
         "two.weight": None,
         "auxiliary.weight": 0,
         "last.weight": 8,
     }
-    assert found.multiply_adds["last.bias"] == 0
-    unused, unknown = found.warnings
+    assert measured.multiply_adds["last.bias"] == 0
+    unused, unknown = measured.warnings
     assert "did not use 'auxiliary.weight', 'auxiliary.bias' in eval mode" in unused
     assert "'two.weight'" in unknown
     assert "no formula" in unknown
@@ -205,13 +205,13 @@ def test_measure__partly() -> None:
 )
 def test_measure__not_possible(example_input: Tensor | None, error: str | None) -> None:
     """Never an invented number."""
-    found = measure(models.MLP(6, 3), example_input)
-    assert (found.itemsizes, found.multiply_adds, found.others) == ({"0.weight": 4}, {"0.weight": None}, None)
+    measured = measure(models.MLP(6, 3), example_input)
+    assert (measured.itemsizes, measured.multiply_adds, measured.others) == ({"0.weight": 4}, {"0.weight": None}, None)
     if error is None:
-        assert found.error is None
+        assert measured.error is None
     else:
-        assert found.error is not None
-        assert re.match(error, found.error)
+        assert measured.error is not None
+        assert re.match(error, measured.error)
 
 
 def test_empty_parts_cost_nothing() -> None:
@@ -226,9 +226,9 @@ def test_empty_parts_cost_nothing() -> None:
             return torch.cat([self.first(x), self.second(x[:0])])
 
     module = Experts()
-    found = costs.measure(module, prunable.prunable_parameters(module), torch.zeros(1, 4))
-    assert found.multiply_adds == {"first.weight": 12, "second.weight": 0}
-    assert (found.others, found.warnings) == (0, ())
+    measured = costs.measure(module, prunable.prunable_parameters(module), torch.zeros(1, 4))
+    assert measured.multiply_adds == {"first.weight": 12, "second.weight": 0}
+    assert (measured.others, measured.warnings) == (0, ())
 
 
 @pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo], ids=str)
@@ -247,6 +247,6 @@ def test_sparse_constants(layout: torch.layout) -> None:
 
     module = Neighbours()
     nodes = ForwardPass.of(torch.randn(3, 4), whole=True)
-    found = costs.measure(module, {"head.weight": module.head.weight}, nodes)
-    assert found.error is None
-    assert found.multiply_adds["head.weight"]
+    measured = costs.measure(module, {"head.weight": module.head.weight}, nodes)
+    assert measured.error is None
+    assert measured.multiply_adds["head.weight"]

@@ -30,7 +30,7 @@ def test_products_with_one_vector() -> None:
             self.first, self.second = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(5, 3))
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([torch.addmv(torch.ones(3), self.second.T, torch.mv(self.first, each)) for each in x])
+            return torch.stack([torch.addmv(torch.ones(3), self.second.T, torch.mv(self.first, row)) for row in x])
 
     module = OneByOne()
     measured = measure(module, torch.ones(4, 6), ["first", "second"])
@@ -55,8 +55,8 @@ def test_recurrent_weights_count_once_for_every_step(layer: nn.Module, expected:
         def forward(self, x: Tensor) -> Tensor:
             return self[0](x)[0]  # type: ignore[no-any-return]
 
-    found = measure(Last(layer), torch.randn(3, 7, 4), expected)
-    assert (found.multiply_adds, found.others) == (expected, 0)
+    measured = measure(Last(layer), torch.randn(3, 7, 4), expected)
+    assert (measured.multiply_adds, measured.others) == (expected, 0)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_products_with_a_vector(product: Any) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.stack([product(self.weight, row) for row in x])
 
-    found = costs.measure(OneByOne(), prunable.prunable_parameters(OneByOne(), ["*"]), torch.zeros(1, 4))
-    assert found.multiply_adds == {"weight": 12}
-    assert found.others == 0
+    measured = costs.measure(OneByOne(), prunable.prunable_parameters(OneByOne(), ["*"]), torch.zeros(1, 4))
+    assert measured.multiply_adds == {"weight": 12}
+    assert measured.others == 0
 
 
 @torch.library.custom_op("lightning_drive_tests::attention", mutates_args=())
@@ -105,6 +105,6 @@ def test_products_without_a_formula_are_named(function: Callable[[Tensor], Tenso
         def forward(self, x: Tensor) -> Tensor:
             return self.head(function(x))
 
-    found = measure(Products(), torch.randn(1, 3, 4))
-    assert (found.multiply_adds, found.others) == ({"head.weight": 24}, None)
-    assert [f"`{name}`" in text for text in found.warnings] == [True]
+    measured = measure(Products(), torch.randn(1, 3, 4))
+    assert (measured.multiply_adds, measured.others) == ({"head.weight": 24}, None)
+    assert [f"`{name}`" in text for text in measured.warnings] == [True]

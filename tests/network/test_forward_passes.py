@@ -324,7 +324,7 @@ def by_checkpointed_parts(module: Any, batch: Tensor) -> Tensor:
 )
 def test_checkpointed_parts_are_followed(loss_fn: Any, method: Any) -> None:
     """They are followed as if they were not."""
-    found = []
+    results = []
     for settings in ({}, {"use_reentrant": False}):
         torch.manual_seed(0)
         module = Checkpointed(**settings)
@@ -332,9 +332,9 @@ def test_checkpointed_parts_are_followed(loss_fn: Any, method: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             masks = find_masks(module, method, sparsity=0.6, batches=[x], loss_fn=loss_fn)
-        found.append((masks, paths.active_masks(module, masks, x)))
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][0])
+        results.append((masks, paths.active_masks(module, masks, x)))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][0])
 
 
 def test_checkpointed_parts_without_gradients_raise() -> None:
@@ -370,10 +370,10 @@ def test_constants_and_conversions_have_one_precision(between: Callable[[Tensor]
     torch.set_default_dtype(dtype)
     try:
         active = paths.active_masks(module, masks, torch.zeros(1, 4))
-        found, total = synflow.SynapticFlow(module, dict(module.named_parameters())).gradients(torch.zeros(1, 4))
+        gradients, total = synflow.SynapticFlow(module, dict(module.named_parameters())).gradients(torch.zeros(1, 4))
     finally:
         torch.set_default_dtype(torch.float32)
     num_unused = 4 if between is _padded else 0
     assert sum(int(mask.logical_not().sum()) for mask in active.values()) == num_unused + 3 * bool(num_unused)
     assert total > 0
-    assert {gradient.dtype for gradient in found.values()} == {torch.float64}
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float64}

@@ -124,16 +124,16 @@ def test_lost_zeros_are_seen(kind: str, way: str) -> None:
     mask = torch.rand(12, 9) > 0.7
     with torch.no_grad():
         module.weight.mul_(mask)
-    found = measure(module, torch.randn(5, 9), ["weight"], masks={"weight": mask})
-    assert found.error is None
-    assert found.dense_again == (("weight",) if kind in DENSE else ())
-    assert "weight" in found.in_products
+    measured = measure(module, torch.randn(5, 9), ["weight"], masks={"weight": mask})
+    assert measured.error is None
+    assert measured.dense_again == (("weight",) if kind in DENSE else ())
+    assert "weight" in measured.in_products
 
 
 def test_zeros_are_lost_only_where_something_is_pruned() -> None:
     module = Computes(standardised, "linear")
-    found = measure(module, torch.randn(5, 9), ["weight"], masks={"weight": torch.ones(12, 9, dtype=torch.bool)})
-    assert found.dense_again == ()
+    measured = measure(module, torch.randn(5, 9), ["weight"], masks={"weight": torch.ones(12, 9, dtype=torch.bool)})
+    assert measured.dense_again == ()
 
 
 class Expert(nn.Module):
@@ -156,5 +156,5 @@ class Expert(nn.Module):
 @pytest.mark.parametrize("how", ["bmm", "einsum", "loop"])
 def test_experts_are_multiplied_with(how: str) -> None:
     """Experts are multiplied with; a table is looked up, a shift is added."""
-    found = measure(Expert(how), torch.tensor([1, 2, 3]), ["up"])
-    assert found.in_products == ("up",)
+    measured = measure(Expert(how), torch.tensor([1, 2, 3]), ["up"])
+    assert measured.in_products == ("up",)

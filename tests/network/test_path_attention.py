@@ -79,9 +79,9 @@ class Grouped(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         else:
             if self.by == "expand":
-                k, v = (each.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for each in (k, v))
+                k, v = (heads.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for heads in (k, v))
             else:
-                k, v = (each.repeat_interleave(groups, 1) for each in (k, v))
+                k, v = (heads.repeat_interleave(groups, 1) for heads in (k, v))
             mixed = torch.softmax(q @ k.mT / 2**0.5, -1) @ v
         return self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -93,17 +93,17 @@ def test_heads_serve_groups_of_queries(kv_heads: int, by: str) -> None:
     masks = dense_masks(module)
     assert all_active(module, masks, torch.zeros(1, 3, 8))
     masks["v.weight"][:2] = False  # the first head of values
-    found = paths.active_masks(module, masks, torch.zeros(1, 3, 8))
+    active = paths.active_masks(module, masks, torch.zeros(1, 3, 8))
     served = 8 // kv_heads
-    assert not found["out.weight"][:, :served].any()
-    assert not found["q.weight"][:served].any()
-    assert not found["k.weight"][:2].any()
-    assert all(found[name][start:].all() for name, start in (("q.weight", served), ("k.weight", 2), ("v.weight", 2)))
+    assert not active["out.weight"][:, :served].any()
+    assert not active["q.weight"][:served].any()
+    assert not active["k.weight"][:2].any()
+    assert all(active[name][start:].all() for name, start in (("q.weight", served), ("k.weight", 2), ("v.weight", 2)))
 
 
 def test_weights_of_attention_are_followed() -> None:
     layer = nn.MultiheadAttention(4, 2, batch_first=True)
     module = nn.ModuleDict({"attention": layer, "last": nn.Linear(4, 2)})
     module.forward = lambda x: module["last"](layer(x, x, x)[1] @ x)
-    found = paths.active_masks(module.eval(), dense_masks(module), torch.zeros(1, 3, 4))
-    assert found["attention.in_proj_weight"].sum(1).tolist() == [4] * 8 + [0] * 4
+    active = paths.active_masks(module.eval(), dense_masks(module), torch.zeros(1, 3, 4))
+    assert active["attention.in_proj_weight"].sum(1).tolist() == [4] * 8 + [0] * 4

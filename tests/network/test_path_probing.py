@@ -80,5 +80,5 @@ def test_paths_lead_wherever_results_change(function: Callable[[Tensor], Tensor]
         masks = random_masks(module, density, seed)
         example_input = torch.zeros(1, 5, 4)
         many = [weights_that_matter(module, masks, example_input) for _ in range(2)]
-        found = paths.active_masks(module, masks, example_input)
-        assert all(found[name].equal(many[0][name] | many[1][name]) for name in masks)
+        active = paths.active_masks(module, masks, example_input)
+        assert all(active[name].equal(many[0][name] | many[1][name]) for name in masks)

@@ -92,8 +92,8 @@ def test_weights_that_matter_in_long_sequences_are_active(make: Callable[[], nn.
         expected = weights_that_matter(module, masks, torch.zeros(12, *first[1:]))
         if getattr(module.recurrent, "batch_first", False):
             expected = weights_that_matter(module, masks, torch.zeros(1, 12, 3))
-        found = paths.active_masks(module, masks, torch.zeros(first))
-        assert agree(found, expected)
+        active = paths.active_masks(module, masks, torch.zeros(first))
+        assert agree(active, expected)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
@@ -112,8 +112,8 @@ def test_gates_alone_let_nothing_in(kind: type[nn.RNNBase], is_biased: bool) -> 
     new = slice(4, 6)  # of the gates of both layers, the one that is no gate: g of an LSTM, n of a GRU
     for mask in masks.values():
         mask[new] = False
-    found = active_counts(module, masks, torch.zeros(1, 1, 2))
-    assert any(found.values()) == is_biased
+    active = active_counts(module, masks, torch.zeros(1, 1, 2))
+    assert any(active.values()) == is_biased
 
 
 def test_recurrent_layers_pass_paths_on() -> None:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from followed import Between, Calls, active_counts, all_active, dense_masks
+from followed import Between, Calls, active_counts, agree, all_active, dense_masks
 from torch import Tensor, nn
 
 from lightning_drive.network import paths
+from lightning_drive.network.forward_passes import ForwardPass
 
 # Every element-wise activation, norm and Dropout of torch.nn lets everything through.
 ACTIVATIONS = [
@@ -107,5 +108,26 @@ def test_constants_keep_their_values(bucket: Callable[[Tensor], Tensor]) -> None
     module(torch.zeros(1, 12, 4))
     masks = dense_masks(module)
     masks["first.weight"][1] = False
-    found = paths.active_masks(module, masks, torch.zeros(1, 12, 4))
-    assert {name: int(mask.sum()) for name, mask in found.items()} == {"first.weight": 12, "last.weight": 6}
+    active = paths.active_masks(module, masks, torch.zeros(1, 12, 4))
+    assert {name: int(mask.sum()) for name, mask in active.items()} == {"first.weight": 12, "last.weight": 6}
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch has no grouped products")
+def test_grouped_products_join_what_arrives() -> None:
+    """Each group of rows has a matrix of its own, as in mixtures of experts."""
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(8, 2)
+            self.experts = nn.Parameter(torch.randn(2, 16, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            ends = torch.tensor([4, 8], dtype=torch.int32)
+            return self.last(F.grouped_mm(self.first(x), self.experts, offs=ends))
+
+    module = Grouped()
+    masks = {name: torch.ones(value.shape) > 0 for name, value in module.named_parameters() if value.ndim > 1}
+    masks["experts"][0] = False
+    active = paths.active_masks(module, masks, ForwardPass.of(torch.zeros(8, 8), whole=True))
+    assert agree(active, masks)

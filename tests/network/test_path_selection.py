@@ -38,8 +38,8 @@ def test_all_that_may_be_chosen_is_active(function: Callable[[Tensor], Tensor]) 
     assert all_active(module, masks, torch.zeros(1, 5, 4))
     masks["first.weight"][2] = False
     masks["last.weight"][:, 4] = False
-    found = paths.active_masks(module, masks, torch.zeros(1, 5, 4))
-    assert not found["first.weight"][4].any()
+    active = paths.active_masks(module, masks, torch.zeros(1, 5, 4))
+    assert not active["first.weight"][4].any()
 
 
 class Experts(nn.Module):
@@ -72,8 +72,8 @@ def test_experts_are_used_in_turn(dense: bool) -> None:
     masks = dense_masks(module)
     assert all_active(module, masks, torch.zeros(1, 6, 4))
     masks["router.weight"][:] = False
-    found = paths.active_masks(module, masks, torch.zeros(1, 6, 4))
-    assert all(found[f"experts.{i}.weight"].all() for i in range(3))
+    active = paths.active_masks(module, masks, torch.zeros(1, 6, 4))
+    assert all(active[f"experts.{i}.weight"].all() for i in range(3))
 
 
 def divided(x: Tensor) -> Tensor:

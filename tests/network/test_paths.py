@@ -21,8 +21,8 @@ def test_active_masks__are_what_is_reachable(seed: int, density: float, sizes: S
     module = models.MLP(*sizes)
     masks = random_masks(module, density, seed)
     expected = reference.active_weights([mask.int().tolist() for mask in masks.values()])
-    found = paths.active_masks(module, masks, torch.zeros(1, sizes[0]))
-    assert [mask.int().tolist() for mask in found.values()] == expected
+    active = paths.active_masks(module, masks, torch.zeros(1, sizes[0]))
+    assert [mask.int().tolist() for mask in active.values()] == expected
 
 
 @EACH_NETWORK
@@ -41,8 +41,8 @@ def test_active_masks__end_at_channels_that_are_cut() -> None:
     expected = {name: mask.clone() for name, mask in masks.items()}
     expected["conv1.weight"][3] = False
     expected["conv2.weight"][:, 1] = False
-    found = paths.active_masks(module, masks, torch.zeros(1, *shape))
-    assert agree(found, expected)
+    active = paths.active_masks(module, masks, torch.zeros(1, *shape))
+    assert agree(active, expected)
 
 
 def test_active_masks__go_on_through_shortcuts() -> None:
@@ -50,20 +50,20 @@ def test_active_masks__go_on_through_shortcuts() -> None:
     module, shape = build("residual_net")
     masks = dense_masks(module)
     masks["block1.conv2.weight"][2] = False
-    found = paths.active_masks(module, masks, torch.zeros(1, *shape))
-    assert agree(found, masks)
+    active = paths.active_masks(module, masks, torch.zeros(1, *shape))
+    assert agree(active, masks)
     masks["block1.shortcut.0.weight"][2] = False
-    found = paths.active_masks(module, masks, torch.zeros(1, *shape))
-    assert not found["block2.conv1.weight"][:, 2].any()
-    assert not found["block2.shortcut.0.weight"][:, 2].any()
-    assert found["block2.conv1.weight"][:, [0, 1, 3]].all()
+    active = paths.active_masks(module, masks, torch.zeros(1, *shape))
+    assert not active["block2.conv1.weight"][:, 2].any()
+    assert not active["block2.shortcut.0.weight"][:, 2].any()
+    assert active["block2.conv1.weight"][:, [0, 1, 3]].all()
 
 
 def test_active_masks__drop_taps_that_see_only_padding() -> None:
     module = nn.Conv2d(1, 1, 3, padding=1)
     masks = {"weight": torch.ones(1, 1, 3, 3, dtype=torch.bool)}
-    found = paths.active_masks(module, masks, torch.zeros(1, 1, 1, 1))
-    assert found["weight"].int().tolist() == [[[[0, 0, 0], [0, 1, 0], [0, 0, 0]]]]
+    active = paths.active_masks(module, masks, torch.zeros(1, 1, 1, 1))
+    assert active["weight"].int().tolist() == [[[[0, 0, 0], [0, 1, 0], [0, 0, 0]]]]
 
 
 def test_active_masks__start_at_no_bias() -> None:
@@ -85,8 +85,8 @@ def test_active_masks__depend_on_no_value() -> None:
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             parameter.fill_([0.0, -1.0, float("nan")][i % 3])
-    found = paths.active_masks(module, masks, torch.zeros(1, *shape))
-    assert agree(found, expected)
+    active = paths.active_masks(module, masks, torch.zeros(1, *shape))
+    assert agree(active, expected)
 
 
 @EACH_NETWORK
@@ -129,8 +129,8 @@ def test_active_masks__are_exact_in_deep_networks(seed: int) -> None:
     module = models.MLP(*[8] * 201)
     masks = random_masks(module, 0.6, seed)
     expected = reference.active_weights([mask.int().tolist() for mask in masks.values()])
-    found = paths.active_masks(module, masks, torch.zeros(1, 8))
-    assert [mask.int().tolist() for mask in found.values()] == expected
+    active = paths.active_masks(module, masks, torch.zeros(1, 8))
+    assert [mask.int().tolist() for mask in active.values()] == expected
 
 
 def test_active_masks__keep_a_single_path() -> None:
@@ -214,8 +214,8 @@ def test_active_masks__go_through_kernels_that_are_computed(compute: Callable[[T
     """Equal numbers in place of their weights would be 0 less their mean."""
     module, mask = Computing(compute), torch.ones(3, 8, dtype=torch.bool)
     mask[:, 5] = False
-    found = paths.active_masks(module, {"head.weight": mask}, torch.zeros(1, 2, 6, 6))
-    assert torch.equal(found["head.weight"], mask)
+    active = paths.active_masks(module, {"head.weight": mask}, torch.zeros(1, 2, 6, 6))
+    assert torch.equal(active["head.weight"], mask)
 
 
 class Weighted(nn.Module):

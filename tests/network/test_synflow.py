@@ -22,8 +22,8 @@ RESIDUAL_CUTS = {
 
 def flow_scores(module: nn.Module, example_input: Tensor) -> tuple[dict[str, Tensor], float]:
     parameters = prunable.prunable_parameters(module)
-    found, total = synflow.SynapticFlow(module, parameters).gradients(example_input)
-    return {name: formulas.synflow(parameters[name].detach(), found[name]) for name in parameters}, total
+    gradients, total = synflow.SynapticFlow(module, parameters).gradients(example_input)
+    return {name: formulas.synflow(parameters[name].detach(), gradients[name]) for name in parameters}, total
 
 
 def test_synaptic_flow__is_that_by_hand() -> None:
@@ -31,9 +31,9 @@ def test_synaptic_flow__is_that_by_hand() -> None:
     module = models.InnerProduct(4)
     with torch.no_grad():
         module.layer.weight[0, 2] = -2.0
-    found, total = synflow.SynapticFlow(module, prunable.prunable_parameters(module)).gradients(torch.zeros(7, 4))
+    gradients, total = synflow.SynapticFlow(module, prunable.prunable_parameters(module)).gradients(torch.zeros(7, 4))
     assert total == 6.0
-    assert found["layer.weight"].tolist() == [[1.0, 1.0, 1.0, 1.0]]
+    assert gradients["layer.weight"].tolist() == [[1.0, 1.0, 1.0, 1.0]]
 
 
 @EACH_NETWORK
@@ -43,11 +43,11 @@ def test_synaptic_flow__matches_reference(network: str, density: float) -> None:
     masks = random_masks(module, density, seed=1)
     expected_total, expected = reference.synflow_flow_and_scores(module, list(masks), masks, shape)
     apply(masks, module)
-    found, total = flow_scores(module, torch.zeros(2, *shape))
+    scores, total = flow_scores(module, torch.zeros(2, *shape))
     assert total == pytest.approx(expected_total, rel=1e-12)
     for name in masks:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=0)
-        assert found[name].dtype == torch.float64
+        torch.testing.assert_close(scores[name], expected[name], rtol=1e-12, atol=0)
+        assert scores[name].dtype == torch.float64
 
 
 @pytest.mark.parametrize("network", ["mlp", "plain_conv_net", "conv_net"])
@@ -55,17 +55,17 @@ def test_synaptic_flow__matches_reference(network: str, density: float) -> None:
 def test_synaptic_flow__is_conserved_by_layers(network: str, density: float) -> None:
     module, shape = build(network)
     apply(random_masks(module, density, seed=2), module)
-    found, total = flow_scores(module, torch.zeros(1, *shape))
+    scores, total = flow_scores(module, torch.zeros(1, *shape))
     assert total > 0
-    assert [score.sum().item() for score in found.values()] == pytest.approx([total] * len(found), rel=1e-12)
+    assert [score.sum().item() for score in scores.values()] == pytest.approx([total] * len(scores), rel=1e-12)
 
 
 @pytest.mark.parametrize("cut", RESIDUAL_CUTS)
 def test_synaptic_flow__is_conserved_by_cuts(cut: str) -> None:
     """Beside a shortcut it is the layers that together separate input from output that carry all of it."""
     module, shape = build("residual_net")
-    found, total = flow_scores(module, torch.zeros(1, *shape))
-    assert sum(found[name].sum().item() for name in RESIDUAL_CUTS[cut]) == pytest.approx(total, rel=1e-12)
+    scores, total = flow_scores(module, torch.zeros(1, *shape))
+    assert sum(scores[name].sum().item() for name in RESIDUAL_CUTS[cut]) == pytest.approx(total, rel=1e-12)
 
 
 def test_synaptic_flow__goes_beyond_float32() -> None:
@@ -73,9 +73,9 @@ def test_synaptic_flow__goes_beyond_float32() -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(8)
-    found, total = flow_scores(module, torch.zeros(1, 64))
+    scores, total = flow_scores(module, torch.zeros(1, 64))
     assert torch.finfo(torch.float32).max < total < float("inf")
-    assert [score.sum().item() for score in found.values()] == pytest.approx([total] * 59, rel=1e-9)
+    assert [score.sum().item() for score in scores.values()] == pytest.approx([total] * 59, rel=1e-9)
 
 
 def test_synaptic_flow__complex_error() -> None:
@@ -104,9 +104,9 @@ def test_synaptic_flow__only_the_shape_matters() -> None:
 def test_synaptic_flow__is_zero_in_what_is_unused() -> None:
     module = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
     module.forward = lambda x: module["used"](x)
-    found, total = synflow.SynapticFlow(module, dict(module.named_parameters())).gradients(torch.zeros(1, 2))
-    assert found["unused.weight"].tolist() == [[0.0, 0.0]]
+    gradients, total = synflow.SynapticFlow(module, dict(module.named_parameters())).gradients(torch.zeros(1, 2))
+    assert gradients["unused.weight"].tolist() == [[0.0, 0.0]]
     module.forward = lambda x: x
-    found, total = synflow.SynapticFlow(module, dict(module.named_parameters())).gradients(torch.zeros(1, 2))
+    gradients, total = synflow.SynapticFlow(module, dict(module.named_parameters())).gradients(torch.zeros(1, 2))
     assert total == 2.0
-    assert found["used.weight"].tolist() == [[0.0, 0.0]]
+    assert gradients["used.weight"].tolist() == [[0.0, 0.0]]

@@ -48,8 +48,8 @@ def test_the_network_itself_is_named() -> None:
 
 
 def test_attention_is_one_call() -> None:
-    found = breakers_of(models.Attention().eval(), torch.zeros(1, 16))
-    assert found == ["'attention' (multi_head_attention_forward)"]
+    names = breakers_of(models.Attention().eval(), torch.zeros(1, 16))
+    assert names == ["'attention' (multi_head_attention_forward)"]
 
 
 def test_softmax_by_logsumexp_is_named() -> None:

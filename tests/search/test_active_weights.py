@@ -28,14 +28,14 @@ class BoxDetector(nn.Module):
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Any:
         if any((target["boxes"][:, 2:] <= target["boxes"][:, :2]).any() for target in targets):
             raise AssertionError("All bounding boxes should have positive height and width.")
-        found = self.head(torch.stack([self.body(image).mean((1, 2)) for image in images]))
+        boxes = self.head(torch.stack([self.body(image).mean((1, 2)) for image in images]))
         if self.training:
             goal = torch.stack([target["boxes"].mean(0) for target in targets])
-            return {"classes": found[:, 4].square().mean(), "boxes": (found[:, :4] - goal).abs().mean()}
+            return {"classes": boxes[:, 4].square().mean(), "boxes": (boxes[:, :4] - goal).abs().mean()}
         if self.dead_end == "constants":
-            return torch.zeros(len(found), 4)
+            return torch.zeros(len(boxes), 4)
         if self.dead_end == "no_boxes":
-            return found[found[:, 0] < -1]
+            return boxes[boxes[:, 0] < -1]
         raise RuntimeError("no boxes")
 
 
@@ -58,26 +58,26 @@ def test_detectors_are_followed_in_train_mode(dead_end: str) -> None:
     masks = Masks({name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in names.items()})
     masks["body.weight"][1] = False
     masks["head.weight"][:, 2] = False
-    found = diagnosed(module, SNIP(), masks.sparsity, batches=[BOXED], loss_fn=of_boxes, masks=masks)
-    assert found.path_error is None
-    assert found.warnings == []
-    assert found.active is not None
-    assert found.active["body.weight"].any(3).any(2).any(1).tolist() == [True, False, False, True]
-    assert found.active["head.weight"].any(0).tolist() == [True, False, False, True]
+    diagnosis = diagnosed(module, SNIP(), masks.sparsity, batches=[BOXED], loss_fn=of_boxes, masks=masks)
+    assert diagnosis.path_error is None
+    assert diagnosis.warnings == []
+    assert diagnosis.active is not None
+    assert diagnosis.active["body.weight"].any(3).any(2).any(1).tolist() == [True, False, False, True]
+    assert diagnosis.active["head.weight"].any(0).tolist() == [True, False, False, True]
 
 
 def test_nothing_arrives_even_without_masks() -> None:
-    """That no path is found is said as such; it is no fault of the masks."""
+    """That no path is diagnosis is said as such; it is no fault of the masks."""
 
     class Chooses(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).argmax(1, keepdim=True) * torch.ones(3)
 
-    found = diagnosed(Chooses(4, 3), Magnitude(), batches=[X])
-    assert found.active is None
-    assert found.path_error is not None
-    assert "Nothing that is sent into the network arrives at what it returns." in found.path_error
-    assert found.warnings == []
+    diagnosis = diagnosed(Chooses(4, 3), Magnitude(), batches=[X])
+    assert diagnosis.active is None
+    assert diagnosis.path_error is not None
+    assert "Nothing that is sent into the network arrives at what it returns." in diagnosis.path_error
+    assert diagnosis.warnings == []
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,11 @@ def test_what_is_not_reached_even_without_masks_counts_as_active(branch: nn.Modu
 
     module = Constant()
     masks = Masks({name: torch.rand_like(value) > 0.5 for name, value in prunable_parameters(module).items()})
-    found = diagnosed(module, Magnitude(), masks.sparsity, batches=[X], masks=masks)
-    assert found.path_error is None
-    assert found.active is not None
-    assert all(found.active[name].equal(mask) for name, mask in masks.items() if "branch" in name)
-    (text,) = found.warnings
+    diagnosis = diagnosed(module, Magnitude(), masks.sparsity, batches=[X], masks=masks)
+    assert diagnosis.path_error is None
+    assert diagnosis.active is not None
+    assert all(diagnosis.active[name].equal(mask) for name, mask in masks.items() if "branch" in name)
+    (text,) = diagnosis.warnings
     assert text.startswith("No path through 'branch.")
 
 
