@@ -505,6 +505,34 @@ def test_compact__hidden_reader_of_silence() -> None:
     assert difference(given, small, torch.full((1, 4), 100.0)) < 1e-5
 
 
+@pytest.mark.parametrize("example", [torch.zeros(2, 3, 3, 4), 0.01 * numbers(2, 3, 3, 4)], ids=["zeros", "small"])
+def test_compact__channels_last(example: Tensor) -> None:
+    """torch-pruning takes what was flattened for channels first; no comparison sees that where relu lets nothing by."""
+    given = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(9 * 6, 3))
+    randomised(given)
+    with torch.no_grad():
+        given[0].bias.fill_(-0.5)
+        given[0].weight[1] = 0  # nothing writes the second neuron,
+        given[3].weight.view(3, 9, 6)[..., 1] = 0  # and nothing reads it
+    small = compact(given, example)
+    assert sizes(small) == sizes(given)
+    assert_same(given, small, (3, 3, 4))
+
+
+@pytest.mark.parametrize("between", [nn.MaxPool2d(2), nn.Flatten(), nn.Sequential(nn.AvgPool2d(2), nn.Flatten())])
+def test_compact__right_behind_a_layer(between: nn.Module) -> None:
+    """A batch of another size, which is compared as well, does not hide that channels keep their place."""
+    given = nn.Sequential(nn.Conv2d(2, 8, 1), between, nn.LazyConv2d(3, 1))
+    if not isinstance(between, nn.MaxPool2d):
+        given[2] = nn.LazyLinear(3)
+    given(numbers(2, *IMAGES))
+    with torch.no_grad():
+        given[2].weight.view(3, 8, -1)[:, :4] = 0
+    small = compact(given, numbers(2, *IMAGES))
+    assert len(small[0].weight) == 4  # type: ignore[index]
+    assert_same(given, small, IMAGES)
+
+
 def test_compact__never_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake in telling what is unread changes nothing: it is seen, and the rest goes on."""
     given = randomised(MLP(6, 8, 8, 3))
