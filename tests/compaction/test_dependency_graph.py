@@ -1,12 +1,17 @@
 """What compact uses of torch-pruning is there, one test a name: what fails was dropped or changed there."""
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch_pruning
-from torch import nn
+from compacted import assert_same, numbers, sizes
+from models import MLP, randomised
+from torch import Tensor, nn
 
+from lightning_drive import compact
 from lightning_drive.compaction.dependency_graph import DependencyGraph, library
 
 SEEN_IN = "torch-pruning 1.6.0 has it; `compaction/dependency_graph.py` uses it"
@@ -158,3 +163,103 @@ def test_remove(own: DependencyGraph, module: nn.Sequential) -> None:
 
 def test_library() -> None:
     assert library() is torch_pruning
+
+
+# Parts that torch-pruning stumbles over.
+
+
+class Between(nn.Module):
+    """A convolution, and then anything that keeps the shape."""
+
+    def __init__(self, after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(8, 8, 1), after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.conv(x))
+
+
+class Unit(nn.Module):
+    """Half of the channels goes through a branch, then the halves are shuffled, as in ShuffleNet."""
+
+    def __init__(self, halves: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1, 1, 4))
+        self.halves = halves
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.halves(x)
+        joined = torch.cat((left, self.branch(right)), 1)
+        return joined.view(-1, 2, 4, *x.shape[2:]).transpose(1, 2).contiguous().view(x.shape)
+
+
+class Answer(nn.Linear):
+    """A layer that returns something else than a tensor."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"answer": super().forward(x.movedim(1, -1)).movedim(-1, 1).contiguous()}
+
+
+class Asked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Answer(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)["answer"]  # type: ignore[no-any-return]
+
+
+class Cat(torch.autograd.Function):
+    """Has the name of an operation of torch, and does something else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.flip(1)
+
+
+STUMBLING: dict[str, Callable[[], list[nn.Module]]] = {
+    "chunks": lambda: [Unit(lambda x: x.chunk(2, 1)) for _ in range(3)],
+    "splits": lambda: [Unit(lambda x: x.split([4, 4], 1)) for _ in range(4)],
+    "slices": lambda: [Unit(lambda x: (x[:, :4], x[:, 4:])) for _ in range(5)],  # took a minute
+    "unbound": lambda: [Unit(lambda x: x.unflatten(1, (2, 4)).unbind(1)) for _ in range(2)],
+    "nested_splits": lambda: [
+        Between(lambda x: torch.cat([torch.cat(half.split(1, 1), 1) for half in x.chunk(2, 1)], 1)) for _ in range(3)
+    ],
+    "flattened_halves": lambda: [
+        Between(lambda x: torch.cat([half.flatten(1) for half in x.chunk(2, 1)], 1).view(x.shape)) for _ in range(3)
+    ],
+    "layer_that_returns_a_dictionary": lambda: [Asked()],
+    "function_with_a_known_name": lambda: [Between(Cat.apply), Between(Cat.apply)],  # type: ignore[list-item]
+}
+
+
+@pytest.mark.parametrize("kind", STUMBLING)
+def test_compact__part_that_torch_pruning_stumbles_over(kind: str) -> None:
+    """Is left alone, and all before and after it is compacted."""
+    middle = STUMBLING[kind]()
+    before = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1), nn.ReLU()
+    after = nn.Conv2d(8, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 9), nn.Linear(9, 4)
+    given = nn.Sequential(*before, *middle, *after)
+    randomised(given)
+    with torch.no_grad():
+        for layer in (before[0], after[0]):
+            layer.weight[::2] = layer.bias[::2] = 0  # type: ignore[index]
+    small = compact(given, numbers(2, 3, 6, 6))
+    assert_same(given, small, (3, 6, 6))
+    assert small[2].in_channels == small[-2].in_features == 8  # type: ignore[index]
+    left = [sizes(layer) for layer in nn.Sequential(*middle).modules() if isinstance(layer, nn.Conv2d)]
+    kept = small[len(before) : -len(after)]  # type: ignore[index]
+    assert [sizes(layer) for layer in kept.modules() if isinstance(layer, nn.Conv2d)] == left
+
+
+def test_compact__not_followed_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = pytest.importorskip("torch_pruning")
+    monkeypatch.setattr(library.DependencyGraph, "_build_dependency", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"torch-pruning cannot follow this module: ZeroDivisionError"):
+        compact(MLP(4, 3), numbers(2, 4))
+
+
+def test_compact__library_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-drive\[compact\]'"):
+        compact(MLP(4, 3), numbers(2, 4))
