@@ -59,12 +59,12 @@ def imported_modules(source: str) -> set[str]:
 
 def own_modules(source: str) -> set[str]:
     """Name the modules of this package that are imported: `room.module` or the file beside the rooms."""
-    found = set()
+    modules = set()
     for name in imported_modules(source):
         top, *rest = name.split(".")
         if top in {"lightning_drive", ""} and name != "lightning_drive.__version__":
-            found.add(next((".".join(rest[:n]) for n in (2, 1) if ".".join(rest[:n]) in MODULES), ".".join(rest)))
-    return found
+            modules.add(next((".".join(rest[:n]) for n in (2, 1) if ".".join(rest[:n]) in MODULES), ".".join(rest)))
+    return modules
 
 
 def complaints(module: str, source: str) -> list[str]:
@@ -180,6 +180,6 @@ def test_public_names__for_type_checkers() -> None:
 
 
 def test_public_names__star() -> None:
-    found: dict[str, object] = {}
-    exec("from lightning_drive import *", found)
-    assert found.keys() - {"__builtins__"} == set(lightning_drive.__all__)
+    names: dict[str, object] = {}
+    exec("from lightning_drive import *", names)
+    assert names.keys() - {"__builtins__"} == set(lightning_drive.__all__)

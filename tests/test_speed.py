@@ -29,7 +29,7 @@ def network() -> nn.Sequential:
 
 
 def least(measured: list[list[float]]) -> float:
-    """Give the seconds of a whole search from the least that each of its rounds took in several such searches."""
+    """Return the seconds of a whole search from the least that each of its rounds took in several such searches."""
     return sum(min(times) for times in zip(*measured, strict=True))
 
 

@@ -41,7 +41,7 @@ VIRTUAL_ENVIRONMENT = "python3 -m venv .venv"
 
 
 def reader() -> dict[str, Any]:
-    """Give what a reader has before the first block of a page."""
+    """Return what a reader has before the first block of a page."""
     pl.seed_everything(0, verbose=False)
     data = mymodel.MyData()
     return {
@@ -113,7 +113,7 @@ EXAMPLES = [(page, example) for page, document in DOCUMENTS.items() for example 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Give every page a folder and what a reader has."""
+    """Return a folder for every page, whose namespace has what a reader has."""
     for document in DOCUMENTS.values():
         document.namespace.update(reader())
     return {page: tmp_path_factory.mktemp(Path(page).stem) for page in DOCUMENTS}
@@ -126,7 +126,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     "ignore:You defined a `validation_step` but have no `val_dataloader`",
     "ignore:Checkpoint directory .* exists and is not empty",
 )
-@pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[f"{page}:{each.line}" for page, each in EXAMPLES])
+@pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[f"{page}:{block.line}" for page, block in EXAMPLES])
 def test_block(page: str, example: Example, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folders[page])
     example.evaluate()
@@ -141,7 +141,7 @@ def test_promised_output(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def python_blocks(page: Path) -> list[str]:
-    """Give the sources of a page's blocks of Python."""
+    """Return the sources of a page's blocks of Python."""
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
@@ -165,3 +165,12 @@ def test_no_page_is_a_stub(page: Path) -> None:
     assert len(page.read_text(encoding="utf-8").splitlines()) > 5
     navigation = (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
     assert page.name == "README.md" or f": {page.relative_to(ROOT / 'docs')}\n" in navigation
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_named_tests_exist(page: Path) -> None:
+    """Whoever looks for the test that a page names finds its file."""
+    files = {
+        path.stem for folder in ("tests", "examples/tests", "docs/site") for path in (ROOT / folder).rglob("test_*.py")
+    }
+    assert set(re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))) <= files

@@ -535,8 +535,8 @@ def test_augment(images: ModuleType) -> None:
     assert augmented.is_contiguous()
     windows = F.pad(source, [2] * 4).unfold(2, 5, 1).unfold(3, 6, 1)  # image, channel, row and column of the corner
     counts: Counter[tuple[int, ...]] = Counter()
-    for mirrored, each in enumerate((augmented, augmented.flip(-1))):
-        same = (windows == each[:, :, None, None]).all(-1).all(-1).all(1)
+    for mirrored, image in enumerate((augmented, augmented.flip(-1))):
+        same = (windows == image[:, :, None, None]).all(-1).all(-1).all(1)
         counts.update((mirrored, *place) for place in same.nonzero()[:, 1:].tolist())
     assert sum(counts.values()) == 2000
     assert len(counts) == 2 * 5 * 5

@@ -63,7 +63,7 @@ def test_experiment(paper: Callable[[str], ModuleType], experiment: str) -> None
     assert sum(parameter.numel() for parameter in cli.model.parameters()) == num_parameters
     assert cli.datamodule.batch_size == batch_size
     assert cli.trainer.max_epochs == epochs
-    assert not any(isinstance(each, run.PruningCallback) for each in cli.trainer.callbacks)
+    assert not any(isinstance(callback, run.PruningCallback) for callback in cli.trainer.callbacks)
 
     configured = cli.model.configure_optimizers()
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
@@ -157,17 +157,17 @@ def test_all_wanted(paper: Callable[[str], ModuleType]) -> None:
         *(("dense", "none", 0.0), ("drive", "none", 0.9), ("drive", "reinit", 0.9)),
         *(("drive", "none", 0.98), ("drive", "reinit", 0.98)),
     ]
-    assert [each.key for each in wanted] == [("convnet_cifar10", *each, seed) for seed in (4, 2) for each in one_seed]
+    assert [one.key for one in wanted] == [("convnet_cifar10", *key, seed) for seed in (4, 2) for key in one_seed]
 
 
 def test_all_wanted__sparsities_of_the_paper(paper: Callable[[str], ModuleType]) -> None:
     run = paper("run")
     both = run.read_options(["--experiments", "vgg16_cifar10", "resnet18_imagenet32", "--results", "r.jsonl"])
-    found: dict[str, set[float]] = {}
-    for each in run.all_wanted(both):
-        found.setdefault(each.experiment, set()).add(each.sparsity)
-    assert found["vgg16_cifar10"] == {0.0, 0.9, 0.95, 0.98, 0.993}
-    assert found["resnet18_imagenet32"] == {0.0, 0.7, 0.8, 0.9, 0.95}
+    sparsities: dict[str, set[float]] = {}
+    for one in run.all_wanted(both):
+        sparsities.setdefault(one.experiment, set()).add(one.sparsity)
+    assert sparsities["vgg16_cifar10"] == {0.0, 0.9, 0.95, 0.98, 0.993}
+    assert sparsities["resnet18_imagenet32"] == {0.0, 0.7, 0.8, 0.9, 0.95}
 
 
 @pytest.mark.parametrize(
@@ -427,14 +427,14 @@ def test_collapse(paper: Callable[[str], ModuleType], tmp_path: Path, capsys: py
     with warnings.catch_warnings():
         collapse.main([*few, "--methods", "SNIP", "Magnitude", "--", "--data.batch_size=32"])
     found = results.read_file(tmp_path / "c.jsonl", results.Collapse)
-    assert [(each.method, each.sparsity, each.num_kept, each.is_cut_off) for each in found] == [
+    assert [(line.method, line.sparsity, line.num_kept, line.is_cut_off) for line in found] == [
         ("SNIP", 0.5, 11_912, False),
         ("SNIP", 0.98, 476, False),
         ("Magnitude", 0.5, 11_912, False),
         ("Magnitude", 0.98, 476, True),
     ]
-    assert [bool(each.empty_layers) for each in found] == [False, False, False, True]
-    assert {(each.seed, each.data, each.batch_size) for each in found} == {(4, "digits", 32)}
+    assert [bool(line.empty_layers) for line in found] == [False, False, False, True]
+    assert {(line.seed, line.data, line.batch_size) for line in found} == {(4, "digits", 32)}
     assert "digits, Magnitude, 98.0%, seed 4: cut off" in capsys.readouterr().out
 
 

@@ -578,18 +578,18 @@ def bars(figures: ModuleType, axes: Any) -> list[tuple[str, bool, Any]]:
 
 def whiskers(axes: Any) -> list[tuple[float, float]]:
     """Lower and upper end of each error bar."""
-    segments = [segment for each in axes.collections for segment in each.get_segments()]
+    segments = [segment for collection in axes.collections for segment in collection.get_segments()]
     return [(segment[0][1], segment[1][1]) for segment in segments if len(segment)]
 
 
 def approximately(values: dict[str, list[float]]) -> dict[str, Any]:
-    return {name: pytest.approx(each) for name, each in values.items()}
+    return {name: pytest.approx(value) for name, value in values.items()}
 
 
 def test_select(figures: ModuleType, alexnet: list[Any], convnet: list[Any], seeds: Callable[..., list[Any]]) -> None:
     """Controls and ablations are left out, and so are experiments in which nothing was pruned."""
     chosen = figures.select([*convnet, *alexnet, *seeds("dense", 0.0, [99.0], experiment="digits")])
-    assert [each.experiment for each in chosen] == ["alexnet_cifar10", "convnet_cifar10"]
+    assert [run.experiment for run in chosen] == ["alexnet_cifar10", "convnet_cifar10"]
     assert list(chosen[0].runs) == alexnet
     assert {(run.method, run.control) for run in chosen[1].runs} == {("drive", "none"), ("snip", "none")}
 
@@ -729,14 +729,17 @@ def test_draw_times__linear(figures: ModuleType, convnet: list[Any]) -> None:
 def test_figures__fit(figures: ModuleType, alexnet: list[Any], seeds: Callable[..., list[Any]], number: int) -> None:
     """Nothing is cut off, and no two names on an axis overlap, even with all of AlexNet's sparsities."""
     curve = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
-    runs = [*alexnet, *(run for method in ("drive", "imp") for each in curve for run in seeds(method, each, [80, 81]))]
+    runs = [
+        *alexnet,
+        *(run for method in ("drive", "imp") for sparsity in curve for run in seeds(method, sparsity, [80, 81])),
+    ]
     figure = figures.FIGURES[number](compare(figures, runs))
     figure.draw_without_rendering()
     (axes,) = figure.axes
     named = [shown_names(axis) for axis in (axes.xaxis, axes.yaxis)]
     texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *figure.texts, *named[0], *named[1]]
-    for each in [*figure.legends, *(text for text in texts if text.get_text())]:
-        box = each.get_window_extent()
+    for benchmark in [*figure.legends, *(text for text in texts if text.get_text())]:
+        box = benchmark.get_window_extent()
         assert box.x0 >= 0
         assert box.y0 >= 0
         assert box.x1 <= figure.bbox.x1

@@ -18,7 +18,7 @@ Taken = tuple[list[float], dict[str, list[float]]]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def one_thread() -> None:
     """Replace the fixture of the tests: here all cores take part."""
 
 
@@ -40,7 +40,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def figure(benchmark: Any, capfd: pytest.CaptureFixture[str]) -> Callable[..., Figure]:
-    """Give a function that takes measurements and puts them down as a line of the table."""
+    """Return a function that takes measurements and puts them down as a line of the table."""
 
     def record(group: str, case: str, unit: str, take: Callable[[], Taken], **more: Any) -> Figure:
         ours, peers = benchmark.pedantic(take)

@@ -77,7 +77,7 @@ def rounds_and_passes(
 
 def with_once(rounds: list[float], once: float) -> list[float]:
     """Spread what is done once evenly over the rounds."""
-    return [each + once / len(rounds) for each in rounds]
+    return [one_round + once / len(rounds) for one_round in rounds]
 
 
 def forward_backward(module: nn.Module, run: Callable[[nn.Module], Tensor]) -> Callable[[], None]:
@@ -112,7 +112,7 @@ def peak_growth(work: Callable[[], object]) -> int:
 
 @contextmanager
 def peak_of_tensors() -> Iterator[list[int]]:
-    """Give a list that holds, in the end, how many bytes of tensors were at most there beyond those at the beginning.
+    """Return a list that holds, in the end, how many bytes of tensors were at most there beyond those at the beginning.
 
     This asks torch's own allocator, which is exact where the size of a process is not: freed memory may stay with it.
     """

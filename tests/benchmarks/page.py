@@ -45,7 +45,7 @@ class Figure:
     note: str = ""
 
     def ratios(self, peer: str) -> list[float]:
-        """Give ours divided by a peer's, pair by pair."""
+        """Return ours divided by a peer's, pair by pair."""
         return [own / other for own, other in zip(self.ours, self.peers[peer], strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,14 +63,14 @@ def write(results: Mapping[str, Any], page: Path = PAGE) -> None:
 
 
 def filled(text: str, results: Mapping[str, Any]) -> str:
-    """Give the page's text with the tables of these results.
+    """Return the page's text with the tables of these results.
 
     Raises:
         ValueError: If a group of figures has no place on the page, or a place has no figures.
 
     """
     figures = figures_of(results)
-    parts = {group: table([each for each in figures if each.group == group]) for group in groups(figures)}
+    parts = {group: table([figure for figure in figures if figure.group == group]) for group in groups(figures)}
     parts |= {"machine": machine(results), "paper": on_paper()}
     places = re.findall(re.escape(MARKS[0]).replace(r"\{\}", r"(\w+)"), text)
     if sorted(places) != sorted(parts):
@@ -83,8 +83,8 @@ def filled(text: str, results: Mapping[str, Any]) -> str:
 
 
 def figures_of(results: Mapping[str, Any]) -> list[Figure]:
-    names = {each.name for each in fields(Figure)}
-    extras = (each["extra_info"] for each in results["benchmarks"])
+    names = {field.name for field in fields(Figure)}
+    extras = (result["extra_info"] for result in results["benchmarks"])
     return [Figure(**{name: value for name, value in extra.items() if name in names}) for extra in extras]
 
 
@@ -95,7 +95,8 @@ def groups(figures: list[Figure]) -> list[str]:
 def machine(results: Mapping[str, Any]) -> str:
     info = results["machine_info"]
     versions = ", ".join(f"{name} {number}" for name, number in info["versions"].items())
-    taken = sorted({(each["extra_info"]["date"], each["extra_info"]["revision"]) for each in results["benchmarks"]})
+    infos = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
+    taken = sorted({(info["date"], info["revision"]) for info in infos})
     return (
         f"Measured on {info['cpu']['brand_raw']}, {info['threads']} threads, {info['system']} {info['release']};"
         f" {versions}; {', '.join(f'{date} (revision {revision})' for date, revision in taken)}."
@@ -106,8 +107,8 @@ def stamp(results: Mapping[str, Any]) -> None:
     """Note with every result when it was taken, and of what."""
     commit = results["commit_info"]
     revision = commit["id"][:8] + (" and changes" if commit.get("dirty") else "")
-    for each in results["benchmarks"]:
-        each["extra_info"] |= {"date": results["datetime"][:10], "revision": revision}
+    for result in results["benchmarks"]:
+        result["extra_info"] |= {"date": results["datetime"][:10], "revision": revision}
 
 
 def table(figures: list[Figure]) -> str:
@@ -157,12 +158,12 @@ def goal(figure: Figure) -> str:
 
 
 def ratio(figure: Figure, peer: str) -> str:
-    """Give the median ratio, and where there are several, the range of the middle half."""
-    found = sorted(figure.ratios(peer))
-    if len(found) < 3:
-        return f"{median(found):.2f}"
-    quarter = len(found) // 4
-    return f"{median(found):.2f} ({found[quarter]:.2f}-{found[-1 - quarter]:.2f})"
+    """Return the median ratio, and where there are several, the range of the middle half."""
+    ratios = sorted(figure.ratios(peer))
+    if len(ratios) < 3:
+        return f"{median(ratios):.2f}"
+    quarter = len(ratios) // 4
+    return f"{median(ratios):.2f} ({ratios[quarter]:.2f}-{ratios[-1 - quarter]:.2f})"
 
 
 def bold(text: str, is_bold: bool) -> str:
@@ -194,10 +195,10 @@ def merged(results: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any
     for key in ("cpu", "threads", "versions"):
         if results["machine_info"][key] != part["machine_info"][key]:
             raise ValueError(f"Results of different machines or versions do not go together: {key} differs.")
-    again = {each["fullname"]: each for each in part["benchmarks"]}
+    again = {benchmark["fullname"]: benchmark for benchmark in part["benchmarks"]}
     return {
         **results,
-        "benchmarks": [again.pop(each["fullname"], each) for each in results["benchmarks"]] + [*again.values()],
+        "benchmarks": [again.pop(result["fullname"], result) for result in results["benchmarks"]] + [*again.values()],
     }
 
 

@@ -83,7 +83,7 @@ def test_masks_are_those_of_find_masks(tmp_path: Path) -> None:
                     DRIVE(rounds=5),
                     sparsity=0.8,
                     batches=batches,
-                    loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]),
+                    loss_fn=fits.loss_fn,
                 )
 
     check, callback = Check(), fits.drive()
@@ -97,27 +97,13 @@ def test_loss_fn(tmp_path: Path) -> None:
 
     def loss_fn(module: pl.LightningModule, batch: list[Tensor]) -> Tensor:
         calls.append(len(batch[1]))
-        return F.cross_entropy(module(batch[0]), batch[1])
+        return fits.loss_fn(module, batch)
 
     module = ConvModule()
     callback = fits.drive(loss_fn=loss_fn, bn_batches=0)
     fits.trainer(tmp_path, callback).fit(module, fits.loader())
     assert calls == [16] * 5
     assert len(module.calls) == 4 * 3
-
-
-class ManualModule(ConvModule):
-    """Steps its optimizer itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # type: ignore[override]
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-        optimizer.step()
 
 
 def test_batch_norm_is_re_estimated(tmp_path: Path) -> None:
@@ -234,7 +220,7 @@ def test_interrupt_in_the_rounds_leaves_a_dense_run(tmp_path: Path) -> None:
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("power cut")
-        return F.cross_entropy(module(batch[0]), batch[1])
+        return fits.loss_fn(module, batch)
 
     calls: list[int] = []
     module, callback = ConvModule(), fits.drive(loss_fn=fail_in_round_three)
@@ -472,7 +458,7 @@ def frozen_module() -> ConvModule:
         (ConvModule, {"exclude": ["*.weigth"]}, {}, ValueError, "`exclude` pattern .* matches no parameter"),
         (ConvModule, {"exclude": ["*"]}, {}, ValueError, "no trainable parameter to prune"),
         (frozen_module, {}, {}, ValueError, r"features.0.weight, .* matched, but `requires_grad` is False"),
-        (ManualModule, {}, {}, MisconfigurationException, "manual optimization .* Pass `loss_fn`"),
+        (fits.Manual, {}, {}, MisconfigurationException, "manual optimization .* Pass `loss_fn`"),
         (IteratorModule, {}, {}, MisconfigurationException, "takes `dataloader_iter`.* Pass `loss_fn`"),
     ],
     ids=[

@@ -55,12 +55,12 @@ class Quiet(ConvModule):
 
 def fit(tmp_path: Path, module: pl.LightningModule, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
     """Train for six epochs: two cycles of two, and two for the ticket."""
-    ckpt_path = kwargs.pop("ckpt_path", None)
-    if type(module) is Quiet:
-        kwargs = {"limit_val_batches": 0} | kwargs
-    running = fits.trainer(tmp_path, *callbacks, **({"max_epochs": 6} | kwargs))
-    running.fit(module, fits.loader(), ckpt_path=ckpt_path)
-    return running
+    settings: dict[str, Any] = {
+        "max_epochs": 6,
+        **({"limit_val_batches": 0} if type(module) is Quiet else {}),
+        **kwargs,
+    }
+    return fits.fit(tmp_path, module, *callbacks, **settings)
 
 
 # What is seen from inside.
@@ -68,23 +68,11 @@ def fit(tmp_path: Path, module: pl.LightningModule, *callbacks: pl.Callback, **k
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Every parameter and buffer, also those that `state_dict()` leaves out, and those that are not set."""
-    found: dict[str, Tensor | None] = {name: value.detach().clone() for name, value in module.named_parameters()}
+    tensors: dict[str, Tensor | None] = {name: value.detach().clone() for name, value in module.named_parameters()}
     for path, submodule in module.named_modules():
         for key, value in submodule._buffers.items():
-            found[f"{path}.{key}".lstrip(".")] = None if value is None else value.clone()
-    return found
-
-
-def is_same(first: Any, second: Any) -> bool:
-    """Whether nested states are equal bit for bit."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        same_signs = torch.equal(torch.signbit(first), torch.signbit(second))
-        return first.dtype == second.dtype and torch.equal(first, second) and same_signs
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        return first.keys() == second.keys() and all(is_same(first[key], second[key]) for key in first)
-    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
-        return len(first) == len(second) and all(map(is_same, first, second))
-    return bool(first == second)
+            tensors[f"{path}.{key}".lstrip(".")] = None if value is None else value.clone()
+    return tensors
 
 
 @dataclass
@@ -184,7 +172,7 @@ def plain_imp(
     ticket_epochs: int = 2,
     find: Callable[[nn.Module, Mapping[str, Tensor], int], Masks],
 ) -> list[Masks]:
-    """Train, prune, rewind: a loop without Lightning; gives the masks of every cycle."""
+    """Train, prune, rewind: a loop without Lightning; return the masks of every cycle."""
     optimizer = module.configure_optimizers()
     train(module, optimizer, rewind_epoch, {})
     weights, momenta = copy.deepcopy(module.state_dict()), copy.deepcopy(optimizer.state_dict())
@@ -238,8 +226,8 @@ def test_equals_the_definition(tmp_path: Path, optimizer: str, settings: dict[st
     _, after = looked(tmp_path, module, callback, max_epochs=cycles * length + 2)
     for cycle, masks in enumerate(history, 1):
         assert after[cycle * length].masks == masks
-    assert is_same(fits.state_of(module), fits.state_of(plain))
-    assert is_same(callback.masks, history[-1])
+    assert fits.equal_states(fits.state_of(module), fits.state_of(plain))
+    assert fits.equal_states(callback.masks, history[-1])
 
 
 @pytest.mark.parametrize("scope", ["global", "layerwise"])
@@ -255,7 +243,7 @@ def test_equals_find_masks_in_a_loop(tmp_path: Path, scope: Any) -> None:
     module, callback = Quiet(), imp(cycles=cycles, scope=scope)
     _, after = looked(tmp_path, module, callback, max_epochs=8)
     assert [after[epoch].masks for epoch in (2, 4, 6)] == history
-    assert is_same(fits.state_of(module), fits.state_of(plain))
+    assert fits.equal_states(fits.state_of(module), fits.state_of(plain))
 
 
 @pytest.fixture
@@ -313,7 +301,7 @@ def test_include_and_exclude(tmp_path: Path) -> None:
     before, after = looked(tmp_path, Quiet(), callback)
     assert tuple(callback.masks) == ("features.4.weight", "head.weight")
     assert callback.masks.num_kept == round((8 * 6 * 9 + 512) * 0.1)
-    assert is_same(after[4].tensors["features.0.weight"], before[0].tensors["features.0.weight"])
+    assert fits.equal_states(after[4].tensors["features.0.weight"], before[0].tensors["features.0.weight"])
 
 
 # When.
@@ -439,10 +427,10 @@ def test_everything_returns(tmp_path: Path, optimizer: str, rewind_epoch: int) -
         for name, mask in masks.items():
             expected[name][~mask] = 0  # type: ignore[index]
         assert now.keys() == expected.keys()
-        assert [name for name in now if not is_same(now[name], expected[name])] == []
-        assert is_same(after[epoch].optimizer, masked(point.optimizer, masks, names))
+        assert [name for name in now if not fits.equal_states(now[name], expected[name])] == []
+        assert fits.equal_states(after[epoch].optimizer, masked(point.optimizer, masks, names))
         # The oracle can fail: training had changed all of it.
-        unchanged = [name for name in now if is_same(before[epoch].tensors.get(name), point.tensors[name])]
+        unchanged = [name for name in now if fits.equal_states(before[epoch].tensors.get(name), point.tensors[name])]
         assert unchanged == []
 
 
@@ -460,7 +448,7 @@ def test_everything_returns__settings_of_the_optimizer(tmp_path: Path) -> None:
     before, after = Look(callback), Look(callback)
     fit(tmp_path, Quiet(), before, callback, after, Tinker())
     for seen in (after[epoch] for after in [after.seen] for epoch in (2, 4)):
-        assert is_same(seen.optimizer["param_groups"], before.seen[0].optimizer["param_groups"])
+        assert fits.equal_states(seen.optimizer["param_groups"], before.seen[0].optimizer["param_groups"])
     assert before.seen[2].optimizer["param_groups"][0]["lr"] < 0.05
 
 
@@ -522,7 +510,7 @@ def test_averages_restart__ema(tmp_path: Path, pruning_first: bool) -> None:
     class Check(pl.Callback):
         def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             assert average._average_model is not None
-            same = is_same(tensors_of(average._average_model.module), tensors_of(pl_module))
+            same = fits.equal_states(tensors_of(average._average_model.module), tensors_of(pl_module))
             restarted.append(same and average._average_model.n_averaged == 0)
 
     callbacks = [callback, average] if pruning_first else [average, callback]
@@ -640,7 +628,7 @@ def test_swa_of_the_ticket_can_be_resumed(tmp_path: Path, pruning_first: bool, m
         callbacks = swa_in_order(imp(), pruning_first, **settings)
         fit(tmp_path, trained, *callbacks, SaveAt(path, 6), max_epochs=9, ckpt_path=ckpt_path)
         ends.append(fits.state_of(trained))
-    assert is_same(*ends)
+    assert fits.equal_states(*ends)
 
 
 class Scripted(ConvModule):
@@ -770,8 +758,8 @@ def test_resume(tmp_path: Path, rewind_epoch: int) -> None:
     whole = resumable.run(tmp_path, "sgd", **settings, save=True)
     for epoch in range(resumable.IMP_EPOCHS):
         result = resumable.run(tmp_path, "sgd", **settings, ckpt_path=tmp_path / f"{epoch}-epoch_end.ckpt")
-        assert is_same(result["state"], whole["state"])
-        assert is_same(result["optimizer"], whole["optimizer"])
+        assert fits.equal_states(result["state"], whole["state"])
+        assert fits.equal_states(result["optimizer"], whole["optimizer"])
         assert result["digest"] == whole["digest"]
 
 
@@ -820,8 +808,8 @@ def test_resume__interrupted_in_a_cut(
     module = Quiet()
     resumable.forget(module)
     before, _ = looked(tmp_path, module, imp(**settings), ckpt_path=path)
-    assert is_same(before[0].tensors, whole[epoch].tensors)
-    assert is_same(before[0].optimizer, whole[epoch].optimizer)
+    assert fits.equal_states(before[0].tensors, whole[epoch].tensors)
+    assert fits.equal_states(before[0].optimizer, whole[epoch].optimizer)
     assert before[0].masks == whole[epoch].masks
 
 
@@ -843,8 +831,8 @@ def test_checkpoint(tmp_path: Path) -> None:
         checkpoint = torch.load(path, weights_only=True)
         starts[epoch] = checkpoint["callbacks"]["IMPPruningCallback"]["start"]
         assert any("count" in key for key in checkpoint["state_dict"])
-    assert is_same(starts[0]["snapshot"], initial)
-    assert is_same(starts[3]["snapshot"], initial)
+    assert fits.equal_states(starts[0]["snapshot"], initial)
+    assert fits.equal_states(starts[3]["snapshot"], initial)
     assert starts[4] is None
 
 
@@ -860,7 +848,7 @@ def test_checkpoint__is_not_shared_with_training(tmp_path: Path) -> None:
 
     take = Take()
     fit(tmp_path, Quiet("adamw"), callback, take)
-    assert is_same(take.state, take.copy)
+    assert fits.equal_states(take.state, take.copy)
 
 
 @pytest.mark.parametrize(
@@ -1078,7 +1066,7 @@ def test_second_module_starts_afresh(tmp_path: Path) -> None:
     _, after = looked(tmp_path, second, callback)
     fit(tmp_path, expected, fresh)
     assert [seen.cycle for seen in after] == [0, 0, 1, 1, 2, 2]
-    assert is_same(fits.state_of(second), fits.state_of(expected))
+    assert fits.equal_states(fits.state_of(second), fits.state_of(expected))
     assert callback.masks == fresh.masks != first_masks
 
 
@@ -1094,7 +1082,7 @@ def test_second_module_starts_afresh__in_the_middle_of_the_cycles(tmp_path: Path
     resumable.forget(second)
     before, after = looked(tmp_path, second, callback)
     assert [seen.cycle for seen in after] == [0, 0, 1, 1, 2, 2]
-    assert is_same(after[4].tensors["head.bias"], before[0].tensors["head.bias"])
+    assert fits.equal_states(after[4].tensors["head.bias"], before[0].tensors["head.bias"])
 
 
 def test_same_module_goes_on(tmp_path: Path) -> None:
@@ -1105,7 +1093,7 @@ def test_same_module_goes_on(tmp_path: Path) -> None:
     before, after = looked(tmp_path, module, callback, max_epochs=3)
     assert callback.masks is masks
     assert [seen.num_zeros for seen in after] == [898] * 3
-    assert is_same(before[0].tensors["head.weight"], weights["head.weight"])
+    assert fits.equal_states(before[0].tensors["head.weight"], weights["head.weight"])
     assert masks.hold_for(module)
 
 
@@ -1130,7 +1118,7 @@ def test_same_module_goes_on__from_within_a_cycle(tmp_path: Path) -> None:
     assert (callback.cycle, running.current_epoch) == (1, 3)
     running.fit(module, fits.loader())
     assert callback.cycle == 2
-    assert is_same(look.seen[-2].tensors["head.bias"], initial["head.bias"])
+    assert fits.equal_states(look.seen[-2].tensors["head.bias"], initial["head.bias"])
     assert callback.masks.hold_for(module)
 
 
@@ -1162,7 +1150,7 @@ def test_copies(tmp_path: Path, copied: Any, hook: str) -> None:
     fit(tmp_path, Quiet(), callback, Copy())
     assert len(copies) == (1 if hook == "setup" else 6 * STEPS)
     for taken, state, cycle in copies:
-        assert is_same(taken.state_dict(), state)
+        assert fits.equal_states(taken.state_dict(), state)
         assert taken.cycle == cycle
         assert taken._live is None
         assert taken._undo_plan is None
@@ -1212,7 +1200,7 @@ def controlled(tmp_path: Path, control: str, seed: int = 0) -> Outcome:
     early, late = Randomness(), Randomness()
     before, after = Look(callback), Look(callback)
     fit(tmp_path, module, early, before, callback, late, after)
-    assert all(map(is_same, early.states, late.states))
+    assert all(map(fits.equal_states, early.states, late.states))
     history = [after.seen[epoch].masks for epoch in (2, 4)]
     return Outcome(history, callback.masks, after.seen[4].tensors, fits.state_of(module), callback.report)
 
@@ -1231,7 +1219,7 @@ def test_control__shuffle(tmp_path: Path) -> None:
     for name, mask in shuffled.masks.items():
         expected = start[name].clone()  # type: ignore[union-attr]
         expected[~mask] = 0
-        assert is_same(shuffled.ticket[name], expected)
+        assert fits.equal_states(shuffled.ticket[name], expected)
     assert shuffled.report is not None
     assert shuffled.report.control == "shuffle"
     assert counts(shuffled.masks) == [layer.num_kept for layer in shuffled.report.layers]
@@ -1251,7 +1239,7 @@ def test_control__reinit(tmp_path: Path) -> None:
         assert (now[mask] == then[mask]).float().mean() < 0.2
         assert Counter(now[mask].tolist()) <= Counter(then.flatten().tolist())
     others = [name for name in start if name not in PRUNABLE]
-    assert all(is_same(fresh.ticket[name], start[name]) for name in others)
+    assert all(fits.equal_states(fresh.ticket[name], start[name]) for name in others)
     assert fresh.report is not None
     assert fresh.report.control == "reinit"
 
@@ -1260,9 +1248,9 @@ def test_control__reinit(tmp_path: Path) -> None:
 def test_control__is_seeded(tmp_path: Path, control: str) -> None:
     """The same for the same global seed, another for another, and training's own random numbers are not used up."""
     first, again, other = (controlled(tmp_path, control, seed) for seed in (0, 0, 1))
-    assert is_same(first.final, again.final)
+    assert fits.equal_states(first.final, again.final)
     assert first.history[0] == other.history[0]
-    assert not is_same(first.ticket["head.weight"], other.ticket["head.weight"])
+    assert not fits.equal_states(first.ticket["head.weight"], other.ticket["head.weight"])
 
 
 @pytest.mark.parametrize("control", ["shuffle", "reinit"])
@@ -1272,7 +1260,7 @@ def test_control__checkpoint(tmp_path: Path, control: Any) -> None:
     whole = Quiet()
     fit(tmp_path, whole, imp(control=control))
     fit(tmp_path, module, imp(control=control), ckpt_path=path)
-    assert is_same(fits.state_of(module), fits.state_of(whole))
+    assert fits.equal_states(fits.state_of(module), fits.state_of(whole))
     with pytest.warns(UserWarning, match=f"was pruned with control='{control}' and stays so"):
         fit(tmp_path, Quiet(), imp(), ckpt_path=path)
 
@@ -1281,5 +1269,5 @@ def test_random_numbers_go_on(tmp_path: Path) -> None:
     """Cutting and rewinding uses up no random numbers, and does not put them back either."""
     early, late = Randomness(), Randomness()
     fit(tmp_path, Quiet(dropout=0.5), early, imp(), late)
-    assert all(map(is_same, early.states, late.states))
-    assert not is_same(early.states[2], early.states[0])
+    assert all(map(fits.equal_states, early.states, late.states))
+    assert not fits.equal_states(early.states[2], early.states[0])

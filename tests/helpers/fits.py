@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import models
 import torch
 import torch.nn.functional as F
+from optimizers import Orthogonal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -81,7 +82,7 @@ class ConvModule(pl.LightningModule):
 
 
 class BiaslessMLP(pl.LightningModule):
-    """Only matrices: what Muon, which orthogonalises matrices, can train."""
+    """Only matrices, and an optimizer that moves every weight of one in every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +96,32 @@ class BiaslessMLP(pl.LightningModule):
         return F.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Muon(self.parameters(), lr=0.02, momentum=0.9, weight_decay=0.1)
+        return Orthogonal(self.parameters())
+
+
+class Manual(ConvModule):
+    """Steps its optimizer itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+class SaveEpochs(pl.Callback):
+    """Saves a checkpoint at the end of each epoch: `0.ckpt`, `1.ckpt` and so on."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{trainer.current_epoch}.ckpt")
+
+
+def loss_fn(module: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
 
 
 def trainer(tmp_path: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
@@ -111,6 +137,15 @@ def trainer(tmp_path: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Traine
         "log_every_n_steps": 1,
     }
     return pl.Trainer(callbacks=list(callbacks), **(settings | kwargs))
+
+
+def fit(
+    folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, ckpt_path: Path | None = None, **settings: Any
+) -> pl.Trainer:
+    """Train on `loader()`, and return the Trainer."""
+    running = trainer(folder, *callbacks, **settings)
+    running.fit(module, loader(), ckpt_path=ckpt_path)
+    return running
 
 
 def drive(**kwargs: Any) -> DRIVEPruningCallback:
@@ -146,5 +181,13 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-def equal_states(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+def equal_states(first: Any, second: Any) -> bool:
+    """Return whether nested states are equal bit for bit: keys, types, values, and signs of zeros."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        same_signs = torch.equal(torch.signbit(first), torch.signbit(second))
+        return first.dtype == second.dtype and torch.equal(first, second) and same_signs
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(equal_states(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(map(equal_states, first, second))
+    return bool(first == second)

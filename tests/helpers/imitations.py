@@ -30,7 +30,7 @@ class Trained(pl.LightningModule):
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with ReLU between them."""
-    layers = [each for pair in pairwise(sizes) for each in (nn.Linear(*pair), nn.ReLU())]
+    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -108,7 +108,7 @@ class _Block(nn.Module):
         self.c_fc, self.c_out = Conv1D(4 * width, width), Conv1D(width, 4 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = (each.unflatten(-1, (2, -1)).transpose(1, 2) for each in self.c_attn(self.ln_1(x)).chunk(3, -1))
+        heads = (head.unflatten(-1, (2, -1)).transpose(1, 2) for head in self.c_attn(self.ln_1(x)).chunk(3, -1))
         mixed = F.scaled_dot_product_attention(*heads, is_causal=True)
         x = x + self.c_proj(mixed.transpose(1, 2).flatten(2))
         return x + self.c_out(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
@@ -159,7 +159,7 @@ class Language(Trained):
 
     def train_dataloader(self) -> DataLoader[Any]:
         ids = integers(NUM_WORDS, 24, 7)
-        rows = [{"input_ids": each, "attention_mask": torch.ones_like(each), "labels": each} for each in ids]
+        rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
         return DataLoader(rows, batch_size=8)  # type: ignore[arg-type]
 
 
@@ -403,18 +403,18 @@ class _Detecting(nn.Module):
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         if any(image.ndim != 3 for image in images):
-            raise ValueError(f"images is expected to be a list of 3d tensors, got {[each.shape for each in images]}")
+            raise ValueError(f"images is expected to be a list of 3d tensors, got {[image.shape for image in images]}")
         size = [max(image.shape[axis] for image in images) for axis in (1, 2)]
-        padded = [F.pad(each, (0, size[1] - each.shape[2], 0, size[0] - each.shape[1])) for each in images]
+        padded = [F.pad(image, (0, size[1] - image.shape[2], 0, size[0] - image.shape[1])) for image in images]
         features = self.body(torch.stack(padded)).mean((2, 3))
         classes, boxes = self.classes(features), self.boxes(features)
         if not self.training:
             found = zip(classes.softmax(-1), boxes, strict=True)
-            return [{"scores": each.max(-1).values, "labels": each.argmax(-1), "boxes": box} for each, box in found]
+            return [{"scores": line.max(-1).values, "labels": line.argmax(-1), "boxes": box} for line, box in found]
         if targets is None:
             raise ValueError("targets should not be none when in training mode")
-        goal = torch.stack([each["boxes"] for each in targets])
-        labels = torch.stack([each["labels"] for each in targets])
+        goal = torch.stack([target["boxes"] for target in targets])
+        labels = torch.stack([target["labels"] for target in targets])
         return {"classes": F.cross_entropy(classes, labels), "boxes": F.smooth_l1_loss(boxes, goal)}
 
 
@@ -441,7 +441,7 @@ class Detector(Trained):
             )
             for index in range(12)
         ]
-        return DataLoader(rows, batch_size=4, collate_fn=lambda each: tuple(zip(*each, strict=True)))  # type: ignore[arg-type]
+        return DataLoader(rows, batch_size=4, collate_fn=lambda rows: tuple(zip(*rows, strict=True)))  # type: ignore[arg-type]
 
 
 # Networks beside the one that is trained.

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from lightning_drive import IMPPruningCallback
 
 EPOCHS, WARMUP = 4, 2
-CYCLES, EPOCHS_PER_CYCLE, IMP_EPOCHS = 2, 2, 7  # a ticket of another length than a cycle
+CYCLES, EPOCHS_PER_CYCLE, IMP_EPOCHS = 2, 2, 5  # a ticket of another length than a cycle
 
 
 class Scheduled(fits.ConvModule):

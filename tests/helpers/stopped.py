@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 
-from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, SNIPPruningCallback
+from lightning_drive import DRIVEPruningCallback, IMPPruningCallback
 from lightning_drive.callbacks.base import PruningCallback
 
 LAST_CUT, EPOCHS, ROUNDS = 2, 4, 5
-METHODS = ("drive", "snip", "imp")
+METHODS = ("drive", "imp")
 SIGNALS = {"int": signal.SIGINT, "term": signal.SIGTERM}
 MOMENTS = ("before", "rounds", "statistics", "commit", "step")
 HAS_SAVE_ON_EXCEPTION = hasattr(ModelCheckpoint(), "save_on_exception")
@@ -84,8 +84,7 @@ def pruning_for(method: str, stop: Stop | None) -> PruningCallback:
 
     if method == "imp":
         return StoppingIMP(sparsity=0.8, cycles=LAST_CUT, epochs_per_cycle=1)
-    settings: dict[str, Any] = {"sparsity": 0.8, "warmup_epochs": LAST_CUT, "rounds": ROUNDS, "loss_fn": loss_fn}
-    return {"drive": DRIVEPruningCallback, "snip": SNIPPruningCallback}[method](**settings)
+    return DRIVEPruningCallback(sparsity=0.8, warmup_epochs=LAST_CUT, rounds=ROUNDS, loss_fn=loss_fn)
 
 
 def is_possible(method: str, moment: str) -> bool:
@@ -113,7 +112,7 @@ class ArmInEpoch(pl.Callback):
 
 
 def run(folder: Path, method: str, ckpt_path: Path | None = None, moment: str = "", number: int = 0) -> dict[str, Any]:
-    """Train, with or without a signal, from the start or a checkpoint; give what is left."""
+    """Train, with or without a signal, from the start or a checkpoint; return what is left."""
     folder.mkdir(exist_ok=True)
     stop = Bomb(number, countdown(method, moment)) if moment else None
     module, callback = Module(), pruning_for(method, stop if moment in ("rounds", "statistics") else None)

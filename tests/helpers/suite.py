@@ -1,8 +1,12 @@
-"""What every test can rely on: one thread, so that sums are the same everywhere, and no leftovers."""
+"""What all tests of this repository rely on: how they share processes, one thread, and no switch of torch left behind.
+
+The `conftest.py` of the tests, of the examples' tests and of the documentation's tests each take all of it.
+"""
 
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +19,8 @@ def pytest_configure() -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Share the whole suite among a few processes; what is asked for by file or name starts sooner in this one."""
-    whole = config.args_source is config.ArgsSource.TESTPATHS
-    return min(os.cpu_count() or 1, 4) if whole else 0
+    """Share folders among a few processes; files and tests that are named run in this one, which starts sooner."""
+    return min(os.cpu_count() or 1, 4) if all(Path(argument).is_dir() for argument in config.args) else 0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,7 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, so that sums are the same everywhere."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,10 +39,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _clean_torch() -> Iterator[None]:
+def clean_torch() -> Iterator[None]:
     """Fail a test that leaves global switches of torch behind."""
     yield
-    torch.set_flush_denormal(False)  # code that inductor compiles in torch 2.5 turns it on
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()
     assert not torch.is_autocast_enabled("cpu")

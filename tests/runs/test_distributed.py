@@ -15,7 +15,7 @@ import processes
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 
 from lightning_drive import Masks
 from lightning_drive.core import shards
@@ -23,8 +23,6 @@ from lightning_drive.core.processes import ALONE
 from lightning_drive.core.shards import holders, is_sharded, joined, local, part
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
-
-sharded_on_cpu = pytest.mark.skipif(not distributed.SHARDS_ON_CPU, reason="FSDP2 needs a GPU before torch 2.6")
 
 Result = dict[str, Any]
 EPOCHS = range(distributed.EPOCHS - 1)
@@ -95,8 +93,7 @@ def test_variants(ranks: Any, variant: str, warmup_epochs: int) -> None:
     assert fits.equal_states(first[f"{variant}-{warmup_epochs}"]["state"], first[f"{usual}-{warmup_epochs}"]["state"])
 
 
-@pytest.mark.parametrize("control", ["none", "shuffle", "reinit"])
-@pytest.mark.parametrize("method", distributed.METHODS)
+@pytest.mark.parametrize(("method", "control"), distributed.CONTROLLED)
 def test_methods(ranks: Any, method: str, control: str) -> None:
     """Unseeded ranks agree: on masks, on what is drawn at random, on the weights to return to, and on the report."""
     first, second = (result[f"{method}-{control}"] for result in ranks("methods"))
@@ -112,8 +109,7 @@ def test_methods(ranks: Any, method: str, control: str) -> None:
 
 
 @pytest.mark.parametrize("epoch", EPOCHS)
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("method", distributed.METHODS)
+@pytest.mark.parametrize(("method", "optimizer"), distributed.RESUMED)
 def test_resume(ranks: Any, method: str, optimizer: str, epoch: int) -> None:
     """Resumed from any epoch boundary, with other weights to begin with, the run ends bit for bit as it would have."""
     first, second = ranks("resume")
@@ -168,7 +164,6 @@ def test_disagreeing(ranks: Any) -> None:
     assert warned in first["report"]["warnings"]
 
 
-@sharded_on_cpu
 @pytest.mark.parametrize("kind", ["True", "False"], ids=["sharded_checkpoint", "joined_checkpoint"])
 def test_sharded(ranks: Any, tmp_path: Path, kind: str) -> None:
     """Under FSDP2 ranks score and mask their own parts, and the masks are those of one process."""
@@ -179,20 +174,18 @@ def test_sharded(ranks: Any, tmp_path: Path, kind: str) -> None:
     assert alone.masks == masks
 
 
-@sharded_on_cpu
 def test_sharded__report(ranks: Any) -> None:
     """Rounds, scores and bytes are those of the whole network; what would run it on one rank alone is left out."""
     first, second = (result["True"]["report"] for result in ranks("sharded"))
     alone, scores = first["layers"], first["scores"]
     assert (first["rounds"], scores) == (second["rounds"], second["scores"])
-    removed = [sum(column) for column in zip(*(each["removed"] for each in first["rounds"]), strict=True)]
+    removed = [sum(column) for column in zip(*(one_round["removed"] for one_round in first["rounds"]), strict=True)]
     assert removed == [layer["num_weights"] - layer["num_kept"] for layer in alone]
     assert sum(scores["kept"]) + scores["kept_below"] == sum(layer["num_kept"] for layer in alone)
     assert [(layer["multiply_adds"], layer["itemsize"]) for layer in alone] == [(None, 8)] * len(alone)
     assert any("multiply-adds were not measured" in warning for warning in first["warnings"])
 
 
-@sharded_on_cpu
 @pytest.mark.parametrize("epoch", EPOCHS)
 @pytest.mark.parametrize("kind", ["True", "False"], ids=["sharded_checkpoint", "joined_checkpoint"])
 def test_sharded__resume(ranks: Any, kind: str, epoch: int) -> None:
@@ -202,7 +195,6 @@ def test_sharded__resume(ranks: Any, kind: str, epoch: int) -> None:
     assert first[f"{kind}-{epoch}"]["digest"] == first[kind]["digest"]
 
 
-@sharded_on_cpu
 def test_sharded__after_validation(ranks: Any) -> None:
     """Validation leaves parameters whole until something splits them again, as saving does: pruning does, too."""
     first, second = ranks("sharded")
@@ -210,14 +202,12 @@ def test_sharded__after_validation(ranks: Any) -> None:
     assert fits.equal_states(first["unsaved"]["state"], first["True"]["state"])
 
 
-@sharded_on_cpu
 def test_sharded__again(ranks: Any) -> None:
     """A module that was fitted before, and left whole by validation, is fitted again with pruning."""
     first, second = ranks("sharded")
     check_same(first["again"], second["again"])
 
 
-@sharded_on_cpu
 def test_sharded__layerwise(ranks: Any) -> None:
     """Every parameter keeps its own share, counted over both ranks, though two ranks cannot share its rows evenly."""
     first, second = (result["layerwise"] for result in ranks("sharded"))
@@ -226,21 +216,18 @@ def test_sharded__layerwise(ranks: Any) -> None:
         assert mask.sum() == round(mask.numel() * 0.2)
 
 
-@sharded_on_cpu
 def test_sharded__shuffle(ranks: Any) -> None:
     check_same(*(result["shuffle"] for result in ranks("sharded")))
 
 
-@sharded_on_cpu
 def test_sharded__ties(ranks: Any) -> None:
     """Ties go to the earlier parameter and the lower index, wherever the parts of a parameter are."""
     expected = distributed.masks_among_ties(distributed.Exact())
     for result in ranks("sharded"):
-        for name, found in result["ties"].items():
-            assert Masks.from_state_dict(found) == Masks.from_state_dict(expected[name])
+        for name, masks in result["ties"].items():
+            assert Masks.from_state_dict(masks) == Masks.from_state_dict(expected[name])
 
 
-@sharded_on_cpu
 @pytest.mark.parametrize("name", ["synflow", "imp", "reinit"])
 def test_sharded__error(ranks: Any, name: str) -> None:
     """What needs all weights in one place is refused by name."""
@@ -249,7 +236,6 @@ def test_sharded__error(ranks: Any, name: str) -> None:
         assert "with ModelParallelStrategy cannot work on sharded weights" in result["refused"][name]
 
 
-@sharded_on_cpu
 def test_sharded__other_ways_error(ranks: Any) -> None:
     """Tensor parallelism, and a module of which only a part is sharded, are refused before the first step."""
     for result in ranks("sharded"):
@@ -258,20 +244,21 @@ def test_sharded__other_ways_error(ranks: Any) -> None:
         assert result["steps"] == 0
 
 
-@pytest.mark.parametrize("launch", ["ddp_spawn", "ddp_fork"])
+@pytest.mark.parametrize("launch", [pytest.param("ddp_spawn", marks=pytest.mark.extended), "ddp_fork"])
 def test_spawned(tmp_path: Path, launch: str) -> None:
     """The process that started the others has masks and report afterwards, and can go on with them."""
     start(tmp_path, launch)
-    [found] = load(tmp_path, "spawned")
-    masks = Masks.from_state_dict(found["masks"])
-    assert found["pruned"]
-    assert found["report"]["digest"] == masks.digest()
+    [result] = load(tmp_path, "spawned")
+    masks = Masks.from_state_dict(result["masks"])
+    assert result["pruned"]
+    assert result["report"]["digest"] == masks.digest()
     for name, mask in masks.items():
-        assert torch.equal(found["state"][name] != 0, mask)
-        assert torch.equal(found["again"][name] != 0, mask)
-    assert any(not torch.equal(found["again"][name], found["state"][name]) for name in masks)
+        assert torch.equal(result["state"][name] != 0, mask)
+        assert torch.equal(result["again"][name] != 0, mask)
+    assert any(not torch.equal(result["again"][name], result["state"][name]) for name in masks)
 
 
+@pytest.mark.extended
 def test_torchrun(tmp_path: Path, ranks: Any) -> None:
     """It does not matter who starts the processes."""
     start(tmp_path, "torchrun", "joined")
@@ -306,15 +293,6 @@ def test_strategy__foreign_error(tmp_path: Path) -> None:
         MisconfigurationException, match="DRIVEPruningCallback with Foreign on 2 processes is not known"
     ):
         trainer.fit(fits.ConvModule(), fits.loader())
-
-
-def test_strategy__old_torch_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FSDP2 of torch 2.5 needs a GPU, so that it could not be tested, and is refused."""
-    trainer = fits.trainer(tmp_path, fits.drive())
-    trainer._accelerator_connector.strategy = object.__new__(ModelParallelStrategy)
-    monkeypatch.delattr(torch.distributed.fsdp, "fully_shard", raising=False)
-    with pytest.raises(MisconfigurationException, match=r"with ModelParallelStrategy needs torch 2\.6 or newer"):
-        fits.drive().setup(trainer, fits.ConvModule(), "fit")
 
 
 def test_shards__whole() -> None:

@@ -1,12 +1,15 @@
 """A run that is killed at random moments, over and over, can always go on, and ends as it should."""
 
+import itertools
 import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fits
 import killable
 import processes
 import pytest
@@ -81,11 +84,11 @@ class Run:
         for rank in range(self.devices):
             other = self.end(rank)
             check_pruned(other["state"], Masks.from_state_dict(other["masks"]), DENSITY)
-            assert is_equal(other["masks"], end["masks"])
-            assert is_equal(parameters_in(other["state"]), parameters_in(end["state"]))
+            assert fits.equal_states(other["masks"], end["masks"])
+            assert fits.equal_states(parameters_in(other["state"]), parameters_in(end["state"]))
         if self.every == "epoch":  # in the middle of an epoch a DataLoader would begin at its first batch again
             for what in ("step", "state", "optimizer", "masks"):
-                assert is_equal(end[what], expected[what])
+                assert fits.equal_states(end[what], expected[what])
 
 
 def check_pruned(state: dict[str, Tensor], masks: Masks, density: float) -> None:
@@ -100,20 +103,17 @@ def parameters_in(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name.endswith(("weight", "bias"))}
 
 
-def is_equal(first: Any, second: Any) -> bool:
-    """Whether nested states are equal bit for bit."""
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(is_equal(first[key], second[key]) for key in first)
-    if isinstance(first, list):
-        return len(first) == len(second) and all(map(is_equal, first, second))
-    return torch.equal(first, second) if isinstance(first, Tensor) else bool(first == second)
+IN_EVERY_RUN = [("drive", "epoch", 1), ("drive", "step", 2), ("imp", "epoch", 2), ("imp", "step", 1)]
+"""Any two of a method, a frequency of checkpoints and a number of devices are once together."""
 
 
-@pytest.mark.parametrize(
-    "devices", [pytest.param(devices, marks=[pytest.mark.ddp] if devices > 1 else []) for devices in DEVICES]
-)
-@pytest.mark.parametrize("every", ["epoch", "step"])
-@pytest.mark.parametrize("method", EPOCHS)
+def combinations() -> Iterator[Any]:
+    for chosen in itertools.product(EPOCHS, ("epoch", "step"), DEVICES):
+        marks = [pytest.mark.ddp] * (chosen[2] > 1) + [pytest.mark.extended] * (chosen not in IN_EVERY_RUN)
+        yield pytest.param(*chosen, marks=marks)
+
+
+@pytest.mark.parametrize(("method", "every", "devices"), combinations())
 def test_kill(tmp_path: Path, method: str, every: str, devices: int) -> None:
     """After a kill of each kind, a run that saves a checkpoint with every epoch or every step goes on to its end.
 

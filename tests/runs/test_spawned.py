@@ -61,7 +61,7 @@ def job_of_pickle(pickled: bytes, folder: Path, temporary: Path) -> tuple[bytes,
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Give every test, and what it starts, a folder for temporary files, and fail if something of ours stays there."""
+    """Make a folder for temporary files of the test and what it starts, and fail if something of ours stays there."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -87,7 +87,7 @@ def put_results(queue: Any, handover: Handover) -> None:
     queue.put(results_of(handover, {"masks": torch.arange(100_000)}))
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.extended), "fork"])
 def test_handover(method: Any) -> None:
     """More than a pipe holds comes back from a process that is over."""
     handover = Handover()
@@ -172,7 +172,7 @@ def with_executor(jobs: list[tuple[Any, ...]]) -> list[tuple[Any, str]]:
 
 
 def with_joblib(jobs: list[tuple[Any, ...]]) -> list[tuple[Any, str]]:
-    return joblib.Parallel(n_jobs=2, backend="multiprocessing")(joblib.delayed(job)(*each) for each in jobs)
+    return joblib.Parallel(n_jobs=2, backend="multiprocessing")(joblib.delayed(job)(*arguments) for arguments in jobs)
 
 
 WAYS: dict[str, Callable[[list[tuple[Any, ...]]], list[tuple[Any, str]]]] = {
@@ -208,7 +208,7 @@ def fit_below(arguments: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ddp
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp_spawn", marks=pytest.mark.extended), "ddp_fork"])
 def test_jobs__with_processes_of_their_own(tmp_path: Path, strategy: str) -> None:
     processes.run(fit_below, tmp_path, strategy, log=tmp_path / "log.txt")
 
@@ -240,9 +240,9 @@ def test_fits_leave_nothing_behind(tmp_path: Path, temporary: Path) -> None:
         return {
             "files": sorted(temporary.iterdir()),
             "threads": threading.active_count(),
-            "modules": sum(type(each) is Tiny for each in objects),
-            "callbacks": sum(type(each) is DRIVEPruningCallback for each in objects),
-            "handovers": sum(type(each) is Handover for each in objects),
+            "modules": sum(type(thing) is Tiny for thing in objects),
+            "callbacks": sum(type(thing) is DRIVEPruningCallback for thing in objects),
+            "handovers": sum(type(thing) is Handover for thing in objects),
             "hooks": len(nn.modules.module._global_forward_hooks),
             "imported": len(sys.modules),
         }
@@ -252,6 +252,6 @@ def test_fits_leave_nothing_behind(tmp_path: Path, temporary: Path) -> None:
 
     fit()
     before = left()
-    for _ in range(300):
+    for _ in range(10):
         fit()
     assert left() == before

@@ -130,15 +130,15 @@ def plain(named: Any) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def uncompiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Masks, dict[str, Tensor]]]:
-    """Give masks and final weights of the run without `torch.compile`; each run once."""
-    found: dict[str, tuple[Masks, dict[str, Tensor]]] = {}
+    """Return masks and final weights of the run without `torch.compile`; each run once."""
+    runs: dict[str, tuple[Masks, dict[str, Tensor]]] = {}
 
     def run(name: str) -> tuple[Masks, dict[str, Tensor]]:
-        if name not in found:
+        if name not in runs:
             module, callback = Module(), CALLBACKS[name]()
             fit(tmp_path_factory.mktemp(name), module, callback)
-            found[name] = callback.masks, fits.state_of(module)
-        return found[name]
+            runs[name] = callback.masks, fits.state_of(module)
+        return runs[name]
 
     return run
 
@@ -165,18 +165,6 @@ def test_compiled__dense(tmp_path: Path, compiled: str) -> None:
     backend = Backend()
     fit(tmp_path, COMPILED[compiled](Module(), backend))
     assert (backend.graphs, backend.runs, sum(counters["graph_break"].values())) == (1, EPOCHS * STEPS_PER_EPOCH, 0)
-
-
-@pytest.mark.parametrize(
-    ("compiled", "name"),
-    [("module", "drive"), ("submodule", "synflow"), ("submodule_in_place", "drive"), ("module_in_place", "synflow")],
-)
-def test_compiled__without_stances(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uncompiled: Any, compiled: str, name: str
-) -> None:
-    """The same on torch 2.5, where `torch.compiler.set_stance` does not exist."""
-    monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
-    test_compiled(tmp_path, uncompiled, compiled, name)
 
 
 class LogsOneValue(pl.Callback):
@@ -258,28 +246,24 @@ def noisy(x: Tensor) -> Tensor:
     return F.dropout(F.relu(x), 0.5)
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.5 offers no way to switch these off")
 @pytest.mark.parametrize("method", [DRIVE(rounds=3), SynFlow(rounds=3)], ids=["drive", "synflow"])
 def test_compiled_function(method: Any) -> None:
     """Dropout stays off inside a compiled function, and what was compiled stays so."""
     backend, batches = Backend(), models.make_batches(6)
     function = torch.compile(noisy, backend=backend)
-    found = []
-    for each in (noisy, function):
-        module = models.randomised(Squash(each))
-        found.append(find_masks(module, method, sparsity=0.5, batches=batches, loss_fn=models.loss_fn))
-    assert found[0] == found[1]
+    masks = []
+    for called in (noisy, function):
+        module = models.randomised(Squash(called))
+        masks.append(find_masks(module, method, sparsity=0.5, batches=batches, loss_fn=models.loss_fn))
+    assert masks[0] == masks[1]
     assert backend.graphs == 0
     function(torch.ones(2, 2))
     assert (backend.graphs, backend.runs) == (1, 1)
 
 
-@pytest.mark.parametrize("stances", [True, False], ids=["stances", "no_stances"])
 @pytest.mark.parametrize("method", [DRIVE(rounds=3), SynFlow(rounds=3)], ids=["drive", "synflow"])
-def test_find_masks__compiled(monkeypatch: pytest.MonkeyPatch, method: Any, stances: bool) -> None:
+def test_find_masks__compiled(method: Any) -> None:
     """A compiled module is scored as itself, also after it ran, and also when scoring fails it is compiled again."""
-    if not stances:
-        monkeypatch.delattr(torch.compiler, "set_stance", raising=False)
     backend, batches = Backend(), models.make_batches(2, 4, 4)
     module = models.randomised(models.ConvNet()).train()
     settings: dict[str, Any] = {"sparsity": 0.7, "batches": batches, "loss_fn": models.loss_fn}
@@ -307,7 +291,7 @@ def test_compiled__aot_eager(tmp_path: Path, uncompiled: Any) -> None:
     assert fits.equal_states(fits.state_of(module), state)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a compiler")
 def test_compiled__inductor(tmp_path: Path) -> None:
     """With the default backend too: exact zeros, the exact count, and no graph but that of the dense run."""

@@ -1,7 +1,7 @@
 """Masks hold whatever steps after pruning; what others write into pruned weights is masked again, with one warning."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,31 +10,14 @@ import fits
 import lightning.pytorch as pl
 import pytest
 import torch
+from optimizers import Orthogonal
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_drive import IMPPruningCallback, SNIPPruningCallback
 from lightning_drive.core.masks import Masks
 
 # Optimizers made anew after pruning.
-
-
-class Orthogonal(Optimizer):
-    """Steps along the orthogonal factor of the gradient: dense, whatever zeros the gradient has."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 0.01) -> None:
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        with torch.enable_grad():
-            loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            for each in group["params"]:
-                left, _, right = torch.linalg.svd(each.grad, full_matrices=False)
-                each.sub_(left @ right, alpha=group["lr"])
-        return loss
 
 
 class Drifting(torch.optim.AdamW):

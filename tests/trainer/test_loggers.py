@@ -85,9 +85,9 @@ def wandb_rows(folder: Path) -> list[dict[str, Any]]:
     """Read all rows of the history in an offline run's file; what is of several parts, such as a picture, is a dict."""
     [path] = folder.glob("wandb/offline-run-*/*.wandb")
     rows = []
-    for each in wandb_records(path.read_bytes()):
+    for data in wandb_records(path.read_bytes()):
         record = Record()
-        record.ParseFromString(each)
+        record.ParseFromString(data)
         row: dict[str, Any] = {}
         for item in record.history.item:
             first, *others = item.nested_key or [item.key]
@@ -371,7 +371,7 @@ class TwoOptimizers(ConvModule):
 def test_metrics__two_optimizers(tmp_path: Path) -> None:
     """The step is the one that Lightning gives to losses."""
     logger = CSVLogger(tmp_path)
-    callback = fits.drive(loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]))
+    callback = fits.drive(loss_fn=fits.loss_fn)
     fits.trainer(tmp_path, callback, logger=logger, max_epochs=3).fit(TwoOptimizers(), fits.loader())
     history = read_csv(logger)
     assert [step for step, _ in history["train_loss"]] == list(range(9))

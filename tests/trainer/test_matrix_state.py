@@ -1,6 +1,6 @@
 """Optimizers that keep matrices for each weight: nothing of theirs is masked, for zeros in them mean nothing."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from optimizers import OnMatrices
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -20,33 +21,12 @@ from lightning_drive.core.masks import Masks
 from lightning_drive.network.masked_parameters import MaskedParameters
 
 
-class Preconditioned(Optimizer):
-    """Steps in a direction that matrices beside the momentum have changed; kernels of convolutions are flattened."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 0.02) -> None:
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        with torch.enable_grad():
-            loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            for each in group["params"]:
-                if each.grad is not None:
-                    matrix = each.grad.flatten(1) if each.ndim > 1 else each.grad[:, None]
-                    each.sub_(self.direction(matrix, self.state[each], each).view_as(each), alpha=group["lr"])
-        return loss
-
-    def direction(self, gradient: Tensor, state: Any, parameter: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
 def power(matrix: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     return vectors @ torch.diag(values.clamp(min=1e-6) ** exponent) @ vectors.T
 
 
-class Shampoo(Preconditioned):
+class Shampoo(OnMatrices):
     """Two Gram matrices and a momentum."""
 
     def direction(self, gradient: Tensor, state: Any, parameter: Tensor) -> Tensor:
@@ -56,7 +36,7 @@ class Shampoo(Preconditioned):
         return power(left, -0.25) @ momentum @ power(right, -0.25)
 
 
-class Soap(Preconditioned):
+class Soap(OnMatrices):
     """Adam in rotated coordinates: the names are Adam's, but the second moments are not those of weights."""
 
     def direction(self, gradient: Tensor, state: Any, parameter: Tensor) -> Tensor:
@@ -74,7 +54,7 @@ class Soap(Preconditioned):
         return state["bases"]
 
 
-class Kron(Preconditioned):
+class Kron(OnMatrices):
     """Triangular factors in nested lists, and codes: booleans and integers in the weight's shape."""
 
     def direction(self, gradient: Tensor, state: Any, parameter: Tensor) -> Tensor:
@@ -122,9 +102,10 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 
 def leaves(optimizer: Any) -> list[Tensor]:
     everything = list(optimizer.state.values())
-    everything += [each.state for state in everything for each in state.values() if isinstance(each, SimpleNamespace)]
+    values = [value for state in everything for value in state.values()]
+    everything += [value.state for value in values if isinstance(value, SimpleNamespace)]
     everything += [vars(optimizer).get("own"), optimizer.param_groups[0].get("own")]
-    return [each for each in tree_leaves([dict(state or {}) for state in everything]) if isinstance(each, Tensor)]
+    return [tensor for tensor in tree_leaves([dict(state or {}) for state in everything]) if isinstance(tensor, Tensor)]
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
@@ -142,7 +123,7 @@ def test_zero_optimizer_state___matrices(kind: Any, layer: Callable[[], nn.Modul
     assert len(before) >= 3 * 2
     live = MaskedParameters(module, Masks({"weight": torch.rand_like(module.weight) > 0.7}))  # type: ignore[arg-type]
     live.zero_optimizer_state_(optimizer)
-    assert all(torch.equal(*each) for each in zip(leaves(optimizer), before, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(leaves(optimizer), before, strict=True))
 
 
 class Coded(Tensor):

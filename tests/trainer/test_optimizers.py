@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import fits
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
@@ -36,8 +36,8 @@ class Drifting(SGD):
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         loss = super().step(closure)
         for group in self.param_groups:
-            for each in group["params"]:
-                each.add_(1e-3)
+            for parameter in group["params"]:
+                parameter.add_(1e-3)
         return loss
 
 
@@ -83,22 +83,11 @@ class Survivors(pl.Callback):
             self.before = fits.state_of(pl_module)
 
 
-class SaveEpochs(pl.Callback):
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{trainer.current_epoch}.ckpt")
-
-
 def drive(**kwargs: Any) -> DRIVEPruningCallback:
     return fits.drive(**({"warmup_epochs": 1, "rounds": 2, "bn_batches": 0} | kwargs))
 
 
-def loss_fn(module: pl.LightningModule, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1])
-
-
-def fit(tmp_path: Path, module: pl.LightningModule, *callbacks: pl.Callback, **kwargs: Any) -> None:
-    ckpt_path = kwargs.pop("ckpt_path", None)
-    fits.trainer(tmp_path, *callbacks, **({"max_epochs": 3} | kwargs)).fit(module, fits.loader(), ckpt_path=ckpt_path)
+fit = partial(fits.fit, max_epochs=3)
 
 
 def assert_pruned(module: nn.Module, callback: DRIVEPruningCallback, survivors: Survivors | None = None) -> None:
@@ -128,21 +117,12 @@ def assert_forgotten(optimizer: Any, module: nn.Module, callback: DRIVEPruningCa
     assert seen >= least
 
 
-def equal_optimizers(first: Optimizer, second: Optimizer) -> bool:
-    pairs = zip(leaves(first.state_dict()), leaves(second.state_dict()), strict=True)
-    return all(torch.equal(*pair) if isinstance(pair[0], Tensor) else pair[0] == pair[1] for pair in pairs)
-
-
-def leaves(tree: Any) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(tree)
-
-
 @pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in variants().items()])
 def test_torch_optimizers(tmp_path: Path, make: Make) -> None:
     """Pruned for good, forgotten, resumed bit for bit from a dense and a sparse epoch; the module keeps its names."""
     module, callback, survivors = Trained(make), drive(), Survivors()
     names, parameters = [name for name, _ in module.named_parameters()], list(module.parameters())
-    fit(tmp_path, module, callback, survivors, SaveEpochs())
+    fit(tmp_path, module, callback, survivors, fits.SaveEpochs())
     assert_pruned(module, callback, survivors)
     optimizer = module.trainer.optimizers[0]
     per_weight = not isinstance(optimizer, (torch.optim.LBFGS, torch.optim.Adafactor))
@@ -155,7 +135,7 @@ def test_torch_optimizers(tmp_path: Path, make: Make) -> None:
         fit(tmp_path, again, pruning, ckpt_path=tmp_path / f"{epoch}.ckpt")
         assert pruning.masks == callback.masks
         assert fits.equal_states(fits.state_of(again), fits.state_of(module))
-        assert equal_optimizers(again.trainer.optimizers[0], optimizer)
+        assert fits.equal_states(again.trainer.optimizers[0].state_dict(), optimizer.state_dict())
 
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
@@ -197,7 +177,7 @@ class Tokens(pl.LightningModule):
         return self.bag(images.flatten(1).topk(16).indices)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return loss_fn(self, batch)
+        return fits.loss_fn(self, batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         gradient = self.bag.weight.grad
@@ -239,18 +219,18 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def climb(self) -> None:
-        used = [each for group in self.param_groups for each in group["params"] if each.grad is not None]
-        norm = torch.stack([each.grad.norm() for each in used]).norm()
-        for each in used:
-            self.state[each]["home"] = each.detach().clone()
-            each.add_(each.grad, alpha=self.param_groups[0]["rho"] / float(norm))
+        used = [parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
+        norm = torch.stack([parameter.grad.norm() for parameter in used]).norm()
+        for parameter in used:
+            self.state[parameter]["home"] = parameter.detach().clone()
+            parameter.add_(parameter.grad, alpha=self.param_groups[0]["rho"] / float(norm))
         self.away.append(float(norm))
 
     @torch.no_grad()
     def descend(self) -> None:
         for group in self.param_groups:
-            for each in group["params"]:
-                each.copy_(self.state[each]["home"])
+            for parameter in group["params"]:
+                parameter.copy_(self.state[parameter]["home"])
         self.base.step()
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
@@ -291,7 +271,7 @@ class ManualSAM(Trained):
 @pytest.mark.parametrize("style", ["automatic", "closure", "halves", "raw"])
 def test_sam(tmp_path: Path, style: str) -> None:
     """Pruned weights are 0 at the point nearby, too, when the second forward pass runs there, and after the step."""
-    callback, survivors, forwards = drive(loss_fn=loss_fn), Survivors(), []
+    callback, survivors, forwards = drive(loss_fn=fits.loss_fn), Survivors(), []
 
     def check() -> None:
         if callback.pruned:
@@ -322,8 +302,8 @@ class Lookahead(Optimizer):
     def _begin(self, inner: Optimizer, every: int) -> None:
         self.every, self.count, self.step_inner = every, 0, inner.step
         for group in self.param_groups:
-            for each in group["params"]:
-                self.state[each]["slow"] = each.detach().clone()
+            for parameter in group["params"]:
+                self.state[parameter]["slow"] = parameter.detach().clone()
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         return self._advance(closure)
@@ -333,9 +313,9 @@ class Lookahead(Optimizer):
         self.count += 1
         with torch.no_grad():
             for group in self.param_groups:
-                for each in group["params"]:
+                for parameter in group["params"]:
                     if self.count % self.every == 0:
-                        each.copy_(self.state[each]["slow"].lerp_(each, 0.5))
+                        parameter.copy_(self.state[parameter]["slow"].lerp_(parameter, 0.5))
         return loss
 
 
@@ -345,7 +325,7 @@ class UninitialisedLookahead(Lookahead):
     def __init__(self, inner: Optimizer, hold: Callable[[Optimizer], Any], every: int = 2) -> None:
         self.held = hold(inner)
         self.param_groups, self.defaults = inner.param_groups, inner.defaults
-        self.state = {each: {} for group in inner.param_groups for each in group["params"]}  # type: ignore[assignment]
+        self.state = {parameter: {} for group in inner.param_groups for parameter in group["params"]}  # type: ignore[assignment]
         self._begin(inner, every)
 
     def step(self, closure: Any = None) -> Any:
@@ -353,8 +333,8 @@ class UninitialisedLookahead(Lookahead):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for group in self.param_groups:
-            for each in group["params"]:
-                each.grad = None
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 class LooksLikeAnOptimizer:
@@ -362,7 +342,7 @@ class LooksLikeAnOptimizer:
 
     def __init__(self, inner: Optimizer, hold: Callable[[Optimizer], Any]) -> None:
         self.held, self.inner = hold(inner), inner
-        self.slow = [each.detach().clone() for group in inner.param_groups for each in group["params"]]
+        self.slow = [parameter.detach().clone() for group in inner.param_groups for parameter in group["params"]]
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":
@@ -386,9 +366,9 @@ class LooksLikeAnOptimizer:
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = self.inner.step(closure)
-        parameters = [each for group in self.param_groups for each in group["params"]]
-        for each, slow in zip(parameters, self.slow, strict=True):
-            each.copy_(slow.lerp_(each, 0.5))
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for parameter, slow in zip(parameters, self.slow, strict=True):
+            parameter.copy_(slow.lerp_(parameter, 0.5))
         return loss
 
 
@@ -449,7 +429,7 @@ class Duel(fits.BiaslessMLP):
         for optimizer, weight in zip(optimizers, (self.first.weight, self.last.weight), strict=True):
             if self.style == "lightning":
                 self.toggle_optimizer(optimizer)
-            loss = loss_fn(self, batch)
+            loss = fits.loss_fn(self, batch)
             if self.style == "lightning":
                 self.manual_backward(loss)
                 self.check()
@@ -481,7 +461,7 @@ class Duel(fits.BiaslessMLP):
 @pytest.mark.parametrize("style", ["lightning", "raw", "assigned"])
 def test_manual_optimization(tmp_path: Path, style: str) -> None:
     """Through Lightning, around it, and with gradients assigned by hand; weights are 0 after every single step."""
-    callback, survivors = drive(loss_fn=loss_fn), Survivors()
+    callback, survivors = drive(loss_fn=fits.loss_fn), Survivors()
     module = Duel(style, callback)
     fit(tmp_path, module, callback, survivors)
     assert module.seen >= 4
@@ -507,10 +487,10 @@ def test_manual_optimization__optimizer_that_the_trainer_does_not_know(tmp_path:
 
         def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # type: ignore[override]
             self.own.zero_grad()
-            loss_fn(self, batch).backward()
+            fits.loss_fn(self, batch).backward()
             self.own.step()
 
-    module, callback, survivors = Own(), drive(loss_fn=loss_fn), Survivors()
+    module, callback, survivors = Own(), drive(loss_fn=fits.loss_fn), Survivors()
     with pytest.warns(UserWarning, match="this fit will run with no optimizer"):
         fit(tmp_path, module, callback, survivors)
     assert_pruned(module, callback, survivors)
@@ -545,10 +525,11 @@ class Clipping:
         self.pruning, self.norms, self.pruned = pruning, [], []
 
     def __call__(self, module: nn.Module) -> None:
-        gradients = {name: each.grad for name, each in module.named_parameters() if each.grad is not None}
+        named = module.named_parameters()
+        gradients = {name: parameter.grad for name, parameter in named if parameter.grad is not None}
         assert gradients
         outside = [gradients[name][~mask].abs().max() for name, mask in self.pruning.masks.items()]
-        self.pruned += [each.item() for each in outside]
+        self.pruned += [largest.item() for largest in outside]
         self.norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), 0.1)))
 
 

@@ -67,11 +67,6 @@ class Plain(fits.BiaslessMLP):
         return self.make(self.parameters())
 
 
-class SaveEpochs(pl.Callback):
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{trainer.current_epoch}.ckpt")
-
-
 def drive(**kwargs: Any) -> DRIVEPruningCallback:
     return fits.drive(**({"warmup_epochs": 0, "rounds": 2, "bn_batches": 0} | kwargs))
 
@@ -94,7 +89,7 @@ def test_precision(tmp_path: Path, precision: Any, optimizer: str) -> None:
     module, callback = Plain(make, factor), drive(include=["first.*"])
     eps = 1e-10 if optimizer == "adagrad" else 1e-8
     with pytest.warns(UserWarning, match=f"eps={eps:g} is 0 in float16") if underflows else nullcontext():
-        trainer(tmp_path, callback, SaveEpochs(), precision=precision).fit(module, fits.loader())
+        trainer(tmp_path, callback, fits.SaveEpochs(), precision=precision).fit(module, fits.loader())
     assert callback.masks.num_kept == round(callback.masks.num_prunable * 0.2)
     assert_zeros(module, callback.masks)
     weights, computed = PRECISIONS[precision]
@@ -224,7 +219,7 @@ def test_overflow(tmp_path: Path, path: str, where: str) -> None:
     An infinite gradient counts also where a weight is pruned: masks must not hide it from the GradScaler.
     """
     kind, make, settings, switches = PATHS[path]
-    callback = drive(loss_fn=lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]))
+    callback = drive(loss_fn=fits.loss_fn)
     module = kind(make, None, **settings)
 
     class Choose(pl.Callback):

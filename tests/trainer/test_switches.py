@@ -1,11 +1,11 @@
 """Whatever switch of the Trainer is turned: pruned once per cut, to the exact count, and zeros stay, until a stop."""
 
 import os
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fits
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from fits import CALLBACKS, LAST_CUT, NUM_KEPT, NUM_PRUNABLE, PRUNABLE, ConvModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, timer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -233,28 +233,33 @@ def test_limit_train_batches__none(tmp_path: Path, method: str) -> None:
     assert fits.equal_states(fits.state_of(module), before)
 
 
+class SecondsAreBatches(Callback):
+    """Has Lightning's Timer think that every batch takes a second, and all else no time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 0
+        monkeypatch.setattr(timer, "time", SimpleNamespace(monotonic=lambda: self.seconds))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds += 1
+
+
 @EACH
-def test_max_time(tmp_path: Path, method: str) -> None:
+def test_max_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """Training that only the clock stops prunes once, however long it lasts."""
-    callback = CALLBACKS[method]()
-    running, module, watch = fit(
-        tmp_path, callback, module=Wordless(), max_time=timedelta(seconds=0.5), max_epochs=-1, limit_val_batches=0
-    )
+    callback, clock = CALLBACKS[method](), SecondsAreBatches(monkeypatch)
+    running, module, watch = fit(tmp_path, callback, clock, max_time=timedelta(seconds=13), max_epochs=-1)
     check(callback, module)
     assert watch.counter.changes == NUM_CUTS[method]
     assert running.current_epoch > LAST_CUT
 
 
-def test_max_time__too_short(tmp_path: Path) -> None:
-    class Slow(Callback):
-        def on_train_batch_start(self, *_: Any) -> None:
-            time.sleep(0.1)
-
-    callback = fits.drive()
+def test_max_time__too_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback, clock = fits.drive(), SecondsAreBatches(monkeypatch)
     with pytest.warns(
         UserWarning, match=r"by Timer \(or `max_time`\), before the warm-up was over: the network is dense"
     ):
-        _, _, watch = fit(tmp_path, callback, Slow(), max_time=timedelta(seconds=0.15))
+        _, _, watch = fit(tmp_path, callback, clock, max_time=timedelta(seconds=4))
     assert not callback.pruned
     assert watch.batches < 2 * 3
 

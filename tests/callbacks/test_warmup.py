@@ -2,25 +2,25 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fits
 import lightning.pytorch as pl
 import pytest
-import test_saves
 import torch
 import torch.nn.functional as F
+from disturbed import Calls, Interrupt, Run, interrupt, places
 from fits import ConvModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger
-from test_saves import Calls, Interrupt, Run, interrupt, places
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_drive import DRIVEPruningCallback, SNIPPruningCallback, SynFlowPruningCallback
-from lightning_drive.warmup import WarmupPruningCallback
+from lightning_drive.callbacks.warmup import WarmupPruningCallback
 
 STEPS = 3  # per epoch
 MAKE: dict[str, Callable[..., WarmupPruningCallback]] = {
@@ -37,18 +37,9 @@ class Zeros(pl.Callback):
 
     def __init__(self) -> None:
         self.by_step: dict[int, float] = {}
-        self.gradients: list[bool] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.by_step.setdefault(trainer.global_step, float((pl_module.features[0].weight == 0).float().mean()))
-
-
-def fit(tmp_path: Path, callback: pl.Callback, *others: pl.Callback, module: Any = None, **settings: Any) -> Any:
-    ckpt_path = settings.pop("ckpt_path", None)
-    module = ConvModule() if module is None else module
-    trainer = fits.trainer(tmp_path, callback, *others, **({"max_epochs": 4} | settings))
-    trainer.fit(module, settings.pop("data", None) or fits.loader(), ckpt_path=ckpt_path)
-    return module, trainer
 
 
 @every_callback
@@ -56,7 +47,8 @@ def fit(tmp_path: Path, callback: pl.Callback, *others: pl.Callback, module: Any
 def test_step(tmp_path: Path, name: str, step: int) -> None:
     """Dense before that step, sparse from it on, and the report has it."""
     callback, zeros = MAKE[name](warmup_steps=step), Zeros()
-    module, _ = fit(tmp_path, callback, zeros)
+    module = ConvModule()
+    fits.fit(tmp_path, module, callback, zeros)
     assert [at for at, share in zeros.by_step.items() if share == 0] == list(range(step))
     assert callback.report is not None
     assert (callback.report.epoch, callback.report.step) == (step // STEPS, step)
@@ -75,7 +67,8 @@ def test_step__equals_epoch(
     ends = []
     for when in ({"warmup_epochs": 2}, {"warmup_steps": 2 * per_epoch}):
         callback = MAKE[name](**when)
-        module, _ = fit(tmp_path, callback, module=ConvModule(optimizer), **settings)
+        module = ConvModule(optimizer)
+        fits.fit(tmp_path, module, callback, **settings)
         ends.append((fits.state_of(module), callback.masks.digest()))
     assert fits.equal_states(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
@@ -104,7 +97,7 @@ def test_step__accumulated(tmp_path: Path, name: str, accumulate: int) -> None:
 def test_step__accumulated_by_epoch(tmp_path: Path) -> None:
     """As many batches as the epoch of that step gathers."""
     callback = MAKE["DRIVE"](warmup_steps=4)
-    fit(tmp_path, callback, GradientAccumulationScheduler({0: 1, 1: 2}), max_epochs=3)
+    fits.fit(tmp_path, ConvModule(), callback, GradientAccumulationScheduler({0: 1, 1: 2}), max_epochs=3)
     assert callback.report is not None
     assert (callback.report.epoch, callback.report.step) == (1, 4)
 
@@ -145,43 +138,39 @@ SAVED: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.fixture(params=["last", "middle"])
-def _batches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches that are the same one: two, so that pruning comes before an epoch's last one, or three."""
-    number = 2 if request.param == "last" else 3
-
-    def loader() -> DataLoader[Any]:
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-        data = torch.utils.data.TensorDataset(x.repeat(number, 1), x[:, :3].argmax(1).repeat(number))
-        return DataLoader(data, batch_size=8)
-
-    monkeypatch.setattr(test_saves, "loader", loader)
-
-
 @resumed
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.usefixtures("_batches")
-@pytest.mark.parametrize("name", SAVED)
-def test_saves_and_interrupts(name: str, tmp_path: Path) -> None:
-    """A run that is saved or stopped while it prunes before a batch goes on with that batch, to the same end."""
-    Run(SAVED[name](), tmp_path, Calls())  # what is imported or cached only once
-    expected = Run(SAVED[name](), tmp_path, Calls())
+@pytest.mark.parametrize(
+    ("name", "num_batches", "number"),
+    [
+        *(("DRIVE", 2, 4), ("DRIVE_reinit", 3, 4), ("SynFlow", 3, 4), ("middle", 2, 4)),
+        *(pytest.param(name, num_batches, 14, marks=pytest.mark.extended) for name in SAVED for num_batches in (2, 3)),
+    ],
+)
+def test_saves_and_interrupts(name: str, num_batches: int, number: int, tmp_path: Path) -> None:
+    """A run that is saved or stopped while it prunes before a batch goes on with that batch, to the same end.
+
+    With two batches an epoch, pruning may come before the last one.
+    """
+    run = partial(Run, num_batches=num_batches)
+    run(SAVED[name](), tmp_path, Calls())  # what is imported or cached only once
+    expected = run(SAVED[name](), tmp_path, Calls())
     wrong = []
-    for place in places(expected.calls, 7):
+    for place in places(expected.calls, number):
         saved = tmp_path / f"{place}.ckpt"
-        saving = Run(SAVED[name](), tmp_path, Calls(place, lambda trainer, path=saved: trainer.save_checkpoint(path)))
-        again = [saving, Run(SAVED[name](), tmp_path, Calls(), saved)]
+        saving = run(SAVED[name](), tmp_path, Calls(place, lambda trainer, path=saved: trainer.save_checkpoint(path)))
+        again = [saving, run(SAVED[name](), tmp_path, Calls(), saved)]
         folder = tmp_path / str(place)
         with suppress(Interrupt):
-            Run(SAVED[name](), folder, Calls(place, interrupt))
+            run(SAVED[name](), folder, Calls(place, interrupt))
         if (folder / "exception.ckpt").exists():
-            again.append(Run(SAVED[name](), folder, Calls(), folder / "exception.ckpt"))
-        for run in again:
-            steps = run.trainer.global_step, run.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
+            again.append(run(SAVED[name](), folder, Calls(), folder / "exception.ckpt"))
+        for other in again:
+            steps = other.trainer.global_step, other.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
             wanted = expected.trainer.global_step, expected.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
-            wrong.append((place, expected.calls.names[place], run.differences(expected), steps == wanted))
-    assert len(wrong) >= 3 * 5
-    assert [each for each in wrong if each[2] or not each[3]] == []
+            wrong.append((place, expected.calls.names[place], other.differences(expected), steps == wanted))
+    assert len(wrong) >= 3 * number - 6
+    assert [failure for failure in wrong if failure[2] or not failure[3]] == []
 
 
 # Endless streams, several optimizers, loggers.
@@ -227,16 +216,14 @@ class Adversaries(pl.LightningModule):
             optimizer.step()
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(each.parameters(), 0.05, momentum=0.9) for each in (self.first, self.second)]
+        return [torch.optim.SGD(layer.parameters(), 0.05, momentum=0.9) for layer in (self.first, self.second)]
 
 
 @every_callback
 @pytest.mark.parametrize(("step", "pruned_at"), [(4, 4), (5, 6), (8, 8)])
 def test_manual_optimization(tmp_path: Path, name: str, step: int, pruned_at: int) -> None:
     """Before the batch by which `global_step` has come so far."""
-    loss_fn = (
-        {} if name == "SynFlow" else {"loss_fn": lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])}
-    )
+    loss_fn = {} if name == "SynFlow" else {"loss_fn": fits.loss_fn}
     callback, module = MAKE[name](warmup_steps=step, **loss_fn), Adversaries()
     trainer = fits.trainer(tmp_path, callback, max_epochs=2, limit_val_batches=0)
     trainer.fit(module, fits.loader())
@@ -256,7 +243,7 @@ def test_log(tmp_path: Path, name: str) -> None:
         def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             seen.append(float(trainer.callback_metrics.get("pruning/sparsity", -1)))
 
-    fit(tmp_path, callback, Look(), logger=logger)
+    fits.fit(tmp_path, ConvModule(), callback, Look(), logger=logger)
     assert seen == pytest.approx([-1, *[callback.masks.sparsity] * 3])
     rows = (Path(logger.log_dir) / "metrics.csv").read_text()
     assert "pruning/density" in rows
@@ -266,13 +253,13 @@ def test_log(tmp_path: Path, name: str) -> None:
 def test_progress_bar(tmp_path: Path, bar: str) -> None:
     bars = {"tqdm": pl.callbacks.TQDMProgressBar, "rich": pl.callbacks.RichProgressBar}
     callback = MAKE["DRIVE"](warmup_steps=4)
-    fit(tmp_path, callback, bars[bar](), enable_progress_bar=True)
+    fits.fit(tmp_path, ConvModule(), callback, bars[bar](), enable_progress_bar=True)
     assert callback.pruned
 
 
 def test_fast_dev_run(tmp_path: Path) -> None:
     callback = MAKE["DRIVE"](warmup_steps=1000)
-    fit(tmp_path, callback, fast_dev_run=True)
+    fits.fit(tmp_path, ConvModule(), callback, fast_dev_run=True)
     assert callback.pruned
 
 
@@ -344,5 +331,5 @@ def test_fit__error(tmp_path: Path, name: str, step: int, settings: dict[str, An
     """Refused before the first step."""
     callback, zeros = MAKE[name](warmup_steps=step), Zeros()
     with pytest.raises(MisconfigurationException, match=message):
-        fit(tmp_path, callback, zeros, **settings)
+        fits.fit(tmp_path, ConvModule(), callback, zeros, **settings)
     assert zeros.by_step == {}

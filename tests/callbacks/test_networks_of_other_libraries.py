@@ -62,13 +62,13 @@ def fit(
         warnings.simplefilter("always")
         trainer.fit(module)
     assert callback.report is not None
-    said = [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     return Fitted(trainer, [*said, *callback.report.warnings], callback.report)
 
 
 def zeros(tensors: Iterable[Tensor]) -> float:
     """Return the share of exact zeros; 0 without tensors."""
-    flat = torch.cat([torch.ones(0), *(each.detach().float().flatten() for each in tensors)])
+    flat = torch.cat([torch.ones(0), *(tensor.detach().float().flatten() for tensor in tensors)])
     return float((flat == 0).sum()) / max(1, flat.numel())
 
 
@@ -80,7 +80,7 @@ def assert_pruned(module: pl.LightningModule, callback: PruningCallback, *names:
     num_kept = sum(int(parameters[name].count_nonzero()) for name in names)
     assert num_kept == pytest.approx(num_weights * (1 - SPARSITY), abs=len(names))
     assert callback.masks.hold_for(module)
-    assert zeros(each for name, each in parameters.items() if name not in names and each.ndim > 1) < 0.1
+    assert zeros(parameter for name, parameter in parameters.items() if name not in names and parameter.ndim > 1) < 0.1
 
 
 def assert_measured(report: PruningReport) -> None:
@@ -151,8 +151,8 @@ def test_gpt2__layers_of_transformers_are_pruned(tmp_path: Path, make: Any) -> N
 def test_gpt2__the_share_of_all_weights(tmp_path: Path) -> None:
     module, callback = imitations.Language(), CALLBACKS["DRIVE"]()
     fitted = fit(tmp_path, module, callback)
-    pruned = sum(int((each == 0).sum()) for name, each in module.named_parameters() if name in callback.masks)
-    share = pruned / sum(each.numel() for each in module.parameters())
+    pruned = sum(int((parameter == 0).sum()) for name, parameter in module.named_parameters() if name in callback.masks)
+    share = pruned / sum(parameter.numel() for parameter in module.parameters())
     assert fitted.report.overall_sparsity == pytest.approx(share, abs=0.02)
     assert fitted.report.overall_sparsity < fitted.report.sparsity
     logged = fitted.trainer.callback_metrics["pruning/overall_sparsity"].item()
@@ -359,10 +359,11 @@ def test_distillation__the_teacher_stays_as_it_is(tmp_path: Path, make: Any) -> 
 def assert_left_out_or_named(module: imitations.Distilled, said: list[str], again: Any) -> None:
     """Assert that the student is what is pruned, if need be after pasting what the warning offers."""
     assert not [text for text in said if "collapse" in text]
-    if zeros(each for each in module.teacher.parameters() if each.ndim > 1):
+    if zeros(parameter for parameter in module.teacher.parameters() if parameter.ndim > 1):
         again(pasted(said, "exclude", "teacher"))
         return
-    assert zeros(each for each in module.student.parameters() if each.ndim > 1) == pytest.approx(SPARSITY, abs=1e-3)
+    matrices = [parameter for parameter in module.student.parameters() if parameter.ndim > 1]
+    assert zeros(matrices) == pytest.approx(SPARSITY, abs=1e-3)
 
 
 @pytest.mark.parametrize("make", [CALLBACKS["DRIVE"], CALLBACKS["SNIP"]], ids=["DRIVE", "SNIP"])
@@ -393,7 +394,7 @@ def test_distillation__find_masks_without_a_trainer() -> None:
             masks = find_masks(module, SNIP(), sparsity=SPARSITY, batches=batches, loss_fn=loss_fn, **kwargs)
         student = {name: mask for name, mask in masks.items() if name.startswith("student.")}
         pruned.append(1 - sum(int(mask.sum()) for mask in student.values()) / sum(map(torch.numel, student.values())))
-        return [str(each.message) for each in caught]
+        return [str(warning.message) for warning in caught]
 
     pruned: list[float] = []
     said = search()
@@ -429,7 +430,7 @@ def test_own_ema__a_copy_in_the_module_is_named(tmp_path: Path, make: Any) -> No
 def test_own_ema__a_copy_that_averages_returns_is_pruned_along(tmp_path: Path, kind: Any) -> None:
     class Along(kind):  # type: ignore[misc]
         def averages(self, pl_module: Any) -> list[Any]:
-            return [{f"net.{name}": each for name, each in pl_module.average.named_parameters()}]
+            return [{f"net.{name}": parameter for name, parameter in pl_module.average.named_parameters()}]
 
     settings = {
         DRIVEPruningCallback: {"warmup_epochs": 1, "rounds": 4},

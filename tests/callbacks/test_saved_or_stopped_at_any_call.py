@@ -1,4 +1,7 @@
-"""Whoever saves or interrupts a run at any moment finds a network that is dense, or pruned as a whole."""
+"""A run that is saved or interrupted at any call has a network that is dense, or pruned as a whole.
+
+The plain test run tries some calls, spread evenly; `-m extended` tries four times as many.
+"""
 
 import copy
 import signal
@@ -7,174 +10,25 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import disturbed
+import fits
 import lightning.pytorch as pl
 import models
 import pytest
 import torch
+from disturbed import CALLBACKS, EPOCHS, PACKAGE, Calls, Hook, Interrupt, Net, Run, Unhook, interrupt, loader, places
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
 
 import lightning_drive
-from lightning_drive import (
-    DRIVE,
-    SNIP,
-    DRIVEPruningCallback,
-    IMPPruningCallback,
-    Magnitude,
-    SynFlow,
-    SynFlowPruningCallback,
-    find_masks,
-)
-
-PACKAGE = str(Path(lightning_drive.__file__).parent)
-EPOCHS = 4
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
-
-CALLBACKS: dict[str, Callable[[], Any]] = {
-    "DRIVE": lambda: DRIVEPruningCallback(sparsity=0.8, warmup_epochs=1, rounds=3, bn_batches=2),
-    "DRIVE_reinit": lambda: DRIVEPruningCallback(sparsity=0.8, warmup_epochs=2, rounds=2, control="reinit"),
-    "SynFlow": lambda: SynFlowPruningCallback(sparsity=0.8, warmup_epochs=1, rounds=3, bn_batches=2),
-    "IMP": lambda: IMPPruningCallback(sparsity=0.8, cycles=2, epochs_per_cycle=1),
-}
-
-
-class Net(pl.LightningModule):
-    """Has an alias, BatchNorm, momentum, a learning-rate schedule, and state of its own in a list and a counter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
-        self.head = self.net[-1]
-        self.losses: list[Tensor] = []
-        self.steps = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
-        self.losses.append(loss.detach())
-        self.steps += 1
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        # A score that is perfect for dense networks: the best of all epochs shows whether tracking began again.
-        self.log("score", float((self.net[0].weight == 0).float().mean()) + 0.01 * self.current_epoch)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)]
-
-
-def loader() -> DataLoader[Any]:
-    """Two batches that are the same one: a run that is resumed in an epoch gets the first one again."""
-    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-    return DataLoader(TensorDataset(x.repeat(2, 1), x[:, :3].argmax(1).repeat(2)), batch_size=8)
-
-
-class Calls:
-    """Does something at one call into the package, counted while the pruning callback has its turn."""
-
-    def __init__(self, at: int | None = None, act: Callable[[pl.Trainer], None] = lambda _: None) -> None:
-        self.at, self.act = at, act
-        self.names: list[str] = []
-        self.trainer: Any = None
-
-    def __call__(self, frame: Any, event: str, arg: Any) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            self.names.append(frame.f_code.co_name)
-            if len(self.names) - 1 == self.at:
-                sys.setprofile(None)
-                self.act(self.trainer)
-                sys.setprofile(self)
-
-
-class Hook(pl.Callback):
-    """Begins to count where the pruning callback, behind it, begins."""
-
-    def __init__(self, calls: Calls) -> None:
-        self.calls = calls
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.calls.trainer = trainer
-        sys.setprofile(self.calls)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.calls.trainer = trainer
-        sys.setprofile(self.calls)
-
-
-class Unhook(pl.Callback):
-    """Ends counting when the pruning callback, before it, is through, and knows what BatchNorm has then."""
-
-    def __init__(self) -> None:
-        self.statistics: list[list[Tensor]] = []
-
-    def on_train_epoch_start(self, *_: Any) -> None:
-        sys.setprofile(None)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        sys.setprofile(None)
-        self.statistics.append([buffer.clone() for buffer in pl_module.buffers()])
-
-
-class Run:
-    """One fit, and all that two equal runs have in common at their end."""
-
-    def __init__(self, pruning: Any, folder: Path, calls: Calls, ckpt_path: Path | None = None) -> None:
-        self.pruning, self.calls, self.model = pruning, calls, Net()
-        unhook = Unhook()
-        best = ModelCheckpoint(folder, filename="best-{epoch}", monitor="score", mode="min")
-        self.trainer = pl.Trainer(
-            max_epochs=EPOCHS,
-            callbacks=[Hook(calls), pruning, unhook, best, OnExceptionCheckpoint(folder, "exception")],
-            **{**QUIET, "enable_checkpointing": True},
-        )
-        try:
-            self.trainer.fit(self.model, loader(), loader(), ckpt_path=ckpt_path)
-        finally:
-            sys.setprofile(None)
-        self.end = {
-            **{name: value.clone() for name, value in self.model.state_dict().items()},
-            "best": Path(best.best_model_path).stem.partition("-v")[0],
-            "masks": pruning.masks.digest(),
-            "statistics": unhook.statistics[-1:],
-            "rate": self.trainer.optimizers[0].param_groups[0]["lr"],
-        }
-
-    def differences(self, other: "Run") -> list[str]:
-        return [
-            name
-            for name, value in self.end.items()
-            if not (torch.equal(value, other.end[name]) if isinstance(value, Tensor) else same(value, other.end[name]))
-        ]
-
-
-def same(first: Any, second: Any) -> bool:
-    if isinstance(first, list):
-        return all(torch.equal(*each) for pair in zip(first, second, strict=True) for each in zip(*pair, strict=True))
-    return bool(first == second)
-
-
-def places(calls: Calls, number: int) -> Iterator[int]:
-    """Spread some places evenly over all calls."""
-    last = len(calls.names) - 20  # another run may take some calls less, where something is cached
-    yield from sorted({round(last * index / (number - 1)) for index in range(number)})
+from lightning_drive import DRIVE, SNIP, DRIVEPruningCallback, Magnitude, SynFlow, find_masks
 
 
 @pytest.fixture(autouse=True)
@@ -212,17 +66,23 @@ def by_signal(save: Callable[[], None]) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-NUM_PLACES = 12
+extended = pytest.mark.extended
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("way", [by_call, by_thread, by_signal])
-def test_saves(whole: tuple[str, Run], way: Callable[[Callable[[], None]], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("way", "number"),
+    [
+        *((by_call, 6), (by_thread, 3), (by_signal, 3)),
+        *(pytest.param(way, 24, marks=extended) for way in (by_call, by_thread, by_signal)),
+    ],
+)
+def test_saves(whole: tuple[str, Run], way: Callable[[Callable[[], None]], None], number: int, tmp_path: Path) -> None:
     """A run that goes on from a checkpoint that was saved at any call ends as the one that nobody disturbed."""
     name, expected = whole
     wrong = []
-    for place in places(expected.calls, NUM_PLACES):
+    for place in places(expected.calls, number):
         path = tmp_path / f"{place}.ckpt"
 
         def save(trainer: pl.Trainer, path: Path = path) -> None:
@@ -232,24 +92,17 @@ def test_saves(whole: tuple[str, Run], way: Callable[[Callable[[], None]], None]
         resumed = Run(CALLBACKS[name](), tmp_path, Calls(), path)
         for run in (saving, resumed):
             wrong.append((place, expected.calls.names[place], run.differences(expected)))
-    assert [each for each in wrong if each[2]] == []
-
-
-class Interrupt(BaseException):
-    """What no handler takes for an ordinary error."""
-
-
-def interrupt(_: pl.Trainer) -> None:
-    raise Interrupt
+    assert [failure for failure in wrong if failure[2]] == []
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_interrupts(whole: tuple[str, Run], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [10, pytest.param(40, marks=extended)])
+def test_interrupts(whole: tuple[str, Run], number: int, tmp_path: Path) -> None:
     """After an interrupt at any call, the module is dense or pruned as a whole, and the run can be gone on with."""
     name, expected = whole
     wrong = []
-    for place in places(expected.calls, 2 * NUM_PLACES):
+    for place in places(expected.calls, number):
         folder = tmp_path / str(place)
         try:
             run = Run(CALLBACKS[name](), folder, Calls(place, interrupt))
@@ -266,14 +119,15 @@ def test_interrupts(whole: tuple[str, Run], tmp_path: Path) -> None:
             wrong.append((place, expected.calls.names[place], [f"{zeros} zeros under {masks}"]))
         again = Run(CALLBACKS[name](), folder, Calls(), folder / "exception.ckpt")
         wrong.append((place, expected.calls.names[place], again.differences(expected)))
-    assert [each for each in wrong if each[2]] == []
+    assert [failure for failure in wrong if failure[2]] == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", [30, pytest.param(240, marks=extended)])
 @pytest.mark.parametrize(
     "method", [DRIVE(rounds=2), SNIP(), SynFlow(rounds=2), Magnitude()], ids=lambda m: type(m).__name__
 )
-def test_find_masks__interrupts(method: Any) -> None:
+def test_find_masks__interrupts(method: Any, number: int) -> None:
     """An interrupt at any call leaves the module, its modes and gradients, and all random states as they were."""
     module = models.randomised(models.Restless())
     for parameter in module.parameters():
@@ -293,7 +147,7 @@ def test_find_masks__interrupts(method: Any) -> None:
     calls = search(Calls())
     before, modes = models.fingerprint(module), torch._C._len_torch_function_stack()
     assert len(calls.names) > 50
-    for place in places(calls, 120):
+    for place in places(calls, number):
         with suppress(Interrupt):  # as Python does where a generator is let go of
             search(Calls(place, interrupt))
         assert (place, calls.names[place], models.changes(module, before)) == (place, calls.names[place], [])
@@ -305,11 +159,11 @@ def test_find_masks__interrupts(method: Any) -> None:
 @pytest.mark.parametrize("name", ["DRIVE", "SynFlow"])
 def test_reads_while_scoring(name: str, precision: Any, tmp_path: Path) -> None:
     """Whoever copies or reads the module in the rounds, in whatever way, finds what was there before them."""
-    found: list[Any] = []
+    states: list[Any] = []
 
     class Before(pl.Callback):
         def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Net) -> None:
-            found.append(state_of(pl_module))
+            states.append(state_of(pl_module))
 
     class Reading(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -319,9 +173,9 @@ def test_reads_while_scoring(name: str, precision: Any, tmp_path: Path) -> None:
     def read() -> None:
         if trainer.current_epoch == 1 and trainer.fit_loop.epoch_progress.total.started < 2:
             module: Any = trainer.lightning_module
-            found.extend(state_of(each) for each in (module, copy.deepcopy(module)))
+            states.extend(state_of(seen) for seen in (module, copy.deepcopy(module)))
             torch.save(module, tmp_path / "module.pt")
-            found.append(state_of(torch.load(tmp_path / "module.pt", weights_only=False)))
+            states.append(state_of(torch.load(tmp_path / "module.pt", weights_only=False)))
 
     def state_of(module: Net) -> list[Any]:
         tensors = [value.clone() for value in module.state_dict().values()]
@@ -329,14 +183,14 @@ def test_reads_while_scoring(name: str, precision: Any, tmp_path: Path) -> None:
 
     globals()["Reading"] = Reading  # where pickle finds it
     Reading.__qualname__ = "Reading"
-    trainer = pl.Trainer(max_epochs=2, callbacks=[Before(), CALLBACKS[name]()], precision=precision, **QUIET)
+    trainer = fits.trainer(tmp_path, Before(), CALLBACKS[name](), max_epochs=2, precision=precision)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(Reading(), loader())
-    before, inside = found[1], found[2:]
+    before, inside = states[1], states[2:]
     assert len(inside) >= 9
-    for each in inside:
-        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(each, before, strict=True))
+    for seen in inside:
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(seen, before, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -350,13 +204,8 @@ def test_slurm_requeue(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         calls = Calls(at, lambda _: signal.raise_signal(signal.SIGUSR1))
         environment = SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR1)
         monkeypatch.setattr(SLURMEnvironment, "world_size", lambda self: 1)
-        trainer = pl.Trainer(
-            max_epochs=EPOCHS,
-            plugins=[environment],
-            default_root_dir=folder,
-            callbacks=[Hook(calls), CALLBACKS[name](), Unhook()],
-            **QUIET,
-        )
+        callbacks = [Hook(calls), CALLBACKS[name](), Unhook()]
+        trainer = fits.trainer(folder, *callbacks, max_epochs=EPOCHS, plugins=[environment])
         module = Net()
         trainer.fit(module, loader())
         return module, calls
@@ -364,7 +213,7 @@ def test_slurm_requeue(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = signal.getsignal(signal.SIGUSR1)
     try:
         expected, calls = fit(None, tmp_path / "whole")
-        for index, place in enumerate([*places(calls, 6)][:-1]):  # the first run makes some calls more
+        for index, place in enumerate(places(calls, 4)[:-1]):  # the first run makes some calls more
             folder = tmp_path / str(index)
             fit(place, folder)
             assert (folder / "hpc_ckpt_1.ckpt").is_file()
@@ -386,14 +235,14 @@ class Plateau(Net):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["DRIVE", "SynFlow", "IMP"])
-def test_plateau(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plateau(name: str, tmp_path: Path) -> None:
     """An epoch that was stopped or saved in while it pruned counts as a whole one for a learning rate that waits."""
-    monkeypatch.setattr(sys.modules[__name__], "Net", Plateau)
+    Run = partial(disturbed.Run, make=Plateau)  # noqa: N806
     Run(CALLBACKS[name](), tmp_path, Calls())
     expected = Run(CALLBACKS[name](), tmp_path, Calls())
     assert expected.end["rate"] < 0.1
-    begin, end = (expected.calls.names.index(each) for each in ("_prune", "_commit"))
-    for place in [begin + round((end - begin) * part / 4) for part in range(5)]:
+    begin, end = (expected.calls.names.index(name) for name in ("_prune", "_commit"))
+    for place in [begin + round((end - begin) * part / 3) for part in range(1, 3)]:
         saved = tmp_path / f"{place}.ckpt"
         Run(CALLBACKS[name](), tmp_path, Calls(place, lambda trainer, path=saved: trainer.save_checkpoint(path)))
         assert Run(CALLBACKS[name](), tmp_path, Calls(), saved).differences(expected) == []
@@ -421,7 +270,7 @@ def test_fit_again(name: str, tmp_path: Path) -> None:
             batches.append(saved["epoch_loop.batch_progress"]["current"]["ready"])
 
     calls, module, pruning = Calls(len(expected.calls.names) // 2, interrupt), Net(), CALLBACKS[name]()
-    trainer = pl.Trainer(max_epochs=EPOCHS, callbacks=[Hook(calls), pruning, Unhook()], **QUIET)
+    trainer = fits.trainer(tmp_path, Hook(calls), pruning, Unhook(), max_epochs=EPOCHS)
     with pytest.raises(Interrupt):
         trainer.fit(module, loader(), loader())
     sys.setprofile(None)
@@ -437,7 +286,7 @@ def test_fit_again(name: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("error", [KeyError("log"), StopIteration("no more"), BrokenPipeError("gone")], ids=repr)
 @pytest.mark.parametrize("hook", ["training_step", "on_train_epoch_start", "on_train_batch_start", "loss_fn"])
-def test_true_error(error: Exception, hook: str) -> None:
+def test_true_error(error: Exception, hook: str, tmp_path: Path) -> None:
     """What the module raises in the rounds is what is raised, also where it would say that training is over."""
 
     class Failing(Net):
@@ -450,7 +299,7 @@ def test_true_error(error: Exception, hook: str) -> None:
     loss_fn = fail if hook == "loss_fn" else None
     pruning = DRIVEPruningCallback(sparsity=0.8, warmup_epochs=0, rounds=2, loss_fn=loss_fn)
     with pytest.raises((type(error), RuntimeError)) as raised:
-        pl.Trainer(max_epochs=1, callbacks=[pruning], **QUIET).fit(Failing(), loader())
+        fits.trainer(tmp_path, pruning, max_epochs=1).fit(Failing(), loader())
     assert error in (raised.value, raised.value.__cause__)
     assert not pruning.pruned
 
@@ -469,10 +318,9 @@ class FailingLogger(CSVLogger):
 def test_failing_logger(name: str, tmp_path: Path) -> None:
     """An error of a logger after the masks are put down is what is raised, and the pruning is complete by then."""
     pruning, best = CALLBACKS[name](), ModelCheckpoint(tmp_path, monitor="score", mode="min")
-    settings = {**QUIET, "logger": FailingLogger(tmp_path), "enable_checkpointing": True}
     callbacks = [pruning, best, OnExceptionCheckpoint(tmp_path, "exception")]
     with pytest.raises(ConnectionError, match="no route to host"):
-        pl.Trainer(max_epochs=EPOCHS, callbacks=callbacks, **settings).fit(Net(), loader(), loader())
+        fits.trainer(tmp_path, *callbacks, logger=FailingLogger(tmp_path)).fit(Net(), loader(), loader())
     saved = torch.load(tmp_path / "exception.ckpt", weights_only=True)
     state = next(state for key, state in saved["callbacks"].items() if "Pruning" in key)
     weights = Net()
@@ -513,7 +361,7 @@ def test_slow_writes(name: str, tmp_path: Path) -> None:
 
     began, before = threading.Event(), dict[str, Tensor]()
     callbacks = [Begin(), CALLBACKS[name](), End()]
-    pl.Trainer(max_epochs=EPOCHS, callbacks=callbacks, plugins=[SlowIO()], **QUIET).fit(Net(), loader())
+    fits.trainer(tmp_path, *callbacks, plugins=[SlowIO()]).fit(Net(), loader())
     saved = torch.load(tmp_path / "slow.ckpt", weights_only=True)
     state = next(state for key, state in saved["callbacks"].items() if "Pruning" in key)
     assert state["masks"]["masks"] == {}
@@ -543,5 +391,5 @@ def test_saves__while_weights_are_rewound(tmp_path: Path) -> None:
         saving = Run(CALLBACKS["IMP"](), tmp_path, calls)
         resumed = Run(CALLBACKS["IMP"](), tmp_path, Calls(), tmp_path / "a.ckpt")
     assert calls.is_done
-    assert not [each for each in caught if "no longer 0" in str(each.message)]
+    assert not [warning for warning in caught if "no longer 0" in str(warning.message)]
     assert saving.differences(expected) == resumed.differences(expected) == []

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,7 @@ def mlp(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), *layers, nn.Linear(12, fits.NUM_CLASSES))
 
 
-def fit(tmp_path: Path, module: pl.LightningModule, *callbacks: pl.Callback, **kwargs: Any) -> None:
-    ckpt_path = kwargs.pop("ckpt_path", None)
-    fits.trainer(tmp_path, *callbacks, **({"max_epochs": EPOCHS} | kwargs)).fit(
-        module, fits.loader(), ckpt_path=ckpt_path
-    )
+fit = partial(fits.fit, max_epochs=EPOCHS)
 
 
 def drive(**kwargs: Any) -> DRIVEPruningCallback:
@@ -59,7 +56,7 @@ def synflow(**kwargs: Any) -> SynFlowPruningCallback:
 
 
 def check(module: nn.Module, callback: PruningCallback, before: dict[str, Tensor]) -> None:
-    """See exact zeros in the exact number, all that trains having moved, and nothing else being sparse."""
+    """Assert exact zeros in the exact number, all that trains having moved, and nothing else being sparse."""
     masks, parameters = callback.masks, dict(module.named_parameters())
     assert masks.num_kept == round(masks.num_prunable * (1 - callback.sparsity))
     assert masks.hold_for(module)
