@@ -40,7 +40,9 @@ def copies_in_attributes(
     They may be modules, dictionaries of tensors, lists of them as ``torch_ema`` has them, or one vector.
     """
     pruned = network_copies.prunable(pl_module, names)
-    branches = {path: each for path, each in branches_of(pruned).items() if each and 2 * size(each) >= size(pruned)}
+    branches = {
+        path: branch for path, branch in branches_of(pruned).items() if branch and 2 * size(branch) >= size(pruned)
+    }
     holders = (pl_module, *callbacks)
     for copy in chain(_in_attributes(pl_module, holders, branches), _in_layers(pl_module, branches)):
         sums = _sums(copy.tensors.values())
@@ -161,7 +163,7 @@ def _points_alike(vector: Tensor, parameters: Iterable[Tensor]) -> bool:
 def _selections(module: nn.Module) -> list[dict[str, Tensor]]:
     """Return the parameters that a list or vector may have copies of: all of them, or those that require a gradient."""
     parameters: dict[str, Tensor] = dict(module.named_parameters())
-    return [parameters, {name: each for name, each in parameters.items() if each.requires_grad}]
+    return [parameters, {name: value for name, value in parameters.items() if value.requires_grad}]
 
 
 def _is_like(copy: Tensor | None, original: Tensor) -> bool:

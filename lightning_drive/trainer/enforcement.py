@@ -102,8 +102,8 @@ class Enforcement:
             counts = (f"{name} ({count:,} of {int((~self._masks[name]).sum()):,})" for name, count in broken.items())
             rank_zero_warn(
                 f"Pruned weights were no longer 0, and were masked again: {listed(counts)}. Something writes into them"
-                " outside of the optimizers' steps, such as a hook that centres or clips weights, an average of one's"
-                " own, or `load_state_dict`. This is said once."
+                " outside of the optimizers' steps, such as a hook that centres or clips weights, an average of your"
+                " own, or `load_state_dict`. This warning is given once."
             )
 
     def check(self, pl_module: pl.LightningModule) -> None:

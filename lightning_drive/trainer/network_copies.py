@@ -1,4 +1,4 @@
-"""A copy of the network, or of a part of it, and what finding one takes: the tensors of each submodule, compared."""
+"""The type of a copy of the network, and what both ways of finding one share: tensors sorted by submodule."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias

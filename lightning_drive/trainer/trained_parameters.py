@@ -35,9 +35,9 @@ def select(trainer: pl.Trainer, pl_module: pl.LightningModule, prunable: _Select
     if not selected:
         names = _patterns(prunable(pl_module), _trained(pl_module, others))
         raise ValueError(
-            f"No prunable parameter is trained: {listed(map(repr, names))} could"
-            " be pruned, but no optimizer of the Trainer has any of it. Give what is to be pruned to an optimizer in"
-            " `configure_optimizers`, or select what is trained with `include`."
+            f"No prunable parameter is trained: {listed(map(repr, names))} could be pruned, but no optimizer of the"
+            " Trainer holds any of them. Pass them to an optimizer in `configure_optimizers`, or select trained"
+            " parameters with `include`."
         )
     return selected
 
@@ -52,7 +52,7 @@ def left_out(trainer: pl.Trainer, pl_module: pl.LightningModule, prunable: _Sele
     if not names:
         return ""
     patterns = listed(map(repr, _patterns(names, _trained(pl_module, others))))
-    return f"Not trained, and left out of pruning, since no optimizer of the Trainer has it: {patterns}."
+    return f"Left out of pruning, since they are not trained: no optimizer of the Trainer holds {patterns}."
 
 
 def untrained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
@@ -77,7 +77,7 @@ def untrained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, n
 def _parameters_of(optimizer: Any) -> list[Tensor]:
     """Return the parameters of an optimizer, of those that it wraps, or of what only looks like an optimizer."""
     optimizers = optimizer_state.with_wrapped(optimizer)
-    groups = [group for each in optimizers for group in getattr(each, "param_groups", ())]
+    groups = [group for inner in optimizers for group in getattr(inner, "param_groups", ())]
     if groups:
         return [parameter for group in groups for parameter in group["params"]]
     return [leaf for leaf in tree_leaves(list(vars(optimizer).values())) if isinstance(leaf, Tensor)]
@@ -96,7 +96,7 @@ def _without(others: Mapping[str, nn.Parameter], parameters: Mapping[str, nn.Par
 
 
 def _trained(pl_module: pl.LightningModule, others: Mapping[str, nn.Parameter]) -> list[str]:
-    return [name for name, each in pl_module.named_parameters() if each.requires_grad and name not in others]
+    return [name for name, value in pl_module.named_parameters() if value.requires_grad and name not in others]
 
 
 def _patterns(names: Iterable[str], apart_from: Iterable[str]) -> list[str]:

@@ -52,9 +52,9 @@ class UnmaskedWeights:
             for text in zeros_without_masks(self._pruning, self._pl_module, self._names):
                 rank_zero_warn(text)
         self._is_first_epoch = False
-        others = trained_parameters.untrained(self._trainer, self._pl_module)
-        named = self._pl_module.named_parameters()
-        trained = {each for name, each in named if each.requires_grad and name not in others}
+        untrained = trained_parameters.untrained(self._trainer, self._pl_module)
+        parameters = self._pl_module.named_parameters()
+        trained = {value for name, value in parameters if value.requires_grad and name not in untrained}
         for copy in copies_in_submodules(self._pl_module, self._names, trained):
             self._warn_of(copy, masks)
 
@@ -119,7 +119,7 @@ def _count_zeros(parameters: Iterable[Tensor]) -> tuple[int, int, bool]:
 
     They are many if they are about half or more of the parameters that are not 0 altogether, as new layers may be.
     """
-    weights = [shards.local(each.detach()) for each in parameters if each.layout == torch.strided]
+    weights = [shards.local(value.detach()) for value in parameters if value.layout == torch.strided]
     counts = [(weight.numel() - int(weight.count_nonzero()), weight.numel()) for weight in weights]
     partly = [(zeros, size) for zeros, size in counts if zeros < size]
     are_many = bool(partly) and sum(zeros for zeros, _ in partly) >= _MANY * sum(size for _, size in partly)

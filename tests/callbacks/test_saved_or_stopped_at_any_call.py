@@ -213,7 +213,7 @@ def test_slurm_requeue(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = signal.getsignal(signal.SIGUSR1)
     try:
         expected, calls = fit(None, tmp_path / "whole")
-        for index, place in enumerate([*places(calls, 4)][:-1]):  # the first run makes some calls more
+        for index, place in enumerate(places(calls, 4)[:-1]):  # the first run makes some calls more
             folder = tmp_path / str(index)
             fit(place, folder)
             assert (folder / "hpc_ckpt_1.ckpt").is_file()

@@ -5,12 +5,11 @@ from typing import Any
 
 import fits
 import lightning.pytorch as pl
+import models
 import pytest
 import torch
-import torch.nn.functional as F
 from fits import ConvModule
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
 from lightning_drive import (
     SNIPPruningCallback,
@@ -88,21 +87,24 @@ def test_synflow__batch_norm_after_warmup(tmp_path: Path) -> None:
     assert torch.equal(*measured)
 
 
-class ResNet(pl.LightningModule):
-    """torchvision's ResNet-18, with a choice of what starts at zero."""
+class Residual(pl.LightningModule):
+    """A stem, two residual blocks and a classifier, with a choice of what starts at zero."""
 
     def __init__(self, zero: str) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.network = resnet18(num_classes=fits.NUM_CLASSES, zero_init_residual=zero == "residual")
-        if zero == "head":
-            nn.init.zeros_(self.network.fc.weight)
+        self.network = models.randomised(models.ResidualNet(fits.NUM_CLASSES))
+        weights = {
+            "residual": [self.network.block1.norm2.weight, self.network.block2.norm2.weight],
+            "head": [self.network.fc.weight],
+        }[zero]
+        for weight in weights:
+            nn.init.zeros_(weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(images.expand(-1, 3, -1, -1))
+        return self.network(images.expand(-1, 2, -1, -1))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
+        return fits.loss_fn(self, batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.01)
@@ -110,23 +112,23 @@ class ResNet(pl.LightningModule):
 
 def test_synflow__zero_head_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"The synaptic flow R is 0: no signal reaches .* zero-initialised"):
-        fits.fit(tmp_path, ResNet("head"), SynFlowPruningCallback(sparsity=0.9, rounds=2), max_epochs=1)
+        fits.fit(tmp_path, Residual("head"), SynFlowPruningCallback(sparsity=0.9, rounds=2), max_epochs=1)
 
 
 @pytest.mark.filterwarnings("ignore:Layer collapse:UserWarning")
 @pytest.mark.parametrize("make", [SNIPPruningCallback, SynFlowPruningCallback])
 def test_zero_residual_gammas_warn(tmp_path: Path, make: Any) -> None:
-    """98 % of the weights have a score of exactly 0 then, and position alone would decide between them."""
+    """87 % of the weights have a score of exactly 0 then, and position alone would decide between them."""
     callback = make(sparsity=0.5, rounds=2)
     with (
         pytest.warns(UserWarning, match="had a score above zero, fewer than the .* to keep: the cut fell inside"),
         pytest.warns(
-            UserWarning, match=r"The scale of 'network.layer1.0.bn2.weight', .* is 0 .* `zero_init_last=False`"
+            UserWarning, match=r"The scale of 'network.block1.norm2.weight', .* is 0 .* `zero_init_last=False`"
         ),
     ):
-        fits.fit(tmp_path, ResNet("residual"), callback, max_epochs=1, limit_train_batches=1)
+        fits.fit(tmp_path, Residual("residual"), callback, max_epochs=1, limit_train_batches=1)
     assert len(callback.report.warnings) > 1
-    assert callback.masks.density == pytest.approx(0.5, abs=1e-6)
+    assert callback.masks.density == pytest.approx(0.5, abs=1e-3)
 
 
 class Saturating(ConvModule):

@@ -1,7 +1,7 @@
 """Runs that are saved or interrupted at any call into the package, and all that two equal runs have in common."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +142,19 @@ class Run:
         return [name for name, value in self.end.items() if not fits.equal_states(value, other.end[name])]
 
 
-def places(calls: Calls, number: int) -> Iterator[int]:
-    """Spread some places evenly over all calls."""
+def places(calls: Calls, number: int) -> list[int]:
+    """Return some places among the calls: two thirds spread over all, one third over the few that put masks on."""
     last = len(calls.names) - 20  # another run may take some calls less, where something is cached
-    yield from sorted({round(last * index / (number - 1)) for index in range(number)})
+    first_of_commit, end_of_commit = (
+        (calls.names.index(name) for name in ("_commit", "_announce")) if "_commit" in calls.names else (0, last)
+    )
+    in_commit = number // 3
+    over_all = number - in_commit
+    within = (end_of_commit - first_of_commit) / (in_commit + 1)
+    return sorted(
+        {round(last * index / max(1, over_all - 1)) for index in range(over_all)}
+        | {first_of_commit + round(within * (index + 1)) for index in range(in_commit)}
+    )
 
 
 class Interrupt(BaseException):

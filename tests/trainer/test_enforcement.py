@@ -1,7 +1,8 @@
-"""Masks hold whatever steps after pruning, and what others write into pruned weights is masked again and said once."""
+"""Masks hold whatever steps after pruning; what others write into pruned weights is masked again, with one warning."""
 
 import warnings
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,10 @@ def assert_sparse(module: nn.Module, pruning: SNIPPruningCallback) -> None:
     assert pruning.masks.hold_for(module)
 
 
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", [Orthogonal, Drifting])
+@pytest.mark.parametrize(
+    ("kind", "way", "when"),
+    [*product([Orthogonal], WAYS, WHEN), *product([Drifting], WAYS, ["on_train_batch_start"])],
+)
 def test_optimizers_made_anew(tmp_path: Path, kind: Any, way: Any, when: str) -> None:
     """Masks hold in every forward pass after it and in the end; no hook stays behind."""
     module, pruning, optimizers = Watched(kind), snip(), []
@@ -311,8 +313,8 @@ def show_masks(pruning: SNIPPruningCallback) -> pl.Callback:
     return callback
 
 
-def said_of_weights(caught: list[warnings.WarningMessage]) -> list[str]:
-    return [str(each.message) for each in caught if "no longer 0" in str(each.message)]
+def warnings_of_weights(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [text for warning in caught if "no longer 0" in (text := str(warning.message))]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before_the_pruning_callback", "after_it"])
@@ -328,7 +330,7 @@ def test_written_by_others(tmp_path: Path, kind: Any, first: bool) -> None:
         fits.trainer(tmp_path, *ours, saves, show_masks(pruning), own).fit(module, fits.loader())
     assert_sparse(module, pruning)
     assert module.validated == 3 * 2
-    [text] = said_of_weights(caught)
+    [text] = warnings_of_weights(caught)
     assert "head.weight (" in text
     checkpoints = [torch.load(path) for path in tmp_path.glob("*.ckpt")]
     sparse = [each for each in checkpoints if each["global_step"] > 3]
@@ -338,7 +340,7 @@ def test_written_by_others(tmp_path: Path, kind: Any, first: bool) -> None:
             assert not checkpoint["state_dict"][name][~mask].any()
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end", "on_train_end"])
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end", "on_train_end", "on_fit_end"])
 def test_written_by_the_module(tmp_path: Path, hook: str) -> None:
     """Hooks of the module come after those of all callbacks."""
     module, pruning = fits.ConvModule(), snip()
@@ -354,14 +356,14 @@ def test_written_by_the_module(tmp_path: Path, hook: str) -> None:
 
 
 def test_written_by_others__in_every_cycle(tmp_path: Path) -> None:
-    """It is said once in a run, however often it is pruned again."""
+    """The warning comes once in a run, however often it is pruned again."""
     module, pruning = fits.ConvModule(), IMPPruningCallback(sparsity=0.8, cycles=3, epochs_per_cycle=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fits.trainer(tmp_path, pruning, Centres(), max_epochs=5).fit(module, fits.loader())
     assert pruning.pruned
     assert pruning.masks.hold_for(module)
-    assert len(said_of_weights(caught)) == 1
+    assert len(warnings_of_weights(caught)) == 1
 
 
 @pytest.mark.parametrize("make", [fits.ConvModule, Net, fits.BiaslessMLP])
@@ -379,13 +381,13 @@ def test_written_by_others__in_every_cycle(tmp_path: Path) -> None:
     ],
 )
 def test_nobody_writes(tmp_path: Path, make: Callable[[], Any], other: Any) -> None:
-    """Says nothing, also with averages that Lightning swaps in."""
+    """There is no warning, also with averages that Lightning swaps in."""
     module, pruning = make(), snip()
     own = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, save_top_k=-1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fits.trainer(tmp_path, pruning, other(), own).fit(module, fits.loader())
-    assert not said_of_weights(caught)
+    assert not warnings_of_weights(caught)
     assert_sparse(module, pruning)
 
 
