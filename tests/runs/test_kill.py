@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +106,14 @@ IN_EVERY_RUN = [("drive", "epoch", 1), ("drive", "step", 2), ("imp", "epoch", 2)
 """Any two of a method, a frequency of checkpoints and a number of devices are once together."""
 
 
-def combinations() -> Iterator[Any]:
-    for chosen in itertools.product(EPOCHS, ("epoch", "step"), DEVICES):
-        marks = [pytest.mark.ddp] * (chosen[2] > 1) + [pytest.mark.extended] * (chosen not in IN_EVERY_RUN)
-        yield pytest.param(*chosen, marks=marks)
+def marks_of(chosen: tuple[str, str, int]) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.ddp] * (chosen[2] > 1) + [pytest.mark.extended] * (chosen not in IN_EVERY_RUN)
 
 
-@pytest.mark.parametrize(("method", "every", "devices"), combinations())
+@pytest.mark.parametrize(
+    ("method", "every", "devices"),
+    [pytest.param(*chosen, marks=marks_of(chosen)) for chosen in itertools.product(EPOCHS, ("epoch", "step"), DEVICES)],
+)
 def test_kill(tmp_path: Path, method: str, every: str, devices: int) -> None:
     """After a kill of each kind, a run that saves a checkpoint with every epoch or every step goes on to its end.
 

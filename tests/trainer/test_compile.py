@@ -231,29 +231,36 @@ def test_compiled_submodule__checkpoint(tmp_path: Path) -> None:
     assert backend.graphs == 0
 
 
-class Squash(nn.Module):
-    """Calls a function that is compiled by itself."""
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {}
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+
+class Squash(nn.Module):
+    """Calls a function that may be compiled: one of its own, or one that only the code knows of."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], is_own: bool) -> None:
         super().__init__()
-        self.first, self.last, self.function = nn.Linear(6, 8), nn.Linear(8, 3), [function]
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.functions = {"squash": function} if is_own else None
+        FUNCTIONS["squash"] = function
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.function[0](self.first(x)))
+        functions = FUNCTIONS if self.functions is None else self.functions
+        return self.last(functions["squash"](self.first(x)))
 
 
 def noisy(x: Tensor) -> Tensor:
     return F.dropout(F.relu(x), 0.5)
 
 
+@pytest.mark.parametrize("is_own", [True, False], ids=["of_the_module", "of_the_code"])
 @pytest.mark.parametrize("method", [DRIVE(rounds=3), SynFlow(rounds=3)], ids=["drive", "synflow"])
-def test_compiled_function(method: Any) -> None:
+def test_compiled_function(method: Any, is_own: bool) -> None:
     """Dropout stays off inside a compiled function, and what was compiled stays so."""
     backend, batches = Backend(), models.make_batches(6)
     function = torch.compile(noisy, backend=backend)
     masks = []
     for called in (noisy, function):
-        module = models.randomised(Squash(called))
+        module = models.randomised(Squash(called, is_own))
         masks.append(find_masks(module, method, sparsity=0.5, batches=batches, loss_fn=models.loss_fn))
     assert masks[0] == masks[1]
     assert backend.graphs == 0
