@@ -154,3 +154,11 @@ def test_is_sound__no_reader() -> None:
     for key in [key for key in group.items if key[1]]:
         del group.items[key]
     assert not group_check.is_sound(group, traced)
+
+
+def test_is_sound__indices_that_no_layer_has() -> None:
+    """Even if they are the same wherever the group is."""
+    group, traced = traced_group()
+    for key, item in group.items.items():
+        group.items[key] = replace(item, index=item.index + 1)
+    assert not group_check.is_sound(group, traced)
