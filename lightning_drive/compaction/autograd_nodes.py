@@ -1,7 +1,7 @@
 """What autograd's nodes (``grad_fn``) tell of the operations that made a tensor.
 
 The attributes of nodes that are read here are not documented by torch, and are read nowhere else in this package. Each
-has a test that fails when torch drops it. Seen in torch 2.4 to 2.14.
+has a test that fails when torch drops it. Seen in torch 2.14.
 """
 
 from collections.abc import Iterable

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_drive import compact
 from lightning_drive.compaction import compact as compact_module
+from lightning_drive.compaction import comparison
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -54,3 +55,15 @@ def test_compact__disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"must give the outputs of the given one, and does not"):
         compact(given, numbers(2, 6))
     assert changes(given, before) == []
+
+
+def test_in_float64() -> None:
+    """The module, what it is given and what it returns; whole numbers stay what they are."""
+    given = MLP(6, 8, 3)
+    precise = comparison.in_float64(given, [numbers(2, 6)])
+    assert precise is not None
+    module, example = precise
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float64}
+    assert [leaf.dtype for leaf in (*example.inputs, *example.outputs[0])] == [torch.float64] * 2
+    assert example.agrees(module)
+    assert {parameter.dtype for parameter in given.parameters()} == {torch.float32}

@@ -1,6 +1,7 @@
 """Whatever mixes, moves or counts channels keeps them all."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from models import Attention, randomised
 from torch import Tensor, nn
 
 from lightning_drive import compact
+from lightning_drive.compaction import group_check, group_search
+from lightning_drive.compaction.groups import Group
+from lightning_drive.compaction.tracing import Trace, trace
 
 BETWEEN: dict[str, Callable[[Functional, Tensor, Tensor], Tensor]] = {
     "softmax": lambda self, h, x: h.softmax(1),
@@ -111,3 +115,50 @@ def test_compact__right_behind_a_layer(between: nn.Module) -> None:
     small = compact(given, numbers(2, *IMAGES))
     assert len(small[0].weight) == 4  # type: ignore[index]
     assert_same(given, small, IMAGES)
+
+
+# Groups that torch-pruning could be wrong about.
+
+
+def traced_group() -> tuple[Group, Trace]:
+    """The group of the first layer of a small network."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+    graph, traced = trace(module, [numbers(2, 4)])
+    group = group_search.group_of(graph, traced, module[0], [0, 1, 2, 3])
+    assert group is not None
+    return group, traced
+
+
+def test_is_sound() -> None:
+    assert group_check.is_sound(*traced_group())
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("change", ["moved", "too_large", "doubled"])
+def test_is_sound__wrong_indices(number: int, change: str) -> None:
+    """Whichever of the nodes they are at: the layer that writes, the activation or the layer that reads."""
+    group, traced = traced_group()
+    key = [*group.items][number]
+    item = group.items[key]
+    index = {
+        "moved": item.index.roll(1),
+        "too_large": item.index + 1,
+        "doubled": item.index.clamp(max=2),
+    }[change]
+    group.items[key] = replace(item, index=index)
+    assert not group_check.is_sound(group, traced)
+
+
+def test_is_sound__no_reader() -> None:
+    group, traced = traced_group()
+    for key in [key for key in group.items if key[1]]:
+        del group.items[key]
+    assert not group_check.is_sound(group, traced)
+
+
+def test_is_sound__indices_that_no_layer_has() -> None:
+    """Even if they are the same wherever the group is."""
+    group, traced = traced_group()
+    for key, item in group.items.items():
+        group.items[key] = replace(item, index=item.index + 1)
+    assert not group_check.is_sound(group, traced)

@@ -31,7 +31,7 @@ def sparse(module: nn.Module, density: float, seed: int = 0) -> nn.Module:
 
 
 def difference(first: nn.Module, second: nn.Module, *inputs: Any) -> float:
-    """Give the largest difference of outputs in eval mode, as a part of the largest output."""
+    """Return the largest difference of outputs in eval mode, as a part of the largest output."""
     with torch.no_grad():
         expected, found = (copy.deepcopy(module).eval()(*inputs) for module in (first, second))
     assert expected.shape == found.shape

@@ -24,7 +24,7 @@ DTYPES = [
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, density: float, generator: torch.Generator) -> Tensor:
-    """Give numbers of any bits at all, NaN with payloads and -0.0 among them, of which a part is not 0."""
+    """Return numbers of any bits at all, NaN with payloads and -0.0 among them, of which a part is not 0."""
     numbers = torch.Size(shape).numel()
     data = torch.randint(256, (numbers, dtype.itemsize), generator=generator, dtype=torch.uint8)
     if dtype == torch.bool:
@@ -46,7 +46,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def first_ones(*shape: int, kept: int = 5) -> Tensor:
-    """Give a tensor with as many ones, the first ones."""
+    """Return a tensor with as many ones, the first ones."""
     tensor = torch.zeros(shape)
     tensor.view(-1)[:kept] = 1
     return tensor
