@@ -1,6 +1,6 @@
 """Copy single values that data are made of and that move when they are used: arrays, random generators, files, classes.
 
-:mod:`lightning_drive.trainer.data_copies` takes the data apart and asks here for each.
+:mod:`lightning_drive.trainer.data_copies` takes the data apart and calls these functions.
 """
 
 import copy
