@@ -5,13 +5,13 @@ r"""Compare a dense ResNet-18 with ones pruned by DRIVE, on CIFAR-10.
         --warmup-epochs 2                                                # a small network: minutes on a CPU
 
 `DIR` is either where torchvision keeps its CIFAR-10, or a tree of images, `DIR/train/<class>/*` and
-`DIR/test/<class>/*`. Networks and data are those of `paper/`, where the paper's own experiments are, too: the settings
-here are ours, not the paper's, which trains for 200 epochs from a learning rate of 0.01.
+`DIR/test/<class>/*`. Networks and data are those of `paper/`, which also has the paper's own experiments. The settings
+here are our own; the paper trains for 200 epochs from a learning rate of 0.01.
 
 Measured on 2026-11-25 with Python 3.11, torch 2.14 and Lightning 2.6.6, on two very busy cores of an AMD EPYC: the
-second command took 4 minutes of processor time with seed 0 on CIFAR-10 stored as JPEG. Dense, the small network
-recognises 54.5 % of the test images; with 2 % of its weights, 49.7 %. One seed says little after so short a training.
-The first command, and a GPU, are not measured.
+second command took 4 minutes of processor time with seed 0 on CIFAR-10 stored as JPEG. The dense small network
+recognises 54.5 % of the test images, and 49.7 % with 2 % of its weights. One seed means little after such a short
+training. We have not measured the first command, nor a GPU.
 """
 
 import argparse
@@ -111,19 +111,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--sparsity", type=float, nargs="+", default=[0.0, 0.9, 0.95, 0.98], help="fractions to remove; 0 is dense"
     )
     parser.add_argument("--network", choices=["resnet18", "vgg16", "alexnet", "convnet"], default="resnet18")
-    parser.add_argument("--epochs", type=int, default=50, help="all epochs, dense and sparse")
+    parser.add_argument("--epochs", type=int, default=50, help="number of epochs, dense and sparse together")
     parser.add_argument("--warmup-epochs", type=int, default=5, help="dense epochs before pruning")
     parser.add_argument("--rounds", type=int, default=100, help="pruning rounds, one batch each")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--train-images", type=int, help="train on so many images only")
+    parser.add_argument("--train-images", type=int, help="number of images to train on; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="file for a figure, such as cifar10.png")
     options = parser.parse_args(argv)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no list of devices
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning 2.6 with torch 2.15
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # there is nothing for them to do
-    warnings.filterwarnings("ignore", message=".*have no `validation_step`")  # a network is tested once, at the end
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the images are in memory
+    warnings.filterwarnings("ignore", message=".*have no `validation_step`")  # networks are tested once, at the end
 
     data = load(options)
     try:

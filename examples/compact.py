@@ -1,12 +1,12 @@
-r"""Remove what pruning has cut off from a network, and measure what that brings: parameters, bytes, time on the CPU.
+r"""Remove channels that pruning has cut off, and measure the gain: parameters, bytes, time on the CPU.
 
     python examples/compact.py                                             # scikit-learn's digits: under a minute
     python examples/compact.py --data DIR --network vgg16 --sparsity 0.98 0.993 --output results.jsonl
 
 `DIR` is a tree of images, `DIR/train/<class>/*` and `DIR/test/<class>/*`; networks and data are those of `paper/`. A
-network learns densely for a while, is pruned by each method, learns on for a while with its masks, and is compacted.
-The settings are ours, not the paper's: training is only as long as it takes for BatchNorm and biases to be no longer
-what they were at the start. What a cut-off channel carries depends on them; which channels are cut off does not.
+network trains densely for a short time, is pruned by each method, trains on for a short time with its masks, and is
+compacted. The settings are our own: training is only long enough for BatchNorm and biases to leave their initial
+values. The values of a cut-off channel depend on them; which channels are cut off does not.
 
 Times are processor times of forward passes without gradients, on one thread: medians of the masked network and the
 compacted one, run in turn in the same process. `docs/compact.md` has results, and what to expect.
@@ -78,14 +78,14 @@ def loss_fn(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def batches_of(data: Images, generator: torch.Generator, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Give the training images in a random order, normalised, in batches that are all full."""
+    """Return the training images in a random order, normalised, in full batches."""
     images, labels = data.splits["train"].images, data.splits["train"].labels
     order = torch.randperm(len(images), generator=generator).split(size)
     return [(normalised(images[index], data), labels[index]) for index in order if len(index) == size]
 
 
 def normalised(images: Tensor, data: Images) -> Tensor:
-    """Bring pixels, from 0 to 255, to mean 0 and deviation 1 over the training images, in each channel."""
+    """Normalise pixels from 0 to 255 to mean 0 and deviation 1 over the training images, by channel."""
     return (images - data.mean) / data.std
 
 
@@ -108,7 +108,7 @@ def train(
 
 
 def estimate_statistics(network: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Estimate BatchNorm's running statistics afresh: the ones from before pruning no longer fit."""
+    """Estimate BatchNorm's running statistics again, since those from before pruning no longer fit."""
     norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -122,7 +122,7 @@ def estimate_statistics(network: nn.Module, batches: Sequence[tuple[Tensor, Tens
 
 
 def accuracy(network: nn.Module, data: Images, count: int = 200) -> float:
-    """Give the fraction of some test images that are recognised."""
+    """Return the fraction of ``count`` random test images that are recognised."""
     images, labels = data.splits["test"].images, data.splits["test"].labels
     some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     with torch.inference_mode():
@@ -142,7 +142,7 @@ def multiply_adds(network: nn.Module, images: Tensor) -> int:
 
 
 def sparse_bytes(network: nn.Module) -> int:
-    """Give the size of the network's sparse file."""
+    """Return the size of the network's sparse file in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.safetensors"
         save_sparse(network, path)
@@ -150,38 +150,38 @@ def sparse_bytes(network: nn.Module) -> int:
 
 
 def milliseconds(networks: Sequence[nn.Module], images: Tensor, repeats: int) -> list[list[float]]:
-    """Give processor times of forward passes of all networks in turn; the first of each is not counted.
+    """Return the processor times of forward passes of all networks in turn, without the first pass of each.
 
-    Unlike the clock on the wall, it stands still while other processes have the core.
+    Unlike wall-clock time, processor time stands still while other processes have the core.
     """
     times: list[list[float]] = [[] for _ in networks]
     with torch.inference_mode():
         for _ in range(repeats + 1):
-            for network, found in zip(networks, times, strict=True):
+            for network, own_times in zip(networks, times, strict=True):
                 start = time.process_time()
                 network(images)
-                found.append(1000 * (time.process_time() - start))
-    return [found[1:] for found in times]
+                own_times.append(1000 * (time.process_time() - start))
+    return [own_times[1:] for own_times in times]
 
 
 def measure(masked: nn.Module, small: nn.Module, images: Tensor, repeats: int) -> dict[str, Any]:
     """Compare two networks in eval mode."""
     networks = (masked.eval(), small.eval())
-    found: dict[str, Any] = {"milliseconds": {}, "time_ratio": {}}
+    timed: dict[str, Any] = {"milliseconds": {}, "time_ratio": {}}
     for size in BATCH_SIZES:
         batch = images.repeat(-(-size // len(images)), 1, 1, 1)[:size]
         times = milliseconds(networks, batch, repeats if size > 1 else 10 * repeats)
-        found["milliseconds"][str(size)] = tuple(round(statistics.median(each), 3) for each in times)
+        timed["milliseconds"][str(size)] = tuple(round(statistics.median(own_times), 3) for own_times in times)
         ratios = [after / before for before, after in zip(*times, strict=True)]
-        found["time_ratio"][str(size)] = round(statistics.median(ratios), 3)
+        timed["time_ratio"][str(size)] = round(statistics.median(ratios), 3)
     with torch.inference_mode():
         expected, given = (network(images) for network in networks)
     return {
-        **found,
+        **timed,
         "channels": tuple(map(num_channels, networks)),
-        "parameters": tuple(sum(each.numel() for each in network.parameters()) for network in networks),
+        "parameters": tuple(sum(weight.numel() for weight in network.parameters()) for network in networks),
         "multiply_adds": tuple(multiply_adds(network, images) for network in networks),
-        "dense_bytes": tuple(sum(each.nbytes for each in network.state_dict().values()) for network in networks),
+        "dense_bytes": tuple(sum(tensor.nbytes for tensor in network.state_dict().values()) for network in networks),
         "sparse_bytes": tuple(map(sparse_bytes, networks)),
         "difference": float((expected - given).abs().max() / expected.abs().max()),
     }
@@ -212,7 +212,7 @@ def run(options: argparse.Namespace, data: Images) -> Iterator[Result]:
         print(f"Pruning and compacting: {method}, {100 * sparsity:g}% sparse", file=sys.stderr)
         masked = copy.deepcopy(dense)
         batches = batches_of(data, generator, options.batch_size)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             masks = find_masks(
                 masked, METHODS[method](options.rounds), sparsity=sparsity, batches=batches, loss_fn=loss_fn
             )
@@ -227,7 +227,7 @@ def run(options: argparse.Namespace, data: Images) -> Iterator[Result]:
             sparsity=sparsity,
             seed=options.seed,
             weights_kept=masks.num_kept,
-            warnings=len(said),
+            warnings=len(caught),
             accuracy=(dense_accuracy, accuracy(masked, data)),
             settings={
                 name: getattr(options, name)
@@ -240,7 +240,7 @@ def run(options: argparse.Namespace, data: Images) -> Iterator[Result]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Write results as Markdown."""
+    """Return a table of the results in Markdown."""
     numbers = ["sparsity", "accuracy", "channels", "parameters", "multiply-adds", "dense kB", "sparse kB"]
     numbers += [f"time, batch of {size}" for size in BATCH_SIZES]
     rows = [" | ".join(["network", "pruned by", *numbers]), " | ".join(["---", "---", *["---:"] * len(numbers)])]
@@ -250,7 +250,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         )
         cells = [row["network"], row["method"], f"{100 * row['sparsity']:g}%"]
         cells += [
-            " → ".join(f"{each:.0%}" for each in row["accuracy"]),
+            " → ".join(f"{fraction:.0%}" for fraction in row["accuracy"]),
             f"{channels:,} → {channels_left:,}",
             f"{parameters:,} → {left:,} ({left / parameters:.0%})",
         ]
@@ -265,23 +265,25 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure what removing cut-off channels brings.")
+    parser = argparse.ArgumentParser(description="Measure the gain of removing cut-off channels.")
     parser.add_argument("--data", help="folder with train/ and test/ (default: scikit-learn's digits)")
-    parser.add_argument("--data-name", help="what to call it (default: the folder's name)")
+    parser.add_argument("--data-name", help="name of the data (default: that of the folder)")
     parser.add_argument("--network", choices=list(NETWORKS), help="default: convnet with --data, or else digitnet")
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=["drive", "synflow", "magnitude"])
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.98, 0.993], help="fraction to remove")
-    parser.add_argument("--rounds", type=int, default=100, help="of DRIVE and SynFlow (default: 100)")
-    parser.add_argument("--epochs", type=int, default=2, help="dense ones, before pruning (default: 2)")
-    parser.add_argument("--sparse-epochs", type=int, default=1, help="after pruning (default: 1)")
-    parser.add_argument("--train-images", type=int, help="how many to learn from (default: all)")
+    parser.add_argument("--rounds", type=int, default=100, help="rounds of DRIVE and SynFlow (default: 100)")
+    parser.add_argument("--epochs", type=int, default=2, help="dense epochs before pruning (default: 2)")
+    parser.add_argument("--sparse-epochs", type=int, default=1, help="epochs after pruning (default: 1)")
+    parser.add_argument("--train-images", type=int, help="number of images to train on (default: all)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=0.05)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
-    parser.add_argument("--repeats", type=int, default=5, help="timed passes of large batches, ten times of single")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed passes of large batches; single images have ten times as many"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="a file of JSON lines to add the results to")
-    parser.add_argument("--table", type=Path, nargs="+", help="only print the table of these files of JSON lines")
+    parser.add_argument("--output", type=Path, help="file of JSON lines to append the results to")
+    parser.add_argument("--table", type=Path, nargs="+", help="only print the table of these files")
     options = parser.parse_args(argv)
 
     if options.table:
@@ -291,8 +293,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     limit = {"train_images": options.train_images}
     data: Images = ImageTree(options.data, name=options.data_name, **limit) if options.data else Digits(**limit)
     if (options.network == "digitnet") != (not options.data):
-        parser.error("digitnet is for the digits, and the other networks are for images in colour, `--data`")
-    torch.set_num_threads(1)  # so that a ratio of times does not hang on how many cores are free
+        parser.error("digitnet is for the digits; the other networks are for colour images, given by `--data`")
+    torch.set_num_threads(1)  # so that ratios of times do not depend on how many cores are free
     try:
         data.prepare_data()
         data.setup("fit")

@@ -1,4 +1,4 @@
-"""What both examples end with: a table and a figure that compare networks of different sparsity."""
+"""The output of both examples: a table and figures that compare networks of different sparsity."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ STYLES = (("#56B4E9", "o"), ("#E69F00", "s"), ("#0072B2", "^"), ("#D55E00", "D")
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one network.
+    """The result of one network.
 
     Args:
-        network: What to call it.
+        network: Its name in the table.
         accuracy: Fraction of the test images that it recognises.
         num_weights: Number of weights that pruning may remove.
         seconds: Duration of ``trainer.fit``, pruning included.
-        report: What was pruned; ``None`` for a dense network.
+        report: The report of the pruning; ``None`` for a dense network.
 
     """
 
@@ -67,7 +67,7 @@ def print_table(results: Sequence[Result]) -> None:
 
 
 def save_figure(results: Sequence[Result], title: str, path: Path) -> None:
-    """Draw what sparsity costs, and where in the network weights are left."""
+    """Draw the accuracy over the weights kept, and the fraction of every layer that is kept."""
     pruned = [(result, result.report) for result in results if result.report]
     pruned.sort(key=lambda pair: pair[0].num_kept, reverse=True)
     num_layers = max((len(report.layers) for _, report in pruned), default=0)
@@ -85,7 +85,7 @@ def save_figure(results: Sequence[Result], title: str, path: Path) -> None:
 
 
 def save_pictures(results: Sequence[Result], path: Path) -> list[Path]:
-    """Draw what the report of the sparsest network has, in files beside the comparison's figure."""
+    """Draw the pictures of the sparsest network's report, in files next to the comparison's figure."""
     report = min((result.report for result in results if result.report), key=lambda report: report.density)
     paths = {kind: path.with_stem(f"{path.stem}-{kind}") for kind in report.pictures}
     for kind, picture in paths.items():

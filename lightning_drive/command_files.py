@@ -114,4 +114,4 @@ def _check_free(out: Path, source: Path, overwrite: bool) -> None:
     if out.exists() and source.exists() and out.samefile(source):
         raise ValueError(f"OUT must be another file than {str(source)!r}.")
     if out.exists() and not overwrite:
-        raise ValueError(f"{str(out)!r} is there already. Give another name, or `--overwrite` to replace it.")
+        raise ValueError(f"{str(out)!r} exists already. Choose another name, or set `--overwrite` to replace it.")

@@ -30,7 +30,9 @@ def _setting(text: str, callback: str, known: Sequence[str]) -> tuple[str, Any]:
     if not is_given or not name.isidentifier():
         raise ValueError(f"`--set` takes NAME=VALUE, such as rounds=50, got {text!r}.")
     if name not in known:
-        raise ValueError(f"`--set {text}`: {callback} has no such argument. Beside the sparsity: {', '.join(known)}.")
+        raise ValueError(
+            f"`--set {text}`: {callback} has no such argument. Apart from the sparsity: {', '.join(known)}."
+        )
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

@@ -318,7 +318,7 @@ def test_overwrite(command: str, checkpoint: Path, tmp_path: Path, capsys: pytes
     source = checkpoint if command == "compress" else tmp_path / "small"
     (tmp_path / "out").write_text("precious")
     error = fails(capsys, command, source, tmp_path / "out")
-    assert "out' is there already. Give another name, or `--overwrite` to replace it." in error
+    assert "out' exists already. Choose another name, or set `--overwrite` to replace it." in error
     assert (tmp_path / "out").read_text() == "precious"
     succeeds(capsys, command, source, tmp_path / "out", "--overwrite")
     assert (tmp_path / "out").read_bytes()[:8] != b"precious"
@@ -672,7 +672,7 @@ def test_plan__method(models_here: str, capsys: pytest.CaptureFixture[str]) -> N
         (["{}:number"], "must be a torch module or return one, got int"),
         (["{}:net", "--set", "rounds"], "`--set` takes NAME=VALUE"),
         (["{}:net", "--set", "rounds=0"], "`rounds` must be a whole number of at least 1, got 0"),
-        (["{}:net", "--set", "cycles=2"], "DRIVEPruningCallback has no such argument. Beside the sparsity: warmup_ep"),
+        (["{}:net", "--set", "cycles=2"], "DRIVEPruningCallback has no such argument. Apart from the sparsity: warmup"),
         (["{}:net", "--set", "sparsity=0.9"], "`--set sparsity=0.9`: DRIVEPruningCallback has no such argument"),
         (["builtins:dict"], "must be a torch module or return one, got dict"),
         (["{}:Models.wide"], "needs arguments (missing a required argument: 'width'). Name a module"),

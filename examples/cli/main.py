@@ -3,23 +3,23 @@
     pip install -e '.[examples,cli]'
     python examples/cli/main.py fit --config examples/cli/base.yaml --config examples/cli/drive.yaml
 
-`base.yaml` says how to train, and one of `drive.yaml`, `snip.yaml`, `synflow.yaml` and `imp.yaml` how to prune; without
-one the network stays dense. A later file goes over an earlier one, its list of callbacks over the whole earlier list,
-and the command line goes over all files:
+`base.yaml` has the settings of training, and `drive.yaml`, `snip.yaml`, `synflow.yaml` or `imp.yaml` those of pruning;
+without one of these the network stays dense. A later file overrides an earlier one (its list of callbacks replaces the
+whole earlier list), and the command line overrides all files:
 
     ... --trainer.callbacks.sparsity=0.98                 another value for the callback named last
     ... --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val_loss        one more callback
-    ... --print_config                                    all that is set, as YAML; nothing runs
-    python examples/cli/main.py fit --trainer.callbacks.help=DRIVEPruningCallback      what can be set
+    ... --print_config                                    all settings as YAML; nothing runs
+    python examples/cli/main.py fit --trainer.callbacks.help=DRIVEPruningCallback      the settings of a callback
 
 Checkpoints, metrics and the whole configuration are in `lightning_logs/version_0` (then `version_1`, ...). To test that
-network, or to train on:
+network, or to continue its training:
 
     python examples/cli/main.py test --config lightning_logs/version_0/config.yaml --ckpt_path CHECKPOINT
     python examples/cli/main.py fit --config lightning_logs/version_0/config.yaml --ckpt_path CHECKPOINT \
         --trainer.max_epochs 15
 
-The settings are ours, not the papers': those train other networks on other data, and for longer.
+The settings are our own: the papers train other networks on other data, and for longer.
 """
 
 import warnings
@@ -43,7 +43,7 @@ class DigitClassifier(pl.LightningModule):
 
     Args:
         width: Channels of the first convolution; the others have two and four times as many.
-        lr: Learning rate at the beginning; it falls to 0 as a cosine.
+        lr: Initial learning rate, which falls to 0 as a cosine.
 
     """
 
@@ -85,7 +85,7 @@ class DigitClassifier(pl.LightningModule):
 
 
 class Digits(pl.LightningDataModule):
-    """1,797 images that come with scikit-learn: 1,077 to learn from, 270 to validate and 450 to test on.
+    """The 1,797 images of scikit-learn: 1,077 to train on, 270 to validate and 450 to test on.
 
     Args:
         batch_size: Images in a training step.
@@ -117,8 +117,8 @@ class Digits(pl.LightningDataModule):
 def main() -> LightningCLI:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # the images are in memory
-    torch.set_num_threads(1)  # layers this small gain nothing from more, and all machines add in the same order
-    return OneLineErrorsCLI(DigitClassifier, Digits)  # a LightningCLI, but for what it prints of a wrong setting
+    torch.set_num_threads(1)  # more threads gain nothing here, and with one all machines add in the same order
+    return OneLineErrorsCLI(DigitClassifier, Digits)  # LightningCLI with errors of one line
 
 
 if __name__ == "__main__":

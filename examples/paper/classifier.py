@@ -1,4 +1,4 @@
-"""One LightningModule for all experiments: a network, and how it learns."""
+"""The LightningModule of all experiments: a network, its loss and its optimizer."""
 
 import lightning.pytorch as pl
 import torch.nn.functional as F
@@ -10,13 +10,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 
 class ImageClassifier(pl.LightningModule):
-    """A network that learns to tell classes of images apart, by cross-entropy.
+    """A classifier of images, trained by cross-entropy.
 
     Args:
-        network: Which one.
-        num_classes: How many classes there are.
-        optimizer: What makes the optimizer from parameters.
-        lr_scheduler: What makes the schedule of learning rates from the optimizer; it steps after every epoch.
+        network: Name of the network.
+        num_classes: Number of classes.
+        optimizer: Returns the optimizer for parameters.
+        lr_scheduler: Returns the learning-rate scheduler for an optimizer; it steps after every epoch.
 
     """
 

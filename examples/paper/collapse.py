@@ -1,10 +1,10 @@
-r"""See which methods cut a network off at initialisation: no path is left from its input to its output.
+r"""Find which methods cut a network off at initialisation: no path is left from its input to its output.
 
     python examples/paper/collapse.py --experiments vgg16_cifar10 --results collapse.jsonl -- --data.root=DIR
 
-Such a network gives the same answer to every image, and no training will change that: its accuracy is that of chance.
-Nothing is trained here; a seed sets the initial weights and the batches that a method reads. What follows `--` goes to
-every run as to `main.py`. "effective sparsity" counts as removed what is kept but on no such path.
+Such a network returns the same answer for every image, and training cannot change that: its accuracy is that of chance.
+Nothing is trained here; a seed sets the initial weights and the batches that a method reads. Arguments after `--` are
+passed to every run, as to `main.py`. "Effective sparsity" counts kept weights on no such path as removed.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import results
 from results import Collapse
 from run import Wanted, be_quiet, build, circumstances, divided, kept
 
-METHODS = {  # what to call them, and what they add to a method's file
+METHODS = {  # name to the method's file and further arguments
     "SNIP": ("snip", []),
     "SNIP, BatchNorm by running statistics": ("snip", ["--pruning.mode=eval"]),
     "iterative SNIP, 20 rounds": ("iterative_snip", ["--pruning.rounds=20"]),
@@ -26,7 +26,7 @@ METHODS = {  # what to call them, and what they add to a method's file
 
 
 def prune(experiment: str, method: str, sparsity: float, seed: int, overrides: Sequence[str]) -> Collapse:
-    """Prune before the first step, and stop after it."""
+    """Prune before the first training step, and stop after it."""
     name, more = METHODS[method]
     cli = build(Wanted(experiment, name, "none", sparsity, seed), [*overrides, *more, "--trainer.max_steps=1"])
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
@@ -55,15 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--methods", metavar="NAME", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
     add("--sparsities", metavar="S", nargs="+", type=float, default=[0.95, 0.98, 0.993], help="fractions to remove")
     add("--seeds", metavar="N", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
-    add("--results", metavar="FILE", type=Path, required=True, help="file that a line is added to for each network")
+    add("--results", metavar="FILE", type=Path, required=True, help="file to append a line to for each network")
     options = parser.parse_args(own)
     be_quiet()
     for experiment, method, sparsity, seed in product(
         options.experiments, options.methods, options.sparsities, options.seeds
     ):
-        found = prune(experiment, method, sparsity, seed, overrides)
-        results.append(options.results, found)
-        state = "cut off" if found.is_cut_off else f"effective sparsity {found.effective_sparsity}"
+        collapse = prune(experiment, method, sparsity, seed, overrides)
+        results.append(options.results, collapse)
+        state = "cut off" if collapse.is_cut_off else f"effective sparsity {collapse.effective_sparsity}"
         print(f"{experiment}, {method}, {sparsity:.1%}, seed {seed}: {state}", flush=True)
 
 

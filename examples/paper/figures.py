@@ -1,4 +1,4 @@
-"""The paper's figures 2, 3, 5 and 6, drawn from our runs, with the paper's values beside them."""
+"""The paper's figures 2, 3, 5 and 6, drawn from our runs, with the paper's values next to ours."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,23 +32,23 @@ OPAQUE: dict[str, Any] = {"bbox": {"facecolor": "white", "edgecolor": "none", "p
 APART = 1.02  # factor between neighbours on the logarithmic axis, so that no whisker hides another
 LOG_FROM = 30  # times that differ by more than this factor need a logarithmic axis
 
-Curves = Mapping[str, Mapping[float, Summary]]  # method to sparsity to what it measured
+Curves = Mapping[str, Mapping[float, Summary]]  # method to sparsity to accuracy in percent
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the figures of an experiment show."""
+    """The runs of an experiment that its figures show, and the paper's values."""
 
     experiment: str
     runs: Sequence[Run]
 
     @property
     def curves(self) -> Curves:
-        found: dict[str, dict[float, Summary]] = {}
+        curves: dict[str, dict[float, Summary]] = {}
         for (method, _, sparsity), summary in results.accuracies(self.runs).items():
             if sparsity:
-                found.setdefault(method, {})[sparsity] = summary
-        return found
+                curves.setdefault(method, {})[sparsity] = summary
+        return curves
 
     @property
     def dense(self) -> Summary | None:
@@ -64,7 +64,7 @@ class Comparison:
 
     @property
     def subtitle(self) -> str:
-        """What it was measured on."""
+        """The data, epochs, seeds and hardware of the runs."""
         counts = {summary.count for summary in results.accuracies(self.runs).values()}
         seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
         images = results.listed(f"{run.data}, {run.train_images:,} training images" for run in self.runs)
@@ -74,14 +74,14 @@ class Comparison:
 
 
 def select(runs: Iterable[Run]) -> list[Comparison]:
-    """Sort the runs that figures show by experiment: the methods of the paper, without controls."""
+    """Group the runs that figures show by experiment: the paper's methods, without controls."""
     chosen = [run for run in runs if run.method in COLOURS and run.control == "none"]
     groups = [(experiment, [run for run in chosen if run.experiment == experiment]) for experiment in EXPERIMENTS]
     return [Comparison(experiment, own) for experiment, own in groups if any(run.sparsity for run in own)]
 
 
 def save_all(runs: Iterable[Run], folder: Path) -> list[Path]:
-    """Draw every figure that there are runs for, and say where they are."""
+    """Draw every figure that has runs, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for comparison in select(runs):
@@ -119,7 +119,7 @@ def draw_bars(comparison: Comparison) -> Figure:
 
 
 def draw_differences(comparison: Comparison) -> Figure | None:
-    """Draw how far each method's accuracy is above that of IMP: the paper's Figure 3."""
+    """Draw the difference of every method's accuracy to that of IMP: the paper's Figure 3."""
     imp, paper_imp = comparison.curves.get("imp", {}), comparison.paper.get("imp", {})
     ours = {
         method: {sparsity: minus(summary, imp[sparsity]) for sparsity, summary in curve.items() if sparsity in imp}
@@ -142,7 +142,7 @@ def draw_differences(comparison: Comparison) -> Figure | None:
 
 
 def draw_accuracies(comparison: Comparison) -> Figure:
-    """Draw accuracy over sparsity, and that of the dense network: the paper's Figure 5."""
+    """Draw accuracy over sparsity, with that of the dense network: the paper's Figure 5."""
     figure, axes = new_figure(comparison, "Test accuracy over sparsity, mean ± standard deviation")
     handles = draw_curves(axes, comparison.curves, comparison.paper)
     axes.set_ylabel("test accuracy (%)")
@@ -151,7 +151,7 @@ def draw_accuracies(comparison: Comparison) -> Figure:
 
 
 def draw_times(comparison: Comparison) -> Figure:
-    """Draw the time until the masks are there, and that of training with them: the paper's Figure 6."""
+    """Draw the time to the masks, and that of training with them: the paper's Figure 6."""
     to_masks = results.seconds(comparison.runs, lambda run: run.seconds_to_masks)
     training = results.seconds(comparison.runs, lambda run: run.seconds["training"])
     theirs = published.PRUNING_SECONDS.get(comparison.experiment, {})
@@ -213,7 +213,7 @@ def finish(figure: Figure, handles: Sequence[Artist]) -> None:
 
 
 def draw_curves(axes: Axes, ours: Curves, theirs: published.Accuracies) -> list[Line2D]:
-    """Draw values over sparsity, on an axis that is logarithmic in what is kept, and return what the legend needs."""
+    """Draw values over sparsity, on an axis logarithmic in the kept fraction, and return handles for the legend."""
     handles = []
     for place, (method, (colour, marker)) in enumerate(STYLES.items()):
         if method in theirs:
@@ -237,14 +237,14 @@ def paper_handle(theirs: published.Accuracies) -> list[Line2D]:
 def label_sparsities(axes: Axes, sparsities: Iterable[float]) -> None:
     ordered = sorted(sparsities)
     axes.set_xscale("log")
-    axes.set_xticks([100 * (1 - sparsity) for sparsity in ordered], [f"{100 * each:.10g}" for each in ordered])
+    axes.set_xticks([100 * (1 - sparsity) for sparsity in ordered], [f"{100 * sparsity:.10g}" for sparsity in ordered])
     axes.set_xticks([], minor=True)
     axes.invert_xaxis()
     axes.set_xlabel("sparsity (% of the weights removed)")
 
 
 def draw_dense(axes: Axes, comparison: Comparison) -> list[Line2D]:
-    """Draw lines for the dense network, and return what the legend needs."""
+    """Draw lines for the dense network, and return handles for the legend."""
     lines = []
     if comparison.dense:
         lines.append(axes.axhline(comparison.dense.mean, color=GREY, zorder=0, label="dense"))

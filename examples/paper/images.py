@@ -1,13 +1,13 @@
-"""Images that are decoded once and stay in memory, on the GPU if there is one, where they are augmented, too.
+"""Images that are decoded once and stay in memory, on the GPU if there is one, and are augmented there.
 
 An epoch then costs little more than the network's arithmetic: a batch is one indexing operation, and there is nothing
 to do for worker processes. Images that come as files are decoded into one tensor, which is kept in `ROOT/decoded/` for
-the next time; delete that folder after changing an image without changing its name.
+later runs; delete that folder after changing an image without changing its name.
 
-Every class looks for its data in `root`, in the layout in which it is published, and says what is missing. Pixels are
-divided by 255 and normalised by the mean and standard deviation of each channel over the training images. Training
-images are padded by zeros (the mean colour) and cut out again anywhere, and half of them are mirrored; the paper does
-not say what it does. `test` images serve for validation, too: nothing is selected by them.
+Every class looks for its data in `root`, in its published layout, and raises an error that names what is missing.
+Pixels are divided by 255 and normalised by the mean and standard deviation of each channel over the training images.
+Training images are padded by zeros (the mean colour) and cropped at random, and half of them are mirrored; the paper
+does not state its augmentation. `test` images are also those of validation: nothing is selected by them.
 """
 
 import hashlib
@@ -63,20 +63,20 @@ def as_it_is(batch: Batch) -> Batch:
 
 
 class Images(pl.LightningDataModule):
-    """What all data sets here have in common.
+    """The base of all data sets here.
 
     Args:
         root: Folder that holds the data.
         batch_size: Training images in a step, on each device.
-        augment: Whether training images are moved and mirrored at random.
-        padding: By how many pixels at most they are moved.
-        train_images: Take only so many of the training images, chosen at random, the same for every seed.
-        test_images: Take only so many of the test images.
+        augment: Whether training images are shifted and mirrored at random.
+        padding: Largest shift in pixels.
+        train_images: Number of training images to use, chosen at random, the same for every seed; default: all.
+        test_images: Number of test images to use; default: all.
 
     """
 
     name: str
-    """What to call the data where results are reported."""
+    """Name of the data in results."""
 
     def __init__(
         self,
@@ -100,15 +100,15 @@ class Images(pl.LightningDataModule):
 
     @abstractmethod
     def read(self, split: Split) -> Batch:
-        """Give all images of a part, uint8 of shape (N, 3, H, W), and their labels, int64 of shape (N,)."""
+        """Return all images of a part, uint8 of shape (N, 3, H, W), and their labels, int64 of shape (N,)."""
 
     def prepare_data(self) -> None:
-        """Decode everything once, in one process, which goes on with that; the others find it decoded."""
+        """Decode all images once, in one process, which keeps them; the others read them decoded."""
         if not self.splits:
             self.prepared = {split: self.read(split) for split in ("train", "test")}
 
     def setup(self, stage: str) -> None:
-        """Take the images into memory, on the device that they are needed on."""
+        """Load the images into the memory of the Trainer's device."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         if self.splits and self.mean.device == device:
             return
@@ -146,7 +146,7 @@ class Images(pl.LightningDataModule):
         return self.val_dataloader()
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Turn bytes into what a network reads: on the device, a whole batch at a time."""
+        """Normalise and augment a whole batch of bytes on the device."""
         images, labels = batch
         images = (images - self.mean) / self.std
         if self.augment and self.trainer is not None and self.trainer.training:
@@ -155,9 +155,9 @@ class Images(pl.LightningDataModule):
 
 
 def mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Measure each channel of uint8 images, exactly: give float32 tensors of shape (3, 1, 1), in units of a byte.
+    """Return the exact mean and standard deviation of every channel of uint8 images, float32 of shape (3, 1, 1).
 
-    A channel that is the same everywhere has a standard deviation of 1, by which one can divide.
+    The unit is that of a byte. The deviation of a constant channel is 1, so that one can divide by it.
     """
     counts = torch.stack([channel.reshape(-1).bincount(minlength=256) for channel in images.unbind(1)]).double()
     share, value = counts / counts.sum(1, keepdim=True), torch.arange(256.0, dtype=torch.float64)
@@ -174,8 +174,8 @@ def augment(images: Tensor, padding: int) -> Tensor:
     top, left = torch.randint(2 * padding + 1, (2, count, 1, 1), device=device)
     rows = top + torch.arange(height, device=device)[:, None]
     columns = left + torch.arange(width, device=device)
-    each = torch.arange(count, device=device)[:, None, None]
-    shifted = F.pad(images, [padding] * 4).movedim(1, -1)[each, rows, columns].movedim(-1, 1)
+    images_in_order = torch.arange(count, device=device)[:, None, None]
+    shifted = F.pad(images, [padding] * 4).movedim(1, -1)[images_in_order, rows, columns].movedim(-1, 1)
     mirrored = torch.rand(count, 1, 1, 1, device=device) < 0.5
     # Channels first again: channels last, narrow layers make oneDNN overrun its memory on the CPU (oneDNN issue 6035).
     return torch.where(mirrored, shifted.flip(-1), shifted).contiguous()
@@ -228,10 +228,10 @@ class CIFAR10(Images):
     def read(self, split: Split) -> Batch:
         try:
             dataset = self.source(str(self.root), train=split == "train", download=self.download)
-        except RuntimeError as error:  # what torchvision has for files that are missing or not the published ones
+        except RuntimeError as error:  # torchvision's error for files that are missing or not the published ones
             raise MisconfigurationException(
-                f"There is no whole {self.source.base_folder}/ in {self.root.absolute()}, where {self.name} is looked"
-                f" for. Add `--data.download=true` to fetch it, unpack {self.source.url} there, or name its folder by"
+                f"There is no complete {self.source.base_folder}/ in {self.root.absolute()}, where {self.name} is"
+                f" looked for. Add `--data.download=true` to fetch it, unpack {self.source.url} there, or name its folder by"
                 " `--data.root`. A tree of images is read by `--data=ImageTree`."
             ) from error
         return torch.from_numpy(dataset.data).movedim(-1, 1).contiguous(), torch.tensor(dataset.targets)
@@ -248,14 +248,14 @@ class CIFAR100(CIFAR10):
 
 
 class DecodedImages(Images):
-    """Images that come as files, and are decoded once into a tensor."""
+    """Images in files, which are decoded once into a tensor."""
 
     size = 32
-    """Height and width in pixels that images are brought to, their shape disregarded, by averaging boxes of pixels."""
+    """Height and width in pixels to which images are resized, by averaging boxes of pixels; proportions may change."""
 
     @abstractmethod
     def files(self, split: Split) -> tuple[list[Path], list[int]]:
-        """List the files of a part, in a fixed order, and their labels."""
+        """Return the files of a part, in a fixed order, and their labels."""
 
     def read(self, split: Split) -> Batch:
         files, labels = self.files(split)
@@ -281,28 +281,28 @@ class DecodedImages(Images):
         return torch.from_numpy(np.array(pixels)).movedim(-1, 0)
 
     def _by_class(self, folder: Path) -> tuple[list[Path], list[int]]:
-        """List the images in a folder that has a folder for each class."""
-        found = [(file, name) for name in folders_in(folder) for file in images_below(folder / name)]
-        if not found:
+        """Return the images in a folder with a folder for each class, and their labels."""
+        named = [(file, name) for name in folders_in(folder) for file in images_below(folder / name)]
+        if not named:
             raise MisconfigurationException(
                 f"There are no images in {folder.absolute()}: {self.name} needs `{folder.name}/<class>/<image>` in the"
                 f" folder that `--data.root` names, for each class. {self.help}"
             )
-        return self._numbered(found)
+        return self._numbered(named)
 
-    def _numbered(self, found: list[tuple[Path, str]]) -> tuple[list[Path], list[int]]:
-        """Give files and labels; classes are numbered by their names, and are those of the training images."""
+    def _numbered(self, named: list[tuple[Path, str]]) -> tuple[list[Path], list[int]]:
+        """Return files and labels; classes are those of the training images, numbered by their names."""
         numbers = {name: number for number, name in enumerate(folders_in(self.root / "train"))}
-        for file, name in found:
+        for file, name in named:
             if name not in numbers:
                 raise MisconfigurationException(
                     f"Every class must have a folder in {self.root.absolute() / 'train'}, which has none for {name!r},"
                     f" the class of {file}. Add that, or remove the image. {self.help}"
                 )
-        return [file for file, _ in found], [numbers[name] for _, name in found]
+        return [file for file, _ in named], [numbers[name] for _, name in named]
 
     help = ""
-    """Where the data is to be had."""
+    """How to get the data, for errors."""
 
 
 def folders_in(folder: Path) -> list[str]:
@@ -314,16 +314,16 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def store(images: Tensor, path: Path) -> None:
-    """Write a whole file or none, since several processes may do so at once."""
-    part = path.with_suffix(f".{uuid4().hex}")  # not the process's number, which two machines may share
+    """Write a whole file or none, since several processes may write at once."""
+    part = path.with_suffix(f".{uuid4().hex}")  # not the process id, which two machines may share
     try:
         path.parent.mkdir(exist_ok=True)
         torch.save(images, part)
         part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch has the latter for folders that it cannot write, or full disks
+    except (OSError, RuntimeError) as error:  # torch raises the latter for full disks and folders that it cannot write
         with suppress(OSError):
             part.unlink()
-        rank_zero_warn(f"Decoded images cannot be kept for the next time: {error}")
+        rank_zero_warn(f"Decoded images cannot be stored for later runs: {error}")
 
 
 class ImageTree(DecodedImages):
@@ -399,8 +399,8 @@ class ImageNet32(DecodedImages):
         return torch.cat(pixels), torch.cat(labels)
 
     def _batches(self, stem: str) -> list[Path]:
-        found = [*self.root.glob(f"{stem}*"), *self.root.glob(f"*/{stem}*")]
-        return sorted(path for path in found if path.suffix in ("", ".npz") and path.is_file())
+        paths = [*self.root.glob(f"{stem}*"), *self.root.glob(f"*/{stem}*")]
+        return sorted(path for path in paths if path.suffix in ("", ".npz") and path.is_file())
 
     def files(self, split: Split) -> tuple[list[Path], list[int]]:
         return self._by_class(self.root / {"train": "train", "test": "val"}[split])
@@ -429,7 +429,7 @@ def read_npz(path: Path) -> dict[str, Any]:
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Read a pickle of plain values and arrays, and nothing that could run code."""
+    """Read a pickle of plain values and arrays, and of nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} or (

@@ -32,9 +32,9 @@ def build(network: Network, num_classes: int) -> nn.Module:
 def alexnet(num_classes: int) -> nn.Sequential:
     """Build a guess at the paper's AlexNet, for 32x32 pixels; larger images end in the same 2x2 places by averaging.
 
-    These are the five convolutions and three linear layers of torchvision's AlexNet, where the first convolution of
-    11x11 with stride 4 is one of 3x3 with stride 2, and pooling is over 2x2. We took it as the one that keeps AlexNet's
-    widths and most of its weights in the linear layers; other AlexNets for CIFAR-10 have 2.5 to 8.5 million. Initial
+    These are the five convolutions and three linear layers of torchvision's AlexNet, with a first convolution of 3x3
+    and stride 2 in place of 11x11 and stride 4, and pooling over 2x2. We chose it since it keeps AlexNet's widths, and
+    most weights in the linear layers; other AlexNets for CIFAR-10 have 2.5 to 8.5 million weights. Initial
     weights are torch's own (uniform, Kaiming with a = sqrt(5)), as in torchvision's AlexNet.
     """
     return nn.Sequential(
@@ -58,7 +58,7 @@ def alexnet(num_classes: int) -> nn.Sequential:
 def vgg16(num_classes: int) -> nn.Sequential:
     """Build VGG-16 with BatchNorm and a single linear layer, as is usual for small images.
 
-    Of 32x32 pixels the convolutions leave one place; where they leave more (2x2 of 64x64), these are averaged. Initial
+    The convolutions reduce 32x32 pixels to one place; more places (2x2 for 64x64 pixels) are averaged. Initial
     weights are torchvision's VGG's: convolutions normal (Kaiming, fan-out), the linear layer normal with 0.01.
     """
     features = make_layers(cfgs["D"], batch_norm=True)

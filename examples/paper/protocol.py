@@ -1,4 +1,4 @@
-"""What a run is made of: an experiment, a protocol and a callback that prunes, put together by LightningCLI."""
+"""The parts of a run, joined by LightningCLI: an experiment, a protocol and a callback that prunes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @dataclass
 class Protocol:
-    """What the paper says of an experiment, beside the model, the data and the optimizer.
+    """The epochs of an experiment in the paper.
 
     Args:
-        epochs: How long the network that is tested trains.
-        warmup_epochs: How many of these are dense before DRIVE prunes.
-        cycles: How many cycles IMP has before all of these.
-        epochs_per_cycle: How long each cycle is.
+        epochs: Epochs of the network that is tested.
+        warmup_epochs: The dense ones of these, before DRIVE prunes.
+        cycles: IMP's cycles before all of these.
+        epochs_per_cycle: Epochs in each cycle.
 
     """
 
@@ -35,7 +35,7 @@ class Protocol:
 
 
 class MagnitudePruningCallback(WarmupPruningCallback):
-    """Keep the largest initial weights: what the other callbacks are made of takes any method.
+    """Keep the largest initial weights, an example of a callback for any method.
 
     Args:
         sparsity: Fraction of the prunable weights to remove, in [0, 1).
@@ -61,7 +61,7 @@ class MagnitudePruningCallback(WarmupPruningCallback):
 
 
 class PaperCLI(OneLineErrorsCLI):
-    """LightningCLI with a protocol, of which the callback that prunes takes what concerns it."""
+    """LightningCLI with a protocol, from which the pruning callback takes the numbers that it needs."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(Protocol, "protocol")
@@ -81,17 +81,17 @@ class PaperCLI(OneLineErrorsCLI):
 
 
 def all_epochs(protocol: Namespace, pruning: Namespace | None, as_long_as_imp: bool) -> int:
-    """Count the epochs of the network that is tested, and those of IMP's cycles before."""
+    """Return the number of epochs of the tested network, with those of IMP's cycles before."""
     has_cycles = pruning is not None and "cycles" in pruning.init_args
     return protocol.epochs + protocol.cycles * protocol.epochs_per_cycle * (has_cycles or as_long_as_imp)
 
 
 def find_configs(args: Sequence[str]) -> list[str]:
-    """Put the whole path in place of the name of a file that is in `configs/` and not in the current folder."""
-    found = list(args)
+    """Replace names of files that are in `configs/` and not in the current folder by their paths."""
+    resolved = list(args)
     for place, name in enumerate(args):
         option, _, value = name.rpartition("=")
         is_config = option in ("--config", "-c") or (not option and place > 0 and args[place - 1] in ("--config", "-c"))
         if is_config and not Path(value).exists() and (CONFIGS / value).is_file():
-            found[place] = f"{option}={CONFIGS / value}" if option else str(CONFIGS / value)
-    return found
+            resolved[place] = f"{option}={CONFIGS / value}" if option else str(CONFIGS / value)
+    return resolved

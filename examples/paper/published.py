@@ -1,17 +1,17 @@
-"""The paper's own figures: Saikumar & Varghese, "DRIVE: Dual Gradient-Based Rapid Iterative Pruning", 2024.
+"""The values in the paper: Saikumar & Varghese, "DRIVE: Dual Gradient-Based Rapid Iterative Pruning", 2024.
 
 Copied from arXiv:2404.03687: accuracies in percent of the test images, by experiment, method and fraction of the
 weights removed, and the seconds that pruning took. They are single numbers, without a deviation. The paper doesn't say
-which AlexNet it trained, nor with which momentum, weight decay and augmentation. It prints the same row for SNIP twice
-under Tiny ImageNet, for VGG-16 and for ResNet-18: a copy error, so both are left out. A method that is missing
-elsewhere is one that we have no figure for. VGG-16's 10.00 and 1.00 for SNIP are what guessing gets.
+which AlexNet it trained, nor with which momentum, weight decay and augmentation. Under Tiny ImageNet it prints the same
+row for SNIP for both VGG-16 and ResNet-18: a copy error, so both are left out. Where another method is missing, we have
+no value for it. VGG-16's 10.00 and 1.00 for SNIP are the accuracies of guessing.
 """
 
 Accuracies = dict[str, dict[float, float]]  # method to sparsity to percent
 
 
 def at(sparsities: tuple[float, ...], **rows: tuple[float, ...]) -> Accuracies:
-    """Give each figure of each method's row its sparsity."""
+    """Map the values of every method's row to their sparsities."""
     return {method: dict(zip(sparsities, row, strict=True)) for method, row in rows.items()}
 
 

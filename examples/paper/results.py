@@ -46,7 +46,7 @@ METHODS = {
 CONTROLS = get_args(Control)
 PAPER_ROUNDS = 100  # of DRIVE
 SECONDS = ("warmup", "pruning", "training")
-KINDS: dict[Any, Any] = {  # what JSON may hold for a field so annotated
+KINDS: dict[Any, Any] = {  # annotation of a field to its types in JSON
     str: str,
     int: int,
     float: float | int,
@@ -60,30 +60,30 @@ KINDS: dict[Any, Any] = {  # what JSON may hold for a field so annotated
 
 @dataclass(frozen=True)
 class Run:
-    """What became of one network, as its line says.
+    """The result of one network, as in its line.
 
     Args:
         experiment: A key of `EXPERIMENTS`.
         method: A key of `METHODS`.
-        control: What was done to masks or weights before training, to see whether they matter.
+        control: What was changed in masks or weights before training, to see whether they matter.
         sparsity: Fraction of the weights to remove; 0 for a dense network.
         seed: Seed of the run.
         data: Name of the images.
         train_images: Number of images to train on.
         test_images: Number of images to test on.
         batch_size: Images in a step.
-        epochs: Epochs of the network that is tested, DRIVE's dense ones among them.
+        epochs: Epochs of the network that is tested, with DRIVE's dense ones.
         total_epochs: The same with IMP's cycles.
         accuracy: Fraction of the test images that it recognises after the last epoch.
         num_weights: Number of weights that pruning may remove.
-        num_kept: Number of those that it left.
-        effective_sparsity: Fraction of the weights that can't matter; `None` where nobody looked.
+        num_kept: Number of weights that it left.
+        effective_sparsity: Fraction of the weights without effect; `None` if it was not measured.
         seconds: Durations of "warmup", "pruning" (with IMP's cycles) and "training" (after the masks).
         digest: Fingerprint of the masks.
-        warnings: What was warned of.
-        overrides: What the command line changed in the configuration files.
+        warnings: The warnings in the report.
+        overrides: Arguments that override the configuration files.
         versions: Name of a library to its version.
-        hardware: Where it ran.
+        hardware: Name of the processor or GPU.
         revision: Git's name for the code.
         date: Day of the run, as in 2026-11-25.
 
@@ -133,7 +133,7 @@ class Run:
 
     @property
     def key(self) -> Key:
-        """What no two runs of a file share."""
+        """The identity of a run in its file."""
         return self.experiment, self.method, self.control, self.sparsity, self.seed
 
     @property
@@ -147,7 +147,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Collapse:
-    """What a method left of a network."""
+    """A network after a method pruned it at initialisation."""
 
     experiment: str
     method: str
@@ -171,7 +171,7 @@ class Collapse:
 
 @dataclass(frozen=True)
 class Speedup:
-    """What was timed for an experiment, in seconds, and what follows from it."""
+    """The times measured for an experiment, in seconds, and the speed-up that follows from them."""
 
     experiment: str
     data: str
@@ -203,7 +203,7 @@ class Speedup:
 
     @property
     def limit(self) -> float:
-        """IMP's time over DRIVE's, if a round cost a step and all else nothing."""
+        """IMP's time over DRIVE's if a round cost a step, and everything else nothing."""
         cycles = self.protocol["cycles"] * self.protocol["epochs_per_cycle"] * self.steps_per_epoch
         return cycles / (self.protocol["warmup_epochs"] * self.steps_per_epoch + PAPER_ROUNDS)
 
@@ -213,7 +213,7 @@ Line = TypeVar("Line", Run, Collapse, Speedup)
 
 @dataclass(frozen=True)
 class Summary:
-    """What some runs that differ only in their seed have in common: in percent, or in seconds."""
+    """The mean of runs that differ only in their seed, in percent or seconds."""
 
     mean: float
     deviation: float | None  # of a sample; None if there is one run
@@ -235,12 +235,12 @@ def accuracies(runs: Sequence[Run]) -> dict[tuple[str, Control, float], Summary]
 
 def seconds(runs: Sequence[Run], measure: Callable[[Run], float]) -> dict[str, Summary]:
     """Summarise a time by method; it hardly depends on the sparsity."""
-    found = [method for method in METHODS if any(run.method == method for run in runs)]
-    return {method: Summary.of([measure(run) for run in runs if run.method == method]) for method in found}
+    methods = [method for method in METHODS if any(run.method == method for run in runs)]
+    return {method: Summary.of([measure(run) for run in runs if run.method == method]) for method in methods}
 
 
 def listed(values: Iterable[object]) -> str:
-    """Join what there is, each once, in the order of its first appearance."""
+    """Join the different values in the order of their first appearance."""
     return " or ".join(dict.fromkeys(map(str, values)))
 
 
@@ -256,18 +256,18 @@ def read(paths: Sequence[Path], kind: type[Line]) -> list[Line]:
 
 
 def append(path: Path, run: Run | Collapse | Speedup) -> None:
-    """Add a line, whole, though several processes write to the same file."""
+    """Append a whole line, even if several processes write to the same file."""
     line = json.dumps(asdict(run), ensure_ascii=False, allow_nan=False).encode() + b"\n"
     with path.open("a+b") as file, locked(file):
         if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
-            line = b"\n" + line  # someone was stopped within a line, which must not spoil this one
+            line = b"\n" + line  # a process was stopped within a line, which must not spoil this one
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
 
 
 def duplicates(runs: Sequence[Run]) -> list[Key]:
-    """List the runs that are there more than once."""
+    """Return the keys of runs that occur more than once."""
     return [key for key, count in Counter(run.key for run in runs).items() if count > 1]
 
 
@@ -275,7 +275,7 @@ def read_file(path: Path, kind: type[Line]) -> list[Line]:
     lines = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
-            raise ValueError(f"{path}, line {number}: does not end; whoever wrote it was stopped, so delete this line")
+            raise ValueError(f"{path}, line {number}: is incomplete, since its process was stopped: delete this line")
         try:
             lines.append(parse(line, kind))
         except ValueError as error:
@@ -284,7 +284,7 @@ def read_file(path: Path, kind: type[Line]) -> list[Line]:
 
 
 def parse(line: bytes, kind: type[Line]) -> Line:
-    """Turn a line into what it says."""
+    """Parse a line."""
     try:
         values = json.loads(line)
     except ValueError as error:
@@ -303,5 +303,5 @@ def parse(line: bytes, kind: type[Line]) -> Line:
 def locked(file: IO[Any]) -> Iterator[None]:
     """Keep other processes from writing; they wait."""
     if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX)  # closing the file lets go of it
+        fcntl.flock(file, fcntl.LOCK_EX)  # closing the file releases it
     yield

@@ -1,16 +1,16 @@
-r"""Run experiments by methods, sparsities, controls and seeds, and keep a line of results for each run that is done.
+r"""Run experiments by methods, sparsities, controls and seeds, and append a line of results for each finished run.
 
     python examples/paper/run.py --experiments alexnet_cifar10 --results alexnet.jsonl          # the paper's sparsities
     python examples/paper/run.py --experiments convnet_cifar10 --methods dense drive imp --sparsities 0.98 0.993 \
         --seeds 0 1 2 --controls none shuffle --jobs 2 --results convnet.jsonl -- --data=ImageTree --data.root=DIR
 
-What follows `--` goes to every run as to `main.py`, and is kept with its results. Stop at any time: runs that are done
-are not done again, and those that were under way go on from the start of the epoch they were in, from checkpoints that
-lie in a folder next to the results until the run is done. Several jobs share the processor's cores or the GPU. Runs
-come seed by seed, so that half of them are the whole comparison with fewer seeds.
+Arguments after `--` are passed to every run, as to `main.py`, and stored with its results. Stop at any time: finished
+runs are not repeated, and interrupted ones continue from the start of their epoch, from checkpoints that stay in a
+folder next to the results until the run is finished. Several jobs share the processor's cores or the GPU. Runs are
+ordered by seed, so that half of them are a whole comparison with fewer seeds.
 
-Accuracy is that on the test images after the last epoch; nothing is selected. Seconds are those of training epochs,
-without validation, checkpoints and start-up: "warmup" are the dense epochs before pruning, "pruning" is the search for
+Accuracy is measured on the test images after the last epoch; nothing is selected. Seconds are those of training epochs,
+without validation, checkpoints and start-up: "warmup" has the dense epochs before pruning, "pruning" the search for
 masks (with IMP all its cycles), "training" the rest.
 """
 
@@ -60,7 +60,7 @@ LIBRARIES = (torch, torchvision, lightning, lightning_drive)
 
 @dataclass(frozen=True)
 class Wanted:
-    """A run that is to be done."""
+    """A run to do."""
 
     experiment: str
     method: str
@@ -82,10 +82,10 @@ class Wanted:
 
 
 class Stopwatch(pl.Callback):
-    """Measure epochs: the first callback to see them begin, and ahead of checkpoints when they end.
+    """Measures epochs; it is the first callback to see them begin, and sees them end before checkpoints do.
 
-    What checkpoints lack for going on as if nothing had happened is kept here, too: the state of torch's generators,
-    by which images are shuffled and augmented.
+    It also stores what checkpoints lack for resuming to the bit: the state of torch's generators, which shuffle and
+    augment images.
     """
 
     def __init__(self) -> None:
@@ -96,8 +96,8 @@ class Stopwatch(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if "cpu" in self._random:
             torch.set_rng_state(self._random["cpu"])
-            if getattr(trainer.fit_loop, "is_resuming", False):  # Lightning 2.6 has this epoch's iterator already,
-                torch.empty((), dtype=torch.int64).random_()  # which draws a number where it is made
+            if getattr(trainer.fit_loop, "is_resuming", False):  # Lightning 2.6 has already made this epoch's iterator,
+                torch.empty((), dtype=torch.int64).random_()  # which draws a number
         if "cuda" in self._random:
             torch.cuda.set_rng_state(self._random["cuda"])
         self._random = {}
@@ -118,7 +118,7 @@ class Stopwatch(pl.Callback):
         self.seconds, self._random = list(state_dict["seconds"]), state_dict["random"]
 
     def phases(self, report: PruningReport | None) -> dict[str, float]:
-        """Divide what was measured into what came before the masks, the search for them, and what came after."""
+        """Divide the measured seconds into those before the masks, of the search for them, and after them."""
         if report is None:
             return {"warmup": 0.0, "pruning": 0.0, "training": sum(self.seconds)}
         before, after = sum(self.seconds[: report.epoch]), sum(self.seconds[report.epoch :]) - report.seconds
@@ -131,10 +131,10 @@ class Stopwatch(pl.Callback):
 
 
 def do(wanted: Wanted, overrides: Sequence[str], checkpoints: Path) -> Run:
-    """Train and test a network, from the beginning or from where an earlier process left it."""
+    """Train and test a network, from the beginning or from the last checkpoint of an earlier process."""
     cli, stopwatch = build(wanted, overrides), Stopwatch()
     cli.trainer.callbacks.insert(0, stopwatch)
-    cli.trainer.callbacks.append(ModelCheckpoint(checkpoints, filename="{epoch}"))  # the last epoch's alone
+    cli.trainer.callbacks.append(ModelCheckpoint(checkpoints, filename="{epoch}"))  # of the last epoch only
     saved = sorted(checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=saved[-1] if saved else None)
     metrics = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
@@ -142,21 +142,22 @@ def do(wanted: Wanted, overrides: Sequence[str], checkpoints: Path) -> Run:
 
 
 def build(wanted: Wanted, overrides: Sequence[str]) -> PaperCLI:
-    """Make what a run is made of, as `main.py` does."""
+    """Build the model, data and Trainer of a run, as `main.py` does."""
     names = [wanted.experiment] if wanted.method == "dense" else [wanted.experiment, wanted.method]
     args = [f"--config={CONFIGS / name}.yaml" for name in names]
     if wanted.method != "dense":
         args += [f"--pruning.sparsity={wanted.sparsity}", f"--pruning.control={wanted.control}"]
     args += [f"--seed_everything={wanted.seed}", *QUIET, *overrides]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # meant for the other command line
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # meant for another use
         return PaperCLI(
             ImageClassifier, Images, subclass_mode_data=True, save_config_callback=None, run=False, args=args
         )
 
 
 def describe(cli: PaperCLI, wanted: Wanted, overrides: Sequence[str], accuracy: float, stopwatch: Stopwatch) -> Run:
-    pruning = next((each for each in cli.trainer.callbacks if isinstance(each, PruningCallback)), None)
+    callbacks = cli.trainer.callbacks
+    pruning = next((callback for callback in callbacks if isinstance(callback, PruningCallback)), None)
     report = pruning.report if pruning else None
     num_weights = sum(weight.numel() for weight in prunable_parameters(cli.model).values())
     data = cli.datamodule
@@ -181,13 +182,16 @@ def describe(cli: PaperCLI, wanted: Wanted, overrides: Sequence[str], accuracy: 
 
 
 def kept(overrides: Iterable[str]) -> list[str]:
-    """Leave out what says only where the data is on this machine."""
-    return [each for each in overrides if not each.startswith("--data.root=")]
+    """Return the arguments without the place of the data on this machine."""
+    return [argument for argument in overrides if not argument.startswith("--data.root=")]
 
 
 def circumstances() -> dict[str, Any]:
-    """Say under what circumstances a result came about."""
-    versions = {"python": platform.python_version(), **{each.__name__: str(each.__version__) for each in LIBRARIES}}
+    """Return the circumstances of a result: versions, hardware, revision and date."""
+    versions = {
+        "python": platform.python_version(),
+        **{library.__name__: str(library.__version__) for library in LIBRARIES},
+    }
     today = date.today().isoformat()
     return {"versions": versions, "hardware": hardware(), "revision": revision(), "date": today}
 
@@ -203,7 +207,7 @@ def hardware() -> str:
 
 
 def revision() -> str:
-    """Name the commit of this checkout, with a plus where files have changed since."""
+    """Return the commit of this checkout, with a plus if files have changed since."""
     git = ["git", "-C", str(CONFIGS), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, check=True, text=True).stdout.strip()
@@ -215,27 +219,27 @@ def revision() -> str:
 
 
 def all_wanted(options: argparse.Namespace) -> list[Wanted]:
-    """List all runs; dense is dense, whatever the sparsity and the control."""
-    found: dict[Wanted, None] = {}  # as an ordered set
+    """Return all runs; a dense run is one and the same for every sparsity and control."""
+    runs: dict[Wanted, None] = {}  # an ordered set
     for seed, experiment in product(options.seeds, options.experiments):
         papers = IMAGENET_SPARSITIES if experiment == "resnet18_imagenet32" else SPARSITIES
         for sparsity, control, method in product(options.sparsities or papers, options.controls, options.methods):
             if method == "dense":
-                found[Wanted(experiment, method, "none", 0.0, seed)] = None
+                runs[Wanted(experiment, method, "none", 0.0, seed)] = None
             else:
-                found[Wanted(experiment, method, control, sparsity, seed)] = None
-    return list(found)
+                runs[Wanted(experiment, method, control, sparsity, seed)] = None
+    return list(runs)
 
 
 def missing(wanted: Sequence[Wanted], path: Path, overrides: Sequence[str]) -> list[Wanted]:
-    """Leave out what is in the results; refuse to go on where that was made by other settings."""
+    """Return the runs that are not in the results yet; exit if results are from other settings."""
     done = {run.key: run for run in results.read_file(path, Run)} if path.is_file() else {}
     given = kept(overrides)
-    for each in wanted:
-        if each.key in done and done[each.key].overrides != given:
-            then, now = (" ".join(settings) or "nothing" for settings in (done[each.key].overrides, given))
-            sys.exit(f"{path} has {each} with {then} after `--`, not {now}. Give the same, or another --results.")
-    return [each for each in wanted if each.key not in done]
+    for run in wanted:
+        if run.key in done and done[run.key].overrides != given:
+            then, now = (" ".join(settings) or "nothing" for settings in (done[run.key].overrides, given))
+            sys.exit(f"{path} has {run} with {then} after `--`, not {now}. Use the same, or another --results.")
+    return [run for run in wanted if run.key not in done]
 
 
 def start_worker(num_threads: int) -> None:
@@ -246,17 +250,17 @@ def start_worker(num_threads: int) -> None:
 def be_quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.simplefilter("ignore")  # what a callback warns of is in its report
+    warnings.simplefilter("ignore")  # warnings of a callback are in its report
 
 
 def do_all(wanted: Sequence[Wanted], options: argparse.Namespace) -> int:
-    """Do runs, several at once, and say what became of each; return how many failed."""
+    """Do runs, several at once, print the result of each, and return how many failed."""
     folder = options.results.with_name(f"{options.results.name}.checkpoints")
     start, failed = time.monotonic(), 0
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     spawn = multiprocessing.get_context("spawn")  # CUDA cannot be used in forked processes
     with ProcessPoolExecutor(options.jobs, spawn, start_worker, (threads,)) as pool:
-        jobs = {pool.submit(do, each, options.overrides, folder / each.folder): each for each in wanted}
+        jobs = {pool.submit(do, run, options.overrides, folder / run.folder): run for run in wanted}
         try:
             for number, job in enumerate(as_completed(jobs), start=1):
                 head = f"[{number} of {len(jobs)}, {time.monotonic() - start:.0f} s] {jobs[job]}:"
@@ -266,20 +270,20 @@ def do_all(wanted: Sequence[Wanted], options: argparse.Namespace) -> int:
                 else:
                     run = job.result()
                     results.append(options.results, run)
-                    shutil.rmtree(folder / jobs[job].folder)  # not before the line is there
+                    shutil.rmtree(folder / jobs[job].folder)  # only after the line is written
                     seconds = f"{run.seconds_to_masks:.1f} s to the masks, {run.total_seconds:.0f} s in all"
                     print(f"{head} {run.accuracy:.2%}, {seconds}", flush=True)
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
-                worker.kill()  # or else it would go on with what waits for its turn
-            sys.exit("Stopped. The same command goes on from here.")
+                worker.kill()  # otherwise it would go on with the waiting runs
+            sys.exit("Stopped. The same command continues from here.")
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     return failed
 
 
 def divided(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Divide the command line into what stands before `--` and what every run is given."""
+    """Divide the command line into the arguments before `--` and those for every run."""
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
     return argv[:split], argv[split + 1 :]
@@ -289,7 +293,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     assert __doc__
     own, overrides = divided(argv)
     parser = argparse.ArgumentParser(
-        usage="%(prog)s --experiments NAME [NAME ...] --results FILE [options] [-- what every run is given]",
+        usage="%(prog)s --experiments NAME [NAME ...] --results FILE [options] [-- arguments of every run]",
         description=__doc__.splitlines()[0],
     )
     add, names = parser.add_argument, ", ".join
@@ -303,8 +307,8 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", metavar="N", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     explained = f"{names(results.CONTROLS)} (default: none)"
     add("--controls", metavar="NAME", nargs="+", choices=results.CONTROLS, default=["none"], help=explained)
-    add("--jobs", metavar="N", type=int, default=1, help="how many runs at once (default: 1)")
-    add("--results", metavar="FILE", type=Path, required=True, help="file that gets a line for each run that is done")
+    add("--jobs", metavar="N", type=int, default=1, help="number of runs at once (default: 1)")
+    add("--results", metavar="FILE", type=Path, required=True, help="file to append a line to for each finished run")
     options = parser.parse_args(own)
     options.overrides = overrides
     if not all(0 < sparsity < 1 for sparsity in options.sparsities):
@@ -325,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{len(wanted)} runs to do", flush=True)
     if wanted:
         be_quiet()
-        build(wanted[0], options.overrides).datamodule.prepare_data()  # once, and not in every process
+        build(wanted[0], options.overrides).datamodule.prepare_data()  # once, not in every process
     if failed := do_all(wanted, options):
         sys.exit(f"{failed} runs failed.")
 

@@ -1,20 +1,20 @@
-r"""Measure how much sooner DRIVE has its masks than IMP, under the paper's protocol, on this machine.
+r"""Measure how much sooner DRIVE finds its masks than IMP, under the paper's protocol, on this machine.
 
     python examples/paper/speedup.py --experiments alexnet_cifar10 resnet18_cifar10 --results speedup.jsonl
 
-IMP's 1,000 epochs are not run. One process times, for each experiment: training steps, through Lightning's Trainer,
-data and optimizer included; DRIVE's pruning, from the start of its epoch to the first step after it, with the
-estimation of BatchNorm's statistics and all else; and one of IMP's cuts with its rewinding. Then the steps of the
-paper's epochs are multiplied out, with the paper's number of images:
+IMP's 1,000 epochs are not run. For each experiment, one process times training steps in Lightning's Trainer, with data
+and optimizer; DRIVE's pruning, from the start of its epoch to the first step after it, with the estimation of
+BatchNorm's statistics; and one of IMP's cuts with its rewinding. These times are multiplied by the numbers of steps in
+the paper's epochs, with the paper's number of images:
 
     DRIVE   warmup_epochs * steps * seconds per step + seconds of pruning
     IMP     cycles * (epochs_per_cycle * steps * seconds per step + seconds per cut)
 
-The median dense step serves for both; IMP's masked steps are a little slower, which would count for DRIVE. With
-`--rounds` below 100 the median time between rounds is multiplied, too. The limit is what the protocol allows if a round
-costs as much as a step, and all else nothing.
+The median dense step is used for both; IMP's masked steps are a little slower, which would favour DRIVE. With
+`--rounds` below 100 the median time between rounds is multiplied, too. The limit is the speed-up of the protocol if a
+round costs as much as a step, and everything else nothing.
 
-Unless `--data.root` says where images are they are noise: what they show costs no time.
+Without `--data.root` the images are noise, since their content does not change the times.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Noise(Images):
 
 
 class Begin(pl.Callback):
-    """The first callback: when an epoch begins, before pruning, and when steps and forward passes do."""
+    """The first callback: records when epochs, steps and forward passes begin, before pruning does."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         self.epochs: list[float] = []
@@ -79,7 +79,7 @@ class Begin(pl.Callback):
 
 
 class End(pl.Callback):
-    """The last callback: when pruning, at the beginning of an epoch, is over."""
+    """The last callback: records when pruning at the beginning of an epoch is over."""
 
     def __init__(self) -> None:
         self.epochs: list[float] = []
@@ -90,7 +90,7 @@ class End(pl.Callback):
 
 
 def now() -> float:
-    """Give a time at which the device has done what it was told to do."""
+    """Return the time after the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -101,7 +101,7 @@ def differences(times: Sequence[float]) -> list[float]:
 
 
 def time_fit(cli: PaperCLI, data: Images) -> tuple[list[float], list[float], float]:
-    """Train an epoch, prune, train another: give the seconds of dense steps, of rounds and of pruning as a whole."""
+    """Train, prune, train another epoch; return the seconds of dense steps, of rounds and of the whole pruning."""
     begin, end = Begin(cli.model.network), End()
     cli.trainer.callbacks.insert(0, begin)
     cli.trainer.callbacks.append(end)
@@ -110,7 +110,7 @@ def time_fit(cli: PaperCLI, data: Images) -> tuple[list[float], list[float], flo
 
 
 def measure(experiment: str, steps: int, rounds: int, overrides: Sequence[str]) -> Speedup:
-    """Time DRIVE and IMP one after the other, each with dense steps of its own."""
+    """Time DRIVE and IMP one after the other, both with their own dense steps."""
     protocol = dict(vars(build(Wanted(experiment, "dense", "none", 0.0, 0), overrides).config.protocol))
     short = ["--protocol.epochs=2", "--protocol.warmup_epochs=1", f"--trainer.limit_train_batches={steps}"]
     short += [f"--trainer.max_steps={steps + 1}"]  # a single step after pruning
@@ -119,7 +119,7 @@ def measure(experiment: str, steps: int, rounds: int, overrides: Sequence[str]) 
     first_cut = 1 - (1 - 0.98) ** (1 / protocol["cycles"])
     imp = build(Wanted(experiment, "imp", "none", first_cut, 0), [*overrides, *short, *cycle])
     data = drive.datamodule
-    if not any(each.startswith(("--data=", "--data.root=")) for each in overrides):
+    if not any(argument.startswith(("--data=", "--data.root=")) for argument in overrides):
         size = 64 if experiment.endswith("tinyimagenet") else 32
         data = Noise(data, size, count=max(steps, min(rounds, 10)) * data.batch_size)
     drive_steps, between_rounds, pruning = time_fit(drive, data)
@@ -134,7 +134,7 @@ def measure(experiment: str, steps: int, rounds: int, overrides: Sequence[str]) 
         timed_steps=len(drive_steps + imp_steps),
         timed_rounds=rounds,
         seconds_per_step=median(drive_steps + imp_steps),
-        seconds_per_round=median(between_rounds[: rounds - 1]),  # later passes are those for BatchNorm's statistics
+        seconds_per_round=median(between_rounds[: rounds - 1]),  # later passes are for BatchNorm's statistics
         seconds_of_pruning=pruning,
         seconds_per_cut=cut,
         **circumstances(),
@@ -146,10 +146,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--experiments", metavar="NAME", nargs="+", required=True, help="as for `main.py`, but those of the paper only")
-    add("--steps", metavar="N", type=int, default=10, help="training steps to time, for each of the two (default: 10)")
+    add("--experiments", metavar="NAME", nargs="+", required=True, help="experiments of the paper, as for `main.py`")
+    add("--steps", metavar="N", type=int, default=10, help="training steps to time for either method (default: 10)")
     add("--rounds", metavar="N", type=int, default=PAPER_ROUNDS, help="rounds of DRIVE to time (default: 100)")
-    add("--results", metavar="FILE", type=Path, help="file that a line of JSON is added to for each experiment")
+    add("--results", metavar="FILE", type=Path, help="file to append a line of JSON to for each experiment")
     options = parser.parse_args(own)
     if unknown := [name for name in options.experiments if name.rpartition("_")[2] not in TRAIN_IMAGES]:
         parser.error(f"argument --experiments: {unknown[0]} is not one of the paper's")
@@ -157,10 +157,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("at least 3 steps and between 3 and 100 rounds have to be timed")
     be_quiet()
     for experiment in options.experiments:
-        found = measure(experiment, options.steps, options.rounds, overrides)
-        tables.speedup_table([found]).print()
+        speedup = measure(experiment, options.steps, options.rounds, overrides)
+        tables.speedup_table([speedup]).print()
         if options.results:
-            results.append(options.results, found)
+            results.append(options.results, speedup)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Print tables of finished runs beside the paper's figures, and draw its figures from them.
+"""Print tables of finished runs with the paper's values, and draw its figures from the runs.
 
     python examples/paper/tables.py RESULTS.jsonl [MORE.jsonl ...]
-    python examples/paper/tables.py RESULTS.jsonl --markdown PAGE.md      # between its marks, see MARKS
-    python examples/paper/tables.py RESULTS.jsonl --brief README.md       # the same, with the accuracies only
+    python examples/paper/tables.py RESULTS.jsonl --markdown PAGE.md      # between the marks in it, see MARKS
+    python examples/paper/tables.py RESULTS.jsonl --brief README.md       # the same with the accuracies only
     python examples/paper/tables.py RESULTS.jsonl --figures DIR           # convnet_cifar10_figure5.png and so on
     python examples/paper/tables.py RESULTS.jsonl --speedups FILE --collapses FILE  # of speedup.py and collapse.py
 
 A cell has the mean of its runs, which differ in their seeds, the sample standard deviation and the number of runs;
-below stands the paper's figure, if there is one, and in brackets how far ours is above it, in bold from one percentage
+below is the paper's value, if there is one, and in brackets the difference of ours to it, in bold from one percentage
 point on. Times are means over all sparsities.
 """
 
@@ -36,7 +36,7 @@ BOLD = re.compile(r"\*\*(.+?)\*\*")
 
 @dataclass(frozen=True)
 class Table:
-    """A table before it is known where it goes. A cell may have several lines, with ``**bold**`` parts."""
+    """A table for the terminal or for Markdown. A cell may have several lines, with ``**bold**`` parts."""
 
     title: str
     headings: Sequence[str]
@@ -44,7 +44,7 @@ class Table:
     caption: Sequence[str]
 
     def print(self) -> None:
-        console = Console(width=None if sys.stdout.isatty() else 200)  # a file or a pipe needs no breaks
+        console = Console(width=None if sys.stdout.isatty() else 200)  # files and pipes need no breaks
         table = RichTable(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False, show_lines=True)
         for place, heading in enumerate(self.headings):
             table.add_column(heading, justify="right" if place else "left")
@@ -150,23 +150,23 @@ def ablation_table(experiment: str, runs: Sequence[Run]) -> Table:
 def speedup_table(speedups: Sequence[Speedup]) -> Table:
     headings = ["", "steps per epoch", "step", "round", "cut", "DRIVE", "IMP", "speed-up", "limit", "share", "paper"]
     rows = []
-    for each in speedups:
-        paper = published.PRUNING_SECONDS.get(each.experiment, {})
-        measured = (each.seconds_per_step, each.seconds_per_round, each.seconds_per_cut)
+    for speedup in speedups:
+        paper = published.PRUNING_SECONDS.get(speedup.experiment, {})
+        measured = (speedup.seconds_per_step, speedup.seconds_per_round, speedup.seconds_per_cut)
         rows.append(
             [
-                EXPERIMENTS[each.experiment],
-                f"{each.steps_per_epoch:,}",
+                EXPERIMENTS[speedup.experiment],
+                f"{speedup.steps_per_epoch:,}",
                 *(results.duration(seconds) for seconds in measured),
-                *(f"{seconds / 3600:,.1f} h" for seconds in (each.drive, each.imp)),
-                f"{each.imp / each.drive:.0f}x",
-                f"{each.limit:.0f}x",
-                f"{each.imp / each.drive / each.limit:.1%}",
+                *(f"{seconds / 3600:,.1f} h" for seconds in (speedup.drive, speedup.imp)),
+                f"{speedup.imp / speedup.drive:.0f}x",
+                f"{speedup.limit:.0f}x",
+                f"{speedup.imp / speedup.drive / speedup.limit:.1%}",
                 speed_up({method: float(seconds) for method, seconds in paper.items()}, "drive"),
             ]
         )
-    timed = f"{results.listed(each.timed_steps for each in speedups)} steps, "
-    timed += f"{results.listed(each.timed_rounds for each in speedups)} rounds and a cut"
+    timed = f"{results.listed(speedup.timed_steps for speedup in speedups)} steps, "
+    timed += f"{results.listed(speedup.timed_rounds for speedup in speedups)} rounds and a cut"
     caption = [
         f"Timed: {timed}; the rest is multiplied out, with the paper's epochs and 100 rounds. The limit is IMP's time"
         " over DRIVE's if a round cost a step and all else nothing.",
@@ -176,36 +176,36 @@ def speedup_table(speedups: Sequence[Speedup]) -> Table:
 
 
 def collapse_table(collapses: Sequence[Collapse]) -> Table:
-    """Count the networks without a path from input to output, which give every image the same answer."""
-    columns = sorted({each.sparsity for each in collapses})
+    """Return the numbers of networks without a path from input to output, whose answer is always the same."""
+    columns = sorted({collapse.sparsity for collapse in collapses})
     groups: dict[tuple[str, str], dict[float, list[Collapse]]] = {}
-    for each in collapses:
-        groups.setdefault((each.experiment, each.method), {}).setdefault(each.sparsity, []).append(each)
+    for collapse in collapses:
+        groups.setdefault((collapse.experiment, collapse.method), {}).setdefault(collapse.sparsity, []).append(collapse)
     rows = [
         [f"{EXPERIMENTS[experiment]}: {method}", *(collapsed(own.get(sparsity, ())) for sparsity in columns)]
         for (experiment, method), own in groups.items()
     ]
     note = "In brackets: their sparsity when what is kept but on no such path is counted as removed, lowest to highest."
-    seeds = ", ".join(map(str, sorted({each.seed for each in collapses})))
+    seeds = ", ".join(map(str, sorted({collapse.seed for collapse in collapses})))
     title = "Networks cut off from input to output before training, at a sparsity of"
     return Table(title, ["", *map(percent, columns)], rows, [note, f"Seeds {seeds}. {measured_with(collapses)}"])
 
 
-def collapsed(found: Sequence[Collapse]) -> str:
-    if not found:
+def collapsed(collapses: Sequence[Collapse]) -> str:
+    if not collapses:
         return "not run"
-    effective = [each.effective_sparsity for each in found if each.effective_sparsity is not None]
+    effective = [collapse.effective_sparsity for collapse in collapses if collapse.effective_sparsity is not None]
     spread = f" ({min(effective):.2%} to {max(effective):.2%})" if effective else ""
-    return f"{sum(each.is_cut_off for each in found)} of {len(found)}{spread}"
+    return f"{sum(collapse.is_cut_off for collapse in collapses)} of {len(collapses)}{spread}"
 
 
 def measured_with(lines: Sequence[Speedup | Collapse]) -> str:
-    versions = results.listed(", ".join(f"{name} {number}" for name, number in each.versions.items()) for each in lines)
+    versions = results.listed(", ".join(f"{name} {number}" for name, number in line.versions.items()) for line in lines)
     parts = (
-        results.listed(each.data for each in lines),
-        f"batches of {results.listed(each.batch_size for each in lines)}",
-        *(results.listed(each.hardware for each in lines), versions, results.listed(each.date for each in lines)),
-        f"revision {results.listed(each.revision for each in lines)}",
+        results.listed(line.data for line in lines),
+        f"batches of {results.listed(line.batch_size for line in lines)}",
+        *(results.listed(line.hardware for line in lines), versions, results.listed(line.date for line in lines)),
+        f"revision {results.listed(line.revision for line in lines)}",
     )
     return f"Measured on {'; '.join(parts)}."
 
@@ -248,7 +248,7 @@ def duration(summary: Summary) -> str:
 
 
 def speed_up(seconds: Mapping[str, float], method: str) -> str:
-    """Say how many times faster than IMP a method finds its masks."""
+    """Return how many times faster than IMP a method finds its masks."""
     if method == "imp" or "imp" not in seconds or not seconds.get(method):
         return "-"
     factor = seconds["imp"] / seconds[method]
@@ -256,7 +256,7 @@ def speed_up(seconds: Mapping[str, float], method: str) -> str:
 
 
 def measured_on(runs: Sequence[Run]) -> list[str]:
-    """Say in a line what these runs are, with all values where they differ."""
+    """Return in a line the data, settings and circumstances of the runs, with all values where they differ."""
     seeds = sorted({run.seed for run in runs})
     versions: dict[str, dict[str, None]] = {}
     for run in runs:
@@ -270,7 +270,7 @@ def measured_on(runs: Sequence[Run]) -> list[str]:
         f"{results.listed(run.epochs for run in runs)} epochs",
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
         results.listed(run.hardware for run in runs),
-        ", ".join(f"{library} {results.listed(found)}" for library, found in versions.items()),
+        ", ".join(f"{library} {results.listed(numbers)}" for library, numbers in versions.items()),
         results.listed(sorted(run.date for run in runs)),
         f"revision {results.listed(run.revision for run in runs)}",
     )
@@ -278,17 +278,17 @@ def measured_on(runs: Sequence[Run]) -> list[str]:
 
 
 def changed(runs: Sequence[Run]) -> list[str]:
-    """Say what the command line changed in the configuration, but for the place of the data."""
-    counts = Counter(each for run in runs for each in run.overrides if not each.startswith("--data.root="))
+    """Return what the command line changed in the configuration, except for the place of the data."""
+    counts = Counter(argument for run in runs for argument in run.overrides if not argument.startswith("--data.root="))
     parts = (
-        f"`{each}`" + (f" in {count} of {len(runs)} runs" if count < len(runs) else "")
-        for each, count in counts.items()
+        f"`{argument}`" + (f" in {count} of {len(runs)} runs" if count < len(runs) else "")
+        for argument, count in counts.items()
     )
     return [f"with {', '.join(parts)}"] if counts else []
 
 
 def warned(runs: Sequence[Run]) -> list[str]:
-    """Say in a line which runs gave warnings, such as one of a layer that lost all of its weights."""
+    """Return in a line the runs with warnings, such as one about a layer without any weights left."""
     counts = Counter(f"{METHODS[run.method]} at {percent(run.sparsity)}" for run in runs if run.warnings)
     return (
         [f"Runs that gave warnings: {', '.join(f'{which} ({count})' for which, count in counts.items())}."]
@@ -298,7 +298,7 @@ def warned(runs: Sequence[Run]) -> list[str]:
 
 
 def write_markdown(path: Path, tables: Sequence[Table]) -> None:
-    """Replace what stands between the marks of a file, and not a byte beside it."""
+    """Replace the text between the marks of a file, and no other byte."""
     text = path.read_bytes()
     begins, ends = (text.find(mark) for mark in MARKS)
     if [text.count(mark) for mark in MARKS] != [1, 1] or begins > ends:
@@ -322,14 +322,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def mixtures(runs: Sequence[Run]) -> list[Key]:
-    """List the runs that differ from the first one of their cell in more than the seed."""
+    """Return the runs that differ from the first one of their cell in more than the seed."""
     first: dict[tuple[object, ...], tuple[object, ...]] = {}
-    found = []
+    unlike = []
     for run in runs:
         sizes = (run.train_images, run.test_images, run.batch_size, run.epochs, run.total_epochs)
         if first.setdefault(run.key[:-1], (run.data, *sizes)) != (run.data, *sizes):
-            found.append(run.key)
-    return found
+            unlike.append(run.key)
+    return unlike
 
 
 def name(key: Key) -> str:
@@ -338,13 +338,13 @@ def name(key: Key) -> str:
 
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Print tables of finished runs beside the paper's figures.")
+    parser = argparse.ArgumentParser(description="Print tables of finished runs with the paper's values.")
     add = parser.add_argument
     add("results", metavar="RESULTS", type=Path, nargs="+", help="file with a JSON line for every run")
     add("--speedups", metavar="FILE", type=Path, help="results of speedup.py")
     add("--collapses", metavar="FILE", type=Path, help="results of collapse.py")
-    add("--markdown", metavar="FILE", type=Path, help="put the tables between the marks in this file, too")
-    add("--brief", metavar="FILE", type=Path, help="put the tables of accuracies between the marks in this file, too")
+    add("--markdown", metavar="FILE", type=Path, help="write the tables between the marks in this file, too")
+    add("--brief", metavar="FILE", type=Path, help="write the tables of accuracies between the marks in this file, too")
     add("--figures", metavar="DIR", type=Path, help="folder for the figures")
     return parser.parse_args(argv)
 

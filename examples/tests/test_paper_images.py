@@ -106,7 +106,7 @@ def test_cifar__missing_error(cifar: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"half of it")])
 def test_cifar__damaged_error(cifar: Any, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     damage(tmp_path / "there" / cifar.source.base_folder / cifar.source.test_list[0][0])
-    with pytest.raises(MisconfigurationException, match="There is no whole cifar-"):
+    with pytest.raises(MisconfigurationException, match="There is no complete cifar-"):
         cifar(str(tmp_path / "there")).prepare_data()
 
 
@@ -274,7 +274,7 @@ def test_decoded__cannot_be_stored(tree: Any, monkeypatch: pytest.MonkeyPatch, t
     """A folder that cannot be made or a full disk: there is a warning, the images are right, and nothing is left."""
     expected = [0] * 4 + [1] * 4 + [2] * 4, list(range(12))
     (tmp_path / "decoded").write_text("no folder")
-    with pytest.warns(UserWarning, match="cannot be kept for the next time: .*exists"):
+    with pytest.warns(UserWarning, match="cannot be stored for later runs: .*exists"):
         check(tree(), "train", *expected)
     (tmp_path / "decoded").unlink()
 
@@ -283,7 +283,7 @@ def test_decoded__cannot_be_stored(tree: Any, monkeypatch: pytest.MonkeyPatch, t
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
     monkeypatch.setattr(torch, "save", overflow)
-    with pytest.warns(UserWarning, match="cannot be kept for the next time: PytorchStreamWriter"):
+    with pytest.warns(UserWarning, match="cannot be stored for later runs: PytorchStreamWriter"):
         check(tree(), "train", *expected)
     assert list((tmp_path / "decoded").iterdir()) == []
 

@@ -268,7 +268,7 @@ def test_run__killed(paper: Callable[[str], ModuleType], tmp_path: Path) -> None
     assert found["imp"]["overrides"] == list(SHORT)
     assert all(line["accuracy"] > 0.3 for line in found.values())  # chance is 0.1
 
-    with pytest.raises(SystemExit, match="Give the same, or another --results"):
+    with pytest.raises(SystemExit, match="Use the same, or another --results"):
         run.main(words("killed.jsonl", "dense", "imp", more=("--protocol.epochs=7",)))
 
 
@@ -280,7 +280,7 @@ def test_run__interrupted(tmp_path: Path) -> None:
     started.send(signal.SIGINT)
     stopped = started.finish(timeout=30)
     assert stopped.returncode == 1
-    assert "The same command goes on from here." in stopped.stderr
+    assert "The same command continues from here." in stopped.stderr
     assert not (tmp_path / "r.jsonl").exists()
 
 

@@ -220,8 +220,8 @@ def test_read__bad_value_error(results: ModuleType, tmp_path: Path, changes: dic
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (json.dumps(LINE)[:-9], "does not end; whoever wrote it was stopped"),
-        (json.dumps(LINE), "does not end"),
+        (json.dumps(LINE)[:-9], "is incomplete, since its process was stopped"),
+        (json.dumps(LINE), "is incomplete"),
         ("{]\n", "is not JSON"),
         ("\n", "is not JSON"),
         ("[1]\n", "is not a JSON object"),

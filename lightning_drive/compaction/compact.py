@@ -133,7 +133,7 @@ def _copied(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module, memo)
     except Exception as error:
         raise ValueError(
-            f"The module must be one that `copy.deepcopy` can copy, and is not: {error} Take such attributes off first."
+            f"The module must be one that `copy.deepcopy` can copy, and is not: {error} Remove such attributes first."
         ) from error
 
 

@@ -93,7 +93,7 @@ def check_patterns(argument: str, patterns: object) -> list[str] | None:
 
 def _not_patterns(argument: str, given: object, within: str = "") -> TypeError:
     kind = " (a module)" if isinstance(given, nn.Module) else ""
-    remedy = "" if isinstance(given, (str, bytes)) else " Give names as `module.named_parameters()` has them."
+    remedy = "" if isinstance(given, (str, bytes)) else " Use names as in `module.named_parameters()`."
     return TypeError(
         f"`{argument}` must be a list of glob patterns over parameter names, such as ['encoder.*'], got"
         f" {shown(given)}{kind}{within}.{remedy}"

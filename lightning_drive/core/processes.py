@@ -94,8 +94,8 @@ class Ranks:
             failed = self.gather(torch.tensor(error is not None)).tolist()
             if error is None and any(failed):
                 raise RuntimeError(
-                    f"Pruning failed on rank {failed.index(True)} of {self.size}, whose own error says why. No rank has"
-                    " pruned anything."
+                    f"Pruning failed on rank {failed.index(True)} of {self.size}, whose own error has the reason. No"
+                    " rank has pruned anything."
                 )
 
 

@@ -48,7 +48,7 @@ def numbers(tensor: Tensor, name: str) -> Tensor:
         if type(dense) is Tensor and is_plain(dense) and dense.shape == tensor.shape:
             return dense
     raise TypeError(
-        f"{name!r} is {described(tensor)}, and neither its `dequantize()` nor its `to_dense()` gives the numbers that"
+        f"{name!r} is {described(tensor)}, and neither its `dequantize()` nor its `to_dense()` returns the numbers that"
         " it stands for. Look at the weights before they are converted."
     )
 

@@ -109,7 +109,7 @@ def _file(path: Path, needs_weights: bool) -> Path:
     files.check(path)
     if path.is_dir():
         if not (path / _SHARDED_REST).is_file():
-            raise ValueError(f"{str(path)!r} is a folder, not a checkpoint. Give a file in it.")
+            raise ValueError(f"{str(path)!r} is a folder, not a checkpoint. Name a file in it.")
         if needs_weights:
             raise ValueError(
                 f"{str(path)!r} is a sharded checkpoint, a folder with the weights in parts. Join them to one file"

@@ -53,7 +53,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))  # a link stays one
     if target.exists() and not target.is_file():
-        raise ValueError(f"{str(path)!r} must be a file, but is a folder or a device. Give another name.")
+        raise ValueError(f"{str(path)!r} must be a file, but is a folder or a device. Choose another name.")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {str(target.parent)!r} to write a file in. Make it first.")
     temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")

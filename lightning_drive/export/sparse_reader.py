@@ -123,7 +123,7 @@ def _record(path: str | Path, text: str | None) -> dict[str, Any]:
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("tensors"), dict):
-        raise _damaged(path, "what it says of itself cannot be read")
+        raise _damaged(path, "its description of itself cannot be read")
     if record.get("version") != sparse_format.VERSION:
         raise ValueError(
             f"{str(path)!r} has version {record.get('version')}, but this lightning_drive reads version"
@@ -133,4 +133,4 @@ def _record(path: str | Path, text: str | None) -> dict[str, Any]:
 
 
 def _damaged(path: str | Path, reason: str) -> ValueError:
-    return ValueError(f"{str(path)!r} is damaged: {reason}. Copy it again from where it came from, or save it anew.")
+    return ValueError(f"{str(path)!r} is damaged: {reason}. Copy it again from its source, or save it again.")

@@ -251,7 +251,7 @@ class _Uncopied:
     def __next__(self) -> Any:
         raise ValueError(
             f"The loss takes from an iterator that the module keeps (a {self._kind}), which cannot be copied, so"
-            " training would miss what scoring takes. Give `loss_fn`, a function that returns the loss without it."
+            " training would miss what scoring takes. Pass `loss_fn`, a function that returns the loss without it."
         )
 
 

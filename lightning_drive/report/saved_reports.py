@@ -35,7 +35,7 @@ def values_in(path: Path) -> Mapping[str, Any]:
     states = checkpoint.get("callbacks")
     if not isinstance(states, dict):
         raise ValueError(
-            f"{str(path)!r} is not a checkpoint of a Lightning Trainer that has callbacks in it. Give one that was"
+            f"{str(path)!r} is not a checkpoint of a Lightning Trainer that has callbacks in it. Name one that was"
             " saved by ModelCheckpoint or `trainer.save_checkpoint(path)`, without `weights_only`."
         )
     raise ValueError(

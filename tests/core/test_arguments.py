@@ -96,18 +96,18 @@ def test_patterns__order() -> None:
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        pytest.param(net(), r"got a Sequential \(a module\)\. Give names", id="module"),
+        pytest.param(net(), r"got a Sequential \(a module\)\. Use names", id="module"),
         pytest.param(nn.ModuleDict({"a": nn.Linear(2, 2)}), r"got a ModuleDict \(a module\)", id="iterable_module"),
-        pytest.param(dict(net().named_parameters()), r"got a dict\. Give names", id="dictionary"),
+        pytest.param(dict(net().named_parameters()), r"got a dict\. Use names", id="dictionary"),
         pytest.param(OrderedDict(net().state_dict()), r"got an OrderedDict\.", id="state_dict"),
-        pytest.param(list(net().parameters()), r"got a list with a Parameter in it\. Give names", id="parameters"),
+        pytest.param(list(net().parameters()), r"got a list with a Parameter in it\. Use names", id="parameters"),
         pytest.param(net().named_parameters(), r"got a generator with a tuple in it", id="named_parameters"),
         pytest.param([net()[0]], r"got a list with a Linear in it", id="modules"),
         pytest.param(torch.ones(3), r"got a Tensor\.", id="tensor"),
         pytest.param(np.ones(3), r"got a ndarray with .* in it|got an ndarray with .* in it", id="array_of_numbers"),
         pytest.param([["0.*"]], r"got a list with a list in it", id="list_of_lists"),
         pytest.param([b"0.*"], r"got a list with a bytes in it", id="bytes"),
-        pytest.param(3, r"got 3\. Give names", id="number"),
+        pytest.param(3, r"got 3\. Use names", id="number"),
         pytest.param("0.*", r"got '0\.\*'\.$", id="text"),
     ],
 )

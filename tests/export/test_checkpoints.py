@@ -65,7 +65,7 @@ DAMAGED = "is not a file that `torch.save` wrote, or it is damaged or cut off"
 
 WRONG: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
     "missing": (lambda folder: folder / "missing", FileNotFoundError, "There is no file"),
-    "folder": (lambda folder: folder, ValueError, "is a folder, not a checkpoint. Give a file in it"),
+    "folder": (lambda folder: folder, ValueError, "is a folder, not a checkpoint. Name a file in it"),
     "sharded": (
         sharded,
         ValueError,

@@ -280,7 +280,7 @@ def test_crafted__unchanged(small: Path) -> None:
         pytest.param(entry("same", to=["tied"]), "tied to a tensor that does not come before", id="tied_to_list"),
         pytest.param(part("extra", torch.ones(1)), "should have other tensors: extra", id="extra"),
         pytest.param(lambda record, stored: stored.pop("weight.bits"), "other tensors: weight.bits", id="missing"),
-        pytest.param(record_entry(tensors=[]), "what it says of itself cannot be read", id="tensors"),
+        pytest.param(record_entry(tensors=[]), "its description of itself cannot be read", id="tensors"),
         pytest.param(record_entry(versions={"": "1"}), "versions of its modules", id="versions"),
         pytest.param(record_entry(versions=[1]), "versions of its modules", id="versions_list"),
         pytest.param(record_entry(version=2), "has version 2, but this lightning_drive reads version 1", id="newer"),
@@ -296,7 +296,7 @@ def test_load_sparse__crafted(change: Change, message: str, small: Path) -> None
 @pytest.mark.parametrize("text", ["", "{", "null", "[" * 100_000, "1" * 10_000, "{}"], ids=lambda text: text[:3])
 def test_load_sparse__crafted_text(text: str, small: Path) -> None:
     safetensors.torch.save_file({}, small, {"lightning_drive": text})
-    with pytest.raises(ValueError, match=r"small\.safetensors.*what it says of itself cannot be read"):
+    with pytest.raises(ValueError, match=r"small\.safetensors.*its description of itself cannot be read"):
         load_sparse(small)
 
 
