@@ -228,11 +228,11 @@ class CIFAR10(Images):
     def read(self, split: Split) -> Batch:
         try:
             dataset = self.source(str(self.root), train=split == "train", download=self.download)
-        except RuntimeError as error:  # torchvision's error for files that are missing or not the published ones
+        except RuntimeError as error:  # from torchvision, for missing or altered files
             raise MisconfigurationException(
                 f"There is no complete {self.source.base_folder}/ in {self.root.absolute()}, where {self.name} is"
-                f" looked for. Add `--data.download=true` to fetch it, unpack {self.source.url} there, or name its folder by"
-                " `--data.root`. A tree of images is read by `--data=ImageTree`."
+                f" looked for. Add `--data.download=true` to fetch it, unpack {self.source.url} there, or name its"
+                " folder by `--data.root`. A tree of images is read by `--data=ImageTree`."
             ) from error
         return torch.from_numpy(dataset.data).movedim(-1, 1).contiguous(), torch.tensor(dataset.targets)
 
