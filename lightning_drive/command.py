@@ -57,7 +57,7 @@ Write the weights of a checkpoint as a sparse file: one bit for each weight,
 which is 0 if the weight is 0, and the exact values of all other weights.
 It is a safetensors file, and loading it runs no code. Needs safetensors.
 
-Kept beside the weights: the report of the pruning, hyper-parameters, and what
+Kept besides the weights: the report of the pruning, hyper-parameters, and what
 `on_save_checkpoint` added, as far as JSON can hold it. What it cannot is named.
 Left out is what only training needs: optimizers, learning-rate schedulers,
 loops and callbacks. Keep the checkpoint if its run is to go on.

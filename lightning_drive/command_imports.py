@@ -46,7 +46,7 @@ def _check_call(make: Callable[..., Any], path: str) -> None:
     """Raise if a function or class cannot be called without arguments."""
     try:
         signature = inspect.signature(make)
-    except ValueError:  # it is written in C
+    except ValueError:  # written in C
         return
     try:
         signature.bind()

@@ -83,7 +83,7 @@ class DependencyGraph:
     def parts(self, layer: nn.Module, channels: list[int]) -> list[Part] | None:
         """Return the parts that must be removed with some output channels of a layer; none if torch-pruning fails."""
         nodes = self._graph.module2node
-        self._graph.module2node = {layer: nodes[layer]}  # it would look at all of these again, for long
+        self._graph.module2node = {layer: nodes[layer]}  # it would go through all of these again, for a long time
         try:
             prune = self._graph.get_pruner_of_module(layer).prune_out_channels
             entries = self._graph.get_pruning_group(layer, prune, channels).items

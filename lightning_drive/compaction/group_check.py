@@ -33,7 +33,7 @@ class _Positions:
 
     def at(self, node: Node) -> Position | None:
         if node not in self._known:
-            self._known[node] = None  # should the graph run in circles
+            self._known[node] = None  # in case the graph has a cycle
             position = self._written(node) if self._is_writer(node) else self._passed_on(node)
             item = self._group.items[node, False]
             if position is not None and int(item.index.max()) < self._trace.shape(node)[position.dimension]:

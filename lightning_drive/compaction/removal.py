@@ -25,7 +25,7 @@ def shrunk(module: nn.Module, example: Example) -> nn.Module:
         if step.is_sound and example.agrees(attempt):
             module = attempt
             continue
-        for name in step.changed:  # find out which of them it was
+        for name in step.changed:  # find out which of them it is
             attempt = copy.deepcopy(module)
             step = _step_(attempt, example, left, only=name)
             if step.changed and step.is_sound and example.agrees(attempt):
@@ -101,7 +101,7 @@ def _is_unread(module: nn.Module, example: Example, groups: Sequence[Group], unr
     before = [values[index] for values, index, _ in places]
     noise = [scale * torch.randn(values[index].shape, generator=generator) for values, index, scale in places]
     agrees = True
-    for sign in (1, -1) if places else ():  # what an activation stops of the one, it lets through of the other
+    for sign in (1, -1) if places else ():  # an activation passes the one where it stops the other
         for (values, index, _), numbers in zip(places, noise, strict=True):
             values[index] = (sign * numbers).to(values)
         agrees = agrees and example.agrees(module)

@@ -13,7 +13,7 @@ from lightning_drive.core.processes import ALONE, Ranks
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a parameter, gradient or optimizer state is split over ranks: a ``DTensor``."""
-    dtensor = sys.modules.get("torch.distributed.tensor")  # heavy, and loaded by whoever made one
+    dtensor = sys.modules.get("torch.distributed.tensor")  # slow to import, and imported already where there is one
     return dtensor is not None and isinstance(tensor, dtensor.DTensor)
 
 

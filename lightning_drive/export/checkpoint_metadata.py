@@ -1,4 +1,4 @@
-"""What a sparse file keeps of a checkpoint beside its weights: JSON in its metadata, and back.
+"""The part of a checkpoint besides its weights, as JSON in the metadata of a sparse file, and back.
 
 It is read back into the form of a checkpoint, with the report of the pruning under the key ``"lightning_drive"``.
 """
@@ -30,7 +30,7 @@ _TUPLE = "__tuple__"
 
 
 class Packed(NamedTuple):
-    """What of a checkpoint goes into a sparse file beside its weights."""
+    """The part of a checkpoint that goes into a sparse file besides its weights."""
 
     metadata: dict[str, str]
     """What :func:`unpacked` reads."""

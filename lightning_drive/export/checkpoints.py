@@ -34,7 +34,7 @@ def load(path: str | Path, *, needs_weights: bool = True, weights_only: bool = T
             content = torch.load(same, map_location="cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(same))
         except OSError:
             raise
-        except Exception as error:  # of many kinds, where a file is damaged
+        except Exception as error:  # of many kinds, for damaged files
             if not weights_only and isinstance(error, (ImportError, AttributeError)):
                 raise ValueError(
                     f"{str(path)!r} holds something that cannot be imported here: {error}. Install its package, or be"
@@ -115,7 +115,7 @@ def _file(path: Path, needs_weights: bool) -> Path:
                 f"{str(path)!r} is a sharded checkpoint, a folder with the weights in parts. Join them to one file"
                 f" first: `python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`."
             )
-        return path / _SHARDED_REST  # a regular file, as was checked
+        return path / _SHARDED_REST  # checked to be a regular file
     if is_safetensors(path):
         raise ValueError(
             f"{str(path)!r} seems to be a safetensors file. If it is a sparse file, make a checkpoint of it first, by"

@@ -29,7 +29,7 @@ def held(path: str | Path) -> Iterator[str]:
         before = os.fstat(file.fileno())
         same = f"/dev/fd/{file.fileno()}"
         try:
-            yield same if Path(same).exists() else str(path)  # where there is no such folder, nobody can replace it
+            yield same if Path(same).exists() else str(path)  # without that folder nothing can replace it
         except ValueError as error:
             _check_unchanged(path, before, os.fstat(file.fileno()), error)
             raise

@@ -148,7 +148,7 @@ def digest_of(record: Mapping[str, Any], metadata: Mapping[str, str], stored: Ma
 
 
 def digest_of_texts(record: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    """Return a SHA-256 of all that is in the file beside the tensors."""
+    """Return a SHA-256 of all that is in the file besides the tensors."""
     rest = {key: value for key, value in record.items() if key not in ("digest", "digest_of_texts")}
     return hashlib.sha256(json_of([rest, sorted(metadata.items())]).encode()).hexdigest()
 

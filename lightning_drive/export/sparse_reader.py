@@ -88,7 +88,7 @@ def _read_held(
             metadata = file.metadata() or {}
             record = _record(path, metadata.pop(sparse_format.KEY, None))
             keys = set(file.keys())
-            has_own = "digest_of_texts" in record  # former files have a checksum of everything only
+            has_own = "digest_of_texts" in record  # older files only have a checksum of everything
             stored = {key: file.get_tensor(key) for key in keys} if with_tensors or not has_own else {}
     except (library.SafetensorError, TypeError, RuntimeError) as error:  # the latter of shapes that torch cannot have
         raise ValueError(

@@ -66,7 +66,7 @@ def measure(
             tracker,
         ):
             measured.run(module, forward_passes.as_input_of(module))
-    except Exception as error:  # the module's own `forward`, called in a way it may not be made for
+    except Exception as error:  # from the module's own `forward`, which may not be made for this call
         return Costs(itemsizes, unknown, None, shown_error(error))
     operations = 2 * (measured.num_samples or 1)  # of a multiply-add in each sample
     flops, uncounted = tracker.flops, tracker.uncounted

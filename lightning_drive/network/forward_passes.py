@@ -144,7 +144,7 @@ class ForwardPass:
 def first_that_runs(module: nn.Module, passes: Sequence[ForwardPass]) -> ForwardPass | None:
     """Return the first forward pass that a network can run, or the very first if it can run none."""
     for forward_pass in passes:
-        with suppress(Exception):  # the module's own `forward`, called in a way it may not be made for
+        with suppress(Exception):  # from the module's own `forward`, which may not be made for this call
             forward_pass.run(module, as_input_of(module))
             return forward_pass
     return next(iter(passes), None)

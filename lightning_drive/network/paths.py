@@ -66,7 +66,7 @@ def _marked_outputs(module: nn.Module, forward_pass: ForwardPass) -> list[Tensor
     def started(tensor: Tensor) -> Tensor:
         return start(torch.ones_like(tensor, dtype=torch.float32))
 
-    with suppress(Exception):  # the module's own `forward`, which may check its arguments
+    with suppress(Exception):  # from the module's own `forward`, which may check its arguments
         return forward_pass.run(module, started)
     return forward_pass.run(module, started, first_only=True)
 

@@ -78,7 +78,7 @@ def _can_be_zeroed(numbers: Tensor) -> bool:
             twin = deepcopy(numbers.detach())
             twin.masked_fill_(torch.ones(twin.shape, dtype=torch.bool, device=twin.device), 0)
             return not bool(twin.any())
-    except Exception:  # whatever such a class raises for what it does not know
+    except Exception:  # such classes raise anything for operations that they lack
         return False
 
 

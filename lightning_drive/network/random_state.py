@@ -18,7 +18,7 @@ def preserved_rng() -> Generator[None]:
         finally:
             state.put_back()
     finally:
-        state.put_back()  # once more, should an interrupt have cut it short
+        state.put_back()  # again, in case an interrupt cut it short
 
 
 class RandomState:

@@ -92,7 +92,7 @@ class Replica:
             return self._container(value)
         try:
             return self._of_kind(value)
-        except Exception:  # whatever stands against a copy
+        except Exception:  # whatever prevents a copy
             return self._noted(value, _Uncopied(value) if _is_used_up(value) else value)
 
     def _of_kind(self, value: Any) -> Any:
@@ -102,7 +102,7 @@ class Replica:
             return self._noted(value, self._weak(value))
         if (plain := _uncompiled(value)) is not value:
             return self.of(plain)
-        if kind is object or self._is_shared(value):  # a bare object says something by being this very one
+        if kind is object or self._is_shared(value):  # a bare object is a mark by its identity
             return value
         if isinstance(value, (nn.Module, Optimizer)):
             return self._filled(value, self._noted(value, self._shell(value)))

@@ -61,7 +61,7 @@ def undisturbed(
         finally:
             settings.put_back()
     finally:
-        settings.put_back()  # once more, should an interrupt have cut it short
+        settings.put_back()  # again, in case an interrupt cut it short
     _check_same(before, _fingerprint(module))
 
 

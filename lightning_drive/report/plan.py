@@ -144,7 +144,7 @@ class PruningPlan:
         if self.passes:
             parts.append(f"{self.passes:,} forward and backward pass{'es' * (self.passes != 1)} over {self.pass_over}")
         if self.share is not None and self.passes:
-            parts[-1] += f", beside {self.steps:,} training steps"
+            parts[-1] += f", in addition to {self.steps:,} training steps"
         if self.last_epoch != self.first_epoch:
             of = "" if self.max_epochs is None else f" of {self.max_epochs:,}"
             parts.append(f"{self.last_epoch:,}{of} epochs of training before the last cut")
@@ -212,5 +212,5 @@ def planned_parameters(
     return tuple(
         PlannedParameter(name, tuple(parameter.shape), parameter.numel(), reason(name, parameter))
         for name, parameter in module.named_parameters()
-        if not isinstance(parameter, UninitializedParameter)  # whose shape nobody knows
+        if not isinstance(parameter, UninitializedParameter)  # its shape is unknown
     )

@@ -1,4 +1,4 @@
-"""PruningReport, the record of a pruning, with its numbers; what it prints and draws is in the modules beside it."""
+"""PruningReport, the record of a pruning, with its numbers; its texts and pictures are in the modules next to it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -154,7 +154,7 @@ class PruningReport:
         """The memory of the kept ones, and of a mask of one bit per prunable weight."""
         return parts.total(layer.nonzero_bytes for layer in self.layers)
 
-    # To store.
+    # Storing.
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain types that JSON and ``torch.load(weights_only=True)`` know."""
@@ -194,7 +194,7 @@ class PruningReport:
         """
         return cls.from_dict(saved_reports.values_in(Path(path)))
 
-    # To read.
+    # Texts.
 
     def __str__(self) -> str:
         return "\n".join([*self._above(), *tables.plain(columns.rows(self.layers, in_text=True)), *self._below()])
@@ -235,7 +235,7 @@ class PruningReport:
             yield sentences.seconds_by_phase(self.phases)
         yield from (f"! {warning}" for warning in self.warnings)
 
-    # To see.
+    # Pictures.
 
     @property
     def pictures(self) -> list[Picture]:

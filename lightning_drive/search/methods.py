@@ -190,7 +190,7 @@ class Random:
             raise ValueError(
                 f"`like` must cover exactly the prunable parameters, but {different} is in only one of the two."
             )
-        self.like.parameters_of(network.module)  # or an error that names the shape that differs
+        self.like.parameters_of(network.module)  # raises an error that names a shape that differs
         preferred = self.like.shuffled(generator)
         return {name: score + network.part(name, preferred[name]).to(score.device) for name, score in uniform.items()}
 

@@ -49,7 +49,7 @@ def explain(
     try:
         network.stand_still()
         causes = factors(network.module, network.weights, near_zero, lost, known, lambda: method.score(network))
-    except (ValueError, RuntimeError):  # with 1 in place of 1e-6 a loss may be infinite; the masks stand anyway
+    except (ValueError, RuntimeError):  # a loss may be infinite with 1 in place of 1e-6; masks are final already
         causes = Causes()
     if known:
         return causes

@@ -83,7 +83,7 @@ def _copy(name: str, of: str, tensors: dict[str, Tensor], pl_module: pl.Lightnin
     return Copy(name, repr(of) if of else type(pl_module).__name__, "", tensors)
 
 
-# Things that may be copies.
+# Possible copies.
 
 
 def _things(value: Any, path: str, seen: set[int], depth: int = 3) -> Iterator[tuple[str, Any]]:
@@ -112,7 +112,7 @@ def _is_named(value: Any) -> bool:
     return isinstance(value, tuple) and tuple(map(type, value))[:1] == (str,) and isinstance(value[-1], Tensor)
 
 
-# Whether they are copies.
+# Recognise copies.
 
 
 def _match(thing: Any, branches: Branches, pl_module: nn.Module) -> tuple[str, dict[str, Tensor]]:

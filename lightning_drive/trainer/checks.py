@@ -81,7 +81,7 @@ def check_alone(pruning: pl.Callback, trainer: pl.Trainer, kind: type[pl.Callbac
 
 
 def check_finetuning(pruning: pl.Callback, trainer: pl.Trainer) -> None:
-    """Raise if a callback unfreezes layers, beside one that returns to an earlier state of the training."""
+    """Raise if a callback unfreezes layers while the pruning callback returns to an earlier state of training."""
     for other in other_callbacks.others(pruning, trainer):
         if isinstance(other, BaseFinetuning):
             raise MisconfigurationException(

@@ -64,9 +64,9 @@ class Copier(pickle.Pickler):
         self._is_shared, self._error = is_shared, error
         self._in_workers = self.has_unusable = False
         self.files: list[Any] = []
-        self._places: dict[int, int] = {}  # id of an original to the place of what stands for it
+        self._places: dict[int, int] = {}  # id of an original to the place of its substitute
         self._twins: list[Any] = []
-        self._originals: list[Any] = []  # which keeps their ids their own
+        self._originals: list[Any] = []  # keeps their ids from being reused
         self._tensors: dict[int, Any] = {}  # what `copy.deepcopy` knows, such as memory that several share
         self._attribute = "an attribute"
 

@@ -29,7 +29,7 @@ def log_pictures(trainer: pl.Trainer, report: PruningReport) -> None:
     for logger in loggers:
         try:
             _log_pictures(logger, report, facts.logged_step(trainer))
-        except Exception as error:  # a picture is not worth a training
+        except Exception as error:  # a picture is not worth ending the training
             rank_zero_warn(
                 f"The pictures of the pruning could not be logged by {type(logger).__name__}"
                 f" ({type(error).__name__}: {error})."

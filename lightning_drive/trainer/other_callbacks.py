@@ -55,5 +55,5 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 
 
 def others(pruning: pl.Callback, trainer: pl.Trainer) -> list[pl.Callback]:
-    """Return the callbacks of a Trainer beside the pruning one."""
+    """Return the callbacks of a Trainer other than the pruning one."""
     return [callback for callback in callbacks_of(trainer) if callback is not pruning]

@@ -47,7 +47,7 @@ def left_out(trainer: pl.Trainer, pl_module: pl.LightningModule, prunable: _Sele
     others = untrained(trainer, pl_module)
     names = [name for name, parameter in others.items() if parameter.ndim > 1]
     if others:
-        with suppress(ValueError):  # of what cannot be pruned, and need not be
+        with suppress(ValueError):  # from parameters that cannot be pruned, and need not be
             names = [name for name in prunable(pl_module) if name in others]
     if not names:
         return ""
@@ -84,7 +84,7 @@ def _parameters_of(optimizer: Any) -> list[Tensor]:
 
 
 def _own_optimizers(pl_module: pl.LightningModule) -> list[Any]:
-    """Find the optimizers that a module keeps beside those of its Trainer, as manual optimization may step them."""
+    """Find the optimizers that a module keeps besides those of its Trainer, as manual optimization may step them."""
     values = list(vars(pl_module).values())
     values += [item for value in values if isinstance(value, (list, tuple)) for item in value]
     values += [item for value in values if isinstance(value, dict) for item in value.values()]

@@ -40,7 +40,7 @@ class UnmaskedWeights:
         self._averages, self._names = averages, tuple(names)
         self._is_first_epoch = True
         self._warned: set[str | int] = set()  # names of copies, and the places of their tensors
-        self._sums: dict[str, tuple[float, ...]] = {}  # of what may be averages, in this epoch
+        self._sums: dict[str, tuple[float, ...]] = {}  # of possible averages in this epoch
 
     def at_epoch_start(self, masks: Masks, *, is_due: bool) -> None:
         """Warn, before anything is pruned, of zeros in a dense network and of submodules that are copies.

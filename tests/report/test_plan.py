@@ -73,7 +73,7 @@ def test_plan__passes(tmp_path: Path) -> None:
     fits.trainer(tmp_path, callback, max_epochs=1, limit_val_batches=0).fit(fits.ConvModule(), fits.loader())
     assert plan.passes == calls == 12
     assert plan.share == 12 / 300
-    assert "12 forward and backward passes over a training batch, beside 300 training steps" in str(plan)
+    assert "12 forward and backward passes over a training batch, in addition to 300 training steps" in str(plan)
 
 
 @pytest.mark.parametrize(
