@@ -33,11 +33,11 @@ examples:
   lightning-drive compress last.ckpt model.safetensors
   lightning-drive expand model.safetensors dense.ckpt
 
-`lightning-drive COMMAND --help` describes one of them.
+`lightning-drive COMMAND --help` describes a command.
 """
 
 _ABOUT_PLAN = """\
-Print what a callback would prune of a module, when, and what that would cost.
+Print what a callback would prune of a module, when, and at what cost.
 Nothing is trained or changed.
 
 Prunable are the weights of all layers that multiply by them: linear,
@@ -46,10 +46,10 @@ not. The table lists all parameters, and which stay dense.
 """
 
 _ABOUT_REPORT = """\
-Print what was pruned: which fraction of every layer is left, what the network
-costs now, and where the time went. Needs neither the model nor its data.
+Print what was pruned: the fraction of every layer that is left, the cost of the
+network now, and the time that pruning took. Needs neither model nor data.
 
-Where the file has no report, the zeros in its tensors are counted instead.
+If the file has no report, the zeros in its tensors are counted instead.
 """
 
 _ABOUT_COMPRESS = """\
@@ -58,15 +58,15 @@ which is 0 if the weight is 0, and the exact values of all other weights.
 It is a safetensors file, and loading it runs no code. Needs safetensors.
 
 Kept besides the weights: the report of the pruning, hyper-parameters, and what
-`on_save_checkpoint` added, as far as JSON can hold it. What it cannot is named.
-Left out is what only training needs: optimizers, learning-rate schedulers,
-loops and callbacks. Keep the checkpoint if its run is to go on.
+`on_save_checkpoint` added, as far as JSON can hold it; the rest is named.
+Left out is the state of training: optimizers, learning-rate schedulers, loops
+and callbacks. Keep the checkpoint to continue its run.
 """
 
 _ABOUT_EXPAND = """\
 Write a sparse file as a checkpoint again, with every zero in it. It is made for
 `load_from_checkpoint`, and for `ckpt_path` of `trainer.test` and `predict`.
-Training cannot go on from it.
+Training cannot continue from it.
 
 In Python, `lightning_drive.load_sparse(PATH)` returns the weights directly.
 """
@@ -136,7 +136,10 @@ def _parser() -> argparse.ArgumentParser:
         help="fraction of the prunable weights to remove, from 0 to less than 1; 0.98 keeps 2%% of them",
     )
     plan.add_argument(
-        "--method", choices=_CALLBACKS, default="drive", help="which callback (default: drive, DRIVEPruningCallback)"
+        "--method",
+        choices=_CALLBACKS,
+        default="drive",
+        help="method to prune by (default: drive, DRIVEPruningCallback)",
     )
     plan.add_argument(
         "--set",
@@ -146,10 +149,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="another argument of the callback, such as rounds=50 or \"exclude=['fc.*']\"; may be repeated",
     )
+    plan.add_argument("--max-epochs", metavar="N", type=int, help="epochs of the whole run, to compare pruning with it")
     plan.add_argument(
-        "--max-epochs", metavar="N", type=int, help="epochs of the whole run, to print which part of it pruning takes"
+        "--steps-per-epoch", metavar="N", type=int, help="training steps in an epoch, for the same comparison"
     )
-    plan.add_argument("--steps-per-epoch", metavar="N", type=int, help="training steps in each epoch, for the same")
 
     a_checkpoint = "a checkpoint of Lightning, or a saved state_dict"
     report = add("report", _report, _ABOUT_REPORT, "after training: what was pruned")
@@ -174,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
             "--trust-pickle",
             action="store_true",
             help="load CKPT with all that was pickled into it, such as hyper-parameters of any class. This RUNS CODE"
-            " FROM THE FILE: give it only for files from a source that you trust. Without it, no code is run, and such"
+            " FROM THE FILE: set it only for files from a source that you trust. Without it, no code is run, and such"
             " a file is an error",
         )
     for command in (compress, expand):
