@@ -26,7 +26,7 @@ class Result:
         network: What to call it.
         accuracy: Fraction of the test images that it recognises.
         num_weights: Number of weights that pruning may remove.
-        seconds: Duration of ``trainer.fit``, pruning included.
+        seconds: Duration of ``trainer.fit_state``, pruning included.
         report: What was pruned; ``None`` for a dense network.
 
     """

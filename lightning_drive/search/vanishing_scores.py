@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
-from lightning_drive.search import unscored
+from lightning_drive.search import unscored_parameters
 from lightning_drive.search.methods import Method
 from lightning_drive.search.scored_network import Network
-from lightning_drive.search.unscored import patterns
+from lightning_drive.search.unscored_parameters import patterns
 
 TINY = 5e-3
 """The largest value of a factor that begins near 0. LayerScale's are 1e-6 to 1e-4, those of ReZero and SkipInit 0, and
@@ -44,7 +44,7 @@ def explain(
     """Explain the scores of lost parameters, on one batch; ``silent`` names those that scored 0 in the first round."""
     if not lost:
         return Causes()
-    known = unscored.silent_norms(network.module)
+    known = unscored_parameters.silent_norms(network.module)
     try:
         network.stand_still()
         causes = factors(network.module, network.weights, near_zero, lost, known, lambda: method.score(network))

@@ -1,4 +1,4 @@
-"""Warn of zeros that do not stay zeros in the network's products, and of a sparsity that is that of a small part."""
+"""Warn if zeros are lost before the network multiplies with them, or only a small part of its weights is prunable."""
 
 from collections.abc import Iterator, Sequence
 
