@@ -18,7 +18,7 @@ PACKAGE = Path(lightning_drive.__file__).parent
 STORED = {"get_extra_results", "epoch_progress", "batch_progress", "epoch_loop.batch_progress"}
 """What has no underscore, but is of a private class or stands in checkpoints."""
 ELSEWHERE = {("compaction/compact.py", name) for name in ("_trainer", "_fabric")}
-"""`compaction` knows no Lightning, and leaves out of copies what stands under these; see the tests of `lightning_internals`."""
+"""`compaction` knows no Lightning, and leaves these out of copies; see the tests of `lightning_internals`."""
 
 
 def private_names_of_lightning() -> set[str]:

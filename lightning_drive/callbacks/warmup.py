@@ -1,4 +1,4 @@
-"""The base of callbacks that prune once, after a dense warm-up: those of the package, and that of a method of your own."""
+"""The base of callbacks that prune once, after a dense warm-up, also for a method of your own."""
 
 import inspect
 import math

@@ -1,4 +1,4 @@
-"""Every private name of Lightning that the package uses does what it is used for, in the Lightning that is installed."""
+"""Lightning still has the private names and stored forms of ``lightning_internals``; nothing of it is imitated here.
 
 A failure names the function of ``lightning_internals`` and the versions of Lightning in which it was right.
 """
@@ -333,7 +333,8 @@ def test_count_as_averaged(epochs: list[int], tmp_path: Path) -> None:
             lightning_internals.count_as_averaged(callback, trainer.current_epoch)
 
     def look(trainer: Any, pl_module: Any) -> None:
-        averaged.append(int(lightning_internals.average_of(callback).holder.n_averaged or 0))  # type: ignore[union-attr]
+        average = lightning_internals.average_of(callback)
+        averaged.append(int(average.holder.n_averaged or 0))  # type: ignore[union-attr]
 
     fit(tmp_path, calling("on_train_epoch_start", count), callback, calling("on_train_batch_end", look), max_epochs=4)
     assert averaged[-1] == 4 - len(epochs)  # SWA adds an epoch for BatchNorm
@@ -395,7 +396,7 @@ def test_add_result__other_launchers(strategy: str, tmp_path: Path) -> None:
 # Nothing is left out.
 
 
-def test_facts__have_tests() -> None:
+def test_lightning_internals__have_tests() -> None:
     own = [
         name for name, value in vars(lightning_internals).items() if isinstance(value, FunctionType) and name[0] != "_"
     ]
