@@ -6,13 +6,12 @@ import pytest
 import searches
 import torch
 from followed import Between
+from searches import Searched
 from torch import Tensor, nn
 
 from lightning_drive import SNIP, Magnitude, find_masks
-from lightning_drive.core.goal import Goal
 from lightning_drive.core.masks import Masks
 from lightning_drive.network.prunable import prunable_parameters
-from lightning_drive.search.diagnosis import Diagnosis
 from lightning_drive.search.methods import Method
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -47,8 +46,8 @@ BOXES = torch.tensor([[1.0, 2.0, 5.0, 6.0], [0.0, 0.0, 3.0, 4.0]])
 BOXED = [torch.randn(3, 8, 8), torch.randn(3, 6, 9)], [{"boxes": BOXES[:1]}, {"boxes": BOXES}]
 
 
-def diagnosed(module: nn.Module, method: Method, sparsity: float = 0.5, **settings: Any) -> Diagnosis:
-    return searches.search(module, method, Goal(sparsity), [*prunable_parameters(module)], **settings)[1]
+def diagnosed(module: nn.Module, method: Method, sparsity: float = 0.5, **settings: Any) -> Searched:
+    return searches.search(module, method, parameters=prunable_parameters(module), sparsity=sparsity, **settings)
 
 
 @pytest.mark.parametrize("dead_end", ["constants", "no_boxes", "error"])
