@@ -1,4 +1,4 @@
-"""Prune a PyTorch Lightning model early in training with one line: DRIVE and its siblings as callbacks."""
+"""Prune a PyTorch Lightning model early in training with one line: DRIVE, SNIP, SynFlow and IMP as callbacks."""
 
 import sys
 from importlib import import_module
@@ -50,13 +50,13 @@ _HOMES = {
     "search.find": ("find_masks",),
     "search.methods": ("DRIVE", "SNIP", "Magnitude", "Random", "SynFlow"),
 }
-"""Module to the public names in it."""
+"""Modules and the public names in them."""
 
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: torch takes seconds to import, and Lightning more."""
+    """Import a public name at its first use: importing torch takes seconds, and Lightning longer."""
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = public = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
@@ -67,7 +67,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# If Lightning is imported already, its command line shall find the callbacks by their short names.
+# Where Lightning is imported already, its command line needs the callbacks to find them by their short names.
 if "lightning.pytorch" in sys.modules:
     for _name, _home in _HOME_OF.items():
         if _home.startswith("callbacks."):

@@ -1,4 +1,4 @@
-"""The callback that a method of your own needs: see "Adding a method" in the documentation."""
+"""The callback for a method of your own: see "Adding a method" in the documentation."""
 
 from lightning_drive.callbacks.warmup import WarmupPruningCallback
 

@@ -103,7 +103,7 @@ def test_warmup_steps(command_line: Any, tmp_path: Path, arguments: list[str]) -
 
 
 WRONG = {
-    "warmup_steps=5": "`warmup_steps` says when to prune .* got warmup_steps=5 and warmup_epochs=1. Give one of them.",
+    "warmup_steps=5": "`warmup_steps` sets when to prune .* got warmup_steps=5 and warmup_epochs=1. Set only one of",
     "sparsity=90": r"`sparsity` is the fraction removed and must be in \[0, 1\), got 90.0. For 90 % pass 0.9.",
     "rounds=0": "`rounds` must be a whole number of at least 1, got 0.",
     "warmup_epochs=-1": "`warmup_epochs` must be a whole number of at least 0, got -1.",

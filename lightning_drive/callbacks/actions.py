@@ -1,4 +1,4 @@
-"""What a pruning callback does: select parameters, search, record, put masks into effect, announce."""
+"""The actions of a pruning callback: select parameters, search, record, put masks into effect, announce."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -39,21 +39,20 @@ from lightning_drive.trainer.spawned import Handover
 class PruningActions(pl.Callback):
     """Settings and actions of all pruning callbacks; the hooks are in :mod:`lightning_drive.callbacks.base`.
 
-    A subclass decides when it is time (:meth:`_is_due`) and what to do then (:meth:`_prune`). To change which
-    parameters are prunable, override :meth:`prunable_parameters`; to prune copies of the network along,
-    :meth:`averages`.
+    A subclass decides when to prune (:meth:`_is_due`) and how (:meth:`_prune`). To change which parameters are
+    prunable, override :meth:`prunable_parameters`; to prune copies of the network as well, :meth:`averages`.
 
     Args:
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
         schedule: ``"exponential"`` or ``"linear"``, see :func:`lightning_drive.find_masks`.
         scope: ``"global"`` or ``"layerwise"``, see :func:`lightning_drive.find_masks`.
-        include: Glob patterns over parameter names; ``None``: the weights of all layers that multiply by them, see
+        include: Glob patterns over parameter names. ``None``: the weights of all layers that multiply by them, see
             :func:`lightning_drive.network.prunable.prunable_parameters`.
         exclude: Glob patterns over parameter names that stay dense.
-        reset_best: Whether ModelCheckpoint and EarlyStopping forget what was before pruning; until then, EarlyStopping
-            is held off.
+        reset_best: Whether ModelCheckpoint and EarlyStopping forget their results from before pruning; until then,
+            EarlyStopping is held off.
         control: ``"none"``, ``"shuffle"`` or ``"reinit"``, see :class:`lightning_drive.PruningReport`.
-        remember_epoch: At the start of which epoch to remember weights and optimizers, to return to; ``None``: never.
+        remember_epoch: The epoch at whose start weights and optimizers are stored, to return to them; ``None``: never.
 
     """
 
@@ -91,7 +90,7 @@ class PruningActions(pl.Callback):
 
     @property
     def report(self) -> PruningReport | None:
-        """What was pruned; ``None`` before pruning."""
+        """The report of the pruning; ``None`` before it."""
         self._receive()
         return self._pruning.report
 
@@ -101,33 +100,33 @@ class PruningActions(pl.Callback):
         return bool(self.masks)
 
     def prunable_parameters(self, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
-        """Select the parameters that the masks will cover; override it for a rule that patterns cannot express.
+        """Select the parameters to prune; override it for a rule that patterns cannot express.
 
-        In a Trainer, those of them that no optimizer holds are left out afterwards: they are not trained.
+        In a Trainer, parameters that no optimizer holds are left out afterwards, since they are not trained.
 
         Args:
             pl_module: The module.
 
         Returns:
-            Parameter name, as in ``pl_module.named_parameters()``, to the live parameter.
+            Parameter name, as in ``pl_module.named_parameters()``, to the parameter itself.
 
         """
         return prunable.prunable_parameters(pl_module, self.include, self.exclude)
 
     def averages(self, pl_module: pl.LightningModule) -> Iterable[nn.Module | Mapping[str, Tensor]]:
-        """Return the copies of the network that are pruned along with it; override it where training keeps such copies.
+        """Return copies of the network to prune along with it; override it if your training keeps such copies.
 
         An average of dense and sparse weights is dense, so averages have to be pruned with the network. Those that
         Lightning's callbacks keep (``WeightAveraging``, ``EMAWeightAveraging``, ``StochasticWeightAveraging``) are
-        found without this. It is called whenever masks are put on, from the start of ``fit`` on; return nothing for a
+        pruned without this. The method is called whenever masks are put on, from the start of ``fit`` on; leave out a
         copy that does not exist yet.
 
         Args:
             pl_module: The module.
 
         Returns:
-            Every copy as a module whose parameters have the names that they have in ``pl_module``, or as a mapping
-            from these names to tensors. By default, none.
+            The copies: modules whose parameters have the same names as in ``pl_module``, or mappings from these names
+            to tensors. Default: none.
 
         Example:
             A mean teacher inside the module:
@@ -142,10 +141,11 @@ class PruningActions(pl.Callback):
 
             >>> class WithCopy(DRIVEPruningCallback):
             ...     def averages(self, pl_module):
-            ...         copies = [getattr(each, "average", None) for each in pl_module.trainer.callbacks]
-            ...         return [each for each in copies if each is not None]
+            ...         callbacks = pl_module.trainer.callbacks
+            ...         copies = [getattr(callback, "average", None) for callback in callbacks]
+            ...         return [average for average in copies if average is not None]
 
-            ``torch_ema``, made of ``pl_module.net.parameters()``, which keeps tensors without names:
+            ``torch_ema``, created with ``pl_module.net.parameters()``, which keeps tensors without names:
 
             >>> class WithTorchEma(DRIVEPruningCallback):
             ...     def averages(self, pl_module):
@@ -158,18 +158,21 @@ class PruningActions(pl.Callback):
     def plan(
         self, pl_module: nn.Module, *, max_epochs: int | None = None, steps_per_epoch: int | None = None
     ) -> PruningPlan:
-        """Plan what would be pruned, when, and what that would cost; nothing is done. ``print(callback.plan(model))``.
+        """Plan what would be pruned, when, and at what cost, without doing it: ``print(callback.plan(model))``.
 
-        In a Trainer, what no optimizer holds is not pruned. A module that no Trainer has got optimizers for yet shows
-        only which parameters are frozen, so that the plan may have more parameters then.
+        In a Trainer, parameters that no optimizer holds are not pruned. Before a Trainer has optimizers for the module,
+        only frozen parameters are known to be untrained, so the plan may then list more parameters.
 
         Args:
             pl_module: The module as it will be trained, or any torch module.
-            max_epochs: Epochs of the whole run.
-            steps_per_epoch: Training steps in each, such as ``len(train_loader)``.
+            max_epochs: Epochs of the whole run, at least 1.
+            steps_per_epoch: Training steps in an epoch, at least 1, such as ``len(train_loader)``.
+
+        Returns:
+            The plan, to be printed or read.
 
         Raises:
-            ValueError: If nothing is prunable, a pattern matches nothing, or a number is not a whole one of at least 1.
+            ValueError: If nothing is prunable, a pattern matches nothing, or a number is not an integer of at least 1.
 
         """
         module: Any = pl_module
@@ -184,14 +187,14 @@ class PruningActions(pl.Callback):
             untrained=trained_parameters.untrained(trainer, module) if in_fit else (),
         )
 
-    # What a subclass decides.
+    # For subclasses to decide.
 
     def _plan(self, module: nn.Module, selected: Mapping[str, nn.Parameter], **run: Any) -> PruningPlan:
         """Plan the pruning of the selected parameters, see :func:`lightning_drive.report.plan.plan`."""
         raise NotImplementedError
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
-        """Whether it is time to prune (again)."""
+        """Whether it is time to prune, or to prune again."""
         raise NotImplementedError
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -204,21 +207,21 @@ class PruningActions(pl.Callback):
         return self.pruned
 
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring a module that is pruned to where its training goes on; doing it twice does no harm."""
+        """Bring a pruned module to the state in which its training goes on; a second call changes nothing."""
         self._enforce(trainer, pl_module)
 
     def _metrics(self) -> dict[str, float]:
-        """Return what is logged with every epoch, so that monitors and names of checkpoints can use it."""
+        """Return the metrics of every epoch, which monitors and names of checkpoints can use."""
         return reporting.metrics(self.report)
 
-    # What is done.
+    # The actions.
 
     @property
     def _goal(self) -> Goal:
         return Goal(self.sparsity, self.schedule, self.scope)
 
     def _receive(self) -> None:
-        """Take what a copy of this callback found in processes that Lightning launched for a ``fit`` of this one."""
+        """Take over masks and report from the processes that Lightning launched for a ``fit`` of this callback."""
         if (state := self._handover.take()) is not None:
             self._take(SavedState.from_dict(state, f"the {type(self).__name__} state of a launched process"))
 
@@ -228,14 +231,14 @@ class PruningActions(pl.Callback):
         self._restored_settings = saved.settings if saved.pruning.masks else None
 
     def _check_settings(self, saved: SavedState) -> None:
-        """Raise if a state was saved with settings that these may not follow."""
+        """Raise if a state was saved with settings that the present ones cannot continue."""
 
     def _selected(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
         """Select the prunable parameters that an optimizer holds."""
         return trained_parameters.select(trainer, pl_module, self.prunable_parameters)
 
     def _others(self, trainer: pl.Trainer, pl_module: pl.LightningModule, selected: Iterable[str]) -> list[str]:
-        """Name the matrices that are trained and stay dense, unless the user has chosen what is pruned."""
+        """Return the names of trained matrices that stay dense, or none if the user chose what to prune."""
         selects_itself = type(self).prunable_parameters is not PruningActions.prunable_parameters
         if self.include is not None or selects_itself:
             return []
@@ -243,7 +246,7 @@ class PruningActions(pl.Callback):
         return prunable.dense_matrices(pl_module, left_out, self.exclude)
 
     def _remember_when_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int = 0) -> None:
-        """Remember the point to return to, and keep it as long as it is needed."""
+        """Store the point to return to when its epoch begins, and drop it when it is no longer needed."""
         if self._finished:
             if self._start is not None and self.report is not None and trainer.global_step > self.report.step:
                 self._start = None
@@ -285,7 +288,7 @@ class PruningActions(pl.Callback):
         cycle: int | None = None,
         statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        """Record masks and report, at once: from here on the network counts as pruned."""
+        """Record masks and report together; from here on the network counts as pruned."""
         report = reporting.report(
             trainer,
             outcome,
@@ -299,7 +302,7 @@ class PruningActions(pl.Callback):
         self._pruning = Pruning(outcome.found.masks.to("cpu"), report, statistics or {})
 
     def _commit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-        """Put recorded masks into effect; a resume repeats it if it is cut short. Return whose best was forgotten."""
+        """Put recorded masks into effect; a resume repeats it if it is interrupted. Return which best was forgotten."""
         start, forgotten = time.monotonic(), ""
         statistics = self._pruning.unfinished or {}
         batch_norm.load_batch_norm_statistics(pl_module, statistics)
@@ -314,7 +317,7 @@ class PruningActions(pl.Callback):
         return forgotten
 
     def _announce(self, trainer: pl.Trainer, outcome: Outcome, forgotten: str, text: str | None = None) -> None:
-        """Tell the user and the loggers what was pruned, above the progress bar."""
+        """Show what was pruned above the progress bar, and log it."""
         assert self.report is not None
         with terminal.above_bar(trainer):
             reporting.announce(trainer, self.report, outcome.warnings, self._metrics(), text)
@@ -328,16 +331,16 @@ class PruningActions(pl.Callback):
         other_callbacks.hold_off_early_stopping(trainer, self.reset_best and not self._finished)
 
     def _enforce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the masks on everything that is alive, and have every optimizer step followed by them."""
+        """Put the masks on the module and its averages, and again after every optimizer step."""
         averages = self._pruned_along(trainer, pl_module)
         self._fit.enforce(self, trainer, pl_module, self.masks, averages)
 
     def _reinitialise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Return to the remembered weights, with new initial values for the survivors."""
+        """Return to the stored weights, with new initial values for the survivors."""
         assert self._start is not None
         redrawn = self._start.redrawn(self.masks, ranks.random_numbers(trainer))
         redrawn.rewind_module_(pl_module, self.masks)
 
     def _pruned_along(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Averages:
-        """Return the copies of the module that are pruned along with it."""
+        """Return the averages of the module, which are pruned with it."""
         return Averages(trainer, pl_module, self.averages)

@@ -1,4 +1,4 @@
-"""When a pruning callback acts: the hooks of Lightning, and the callback's state in checkpoints."""
+"""The hooks in which a pruning callback acts, and its state in checkpoints."""
 
 import copy
 import threading
@@ -34,11 +34,11 @@ from lightning_drive.trainer.saved_state import Pruning, SavedState
 
 
 class PruningCallback(PruningActions):
-    """Prune during training and keep what is pruned at zero: what all pruning callbacks share.
+    """The base of all pruning callbacks: prune during training, and keep pruned weights at zero.
 
-    Masks are found first and then committed at once, so an interrupt in between leaves a run that can be resumed. From
-    there on pruned weights are exactly 0: their gradients are masked before clipping, the weights again after every
-    optimizer step. Parameter names, their order and ``state_dict`` keys are never touched, so checkpoints load into
+    A search finds all masks first; then they are put into effect at once, so an interrupt in between leaves a run that
+    can be resumed. From there on pruned weights are exactly 0: gradients are masked before clipping, and weights after
+    every optimizer step. Parameter names, their order and ``state_dict`` keys never change, so checkpoints load into
     the plain module, already sparse.
 
     In several processes, every rank scores its own batches, gradients are averaged, and all ranks get the same masks.
@@ -49,26 +49,26 @@ class PruningCallback(PruningActions):
     _module: weakref.ref[pl.LightningModule] | None = None
     """The module of the last ``fit``."""
 
-    # What a subclass decides.
+    # For subclasses to decide.
 
     @property
     def _last_epoch(self) -> int:
-        """At the start of which epoch the last cut is due; 0 where :attr:`_step` decides."""
+        """The epoch at whose start the last cut is due; 0 where :attr:`_step` decides."""
         raise NotImplementedError
 
     @property
     def _step(self) -> int | None:
-        """Before which global step the only cut is due; ``None``: at the start of an epoch."""
+        """The global step before which the only cut is due; ``None`` if it is due at the start of an epoch."""
         return None
 
     @property
     def _when(self) -> str:
-        """When it prunes last, to be put into a sentence."""
+        """The time of the last cut, in words for a sentence."""
         if self._step is not None:
             return f"before step {self._step}"
         return f"at the start of epoch {self._last_epoch} (counted from 0)"
 
-    # What is checked.
+    # Checks.
 
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise, before anything runs, if the module cannot be pruned."""
@@ -81,7 +81,7 @@ class PruningCallback(PruningActions):
             checks.check_finetuning(self, trainer)
 
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise, once data are loaded and a checkpoint is restored, if it never could be time to prune; warn if not."""
+        """Raise if the time to prune cannot come, warn if it may not; data are loaded, and a checkpoint is restored."""
         if not step_counts.is_quick_check(trainer):
             last_cut = self._last_epoch, self._step, self._when
             end_of_training.warn_of_unknown_length(trainer, *last_cut, self._remedy_for_unknown_length)
@@ -91,21 +91,21 @@ class PruningCallback(PruningActions):
 
     @property
     def _remedy_for_unknown_length(self) -> str:
-        """What to set where an epoch may never end."""
-        return "Set `limit_train_batches` to the number of batches that an epoch is to have."
+        """The setting to change where an epoch may never end, as a sentence."""
+        return "Set `limit_train_batches` to the number of batches of an epoch."
 
     @property
     def _unshardable(self) -> str:
-        """Why this callback cannot prune weights that are sharded over ranks; empty if it can."""
+        """The reason why weights sharded over ranks cannot be pruned; empty if they can."""
         if self._remember_epoch is not None:
             return f"it returns to the weights of epoch {self._remember_epoch}, and a checkpoint has no room for them."
         return ""
 
-    # When.
+    # Hooks.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Raise if things do not work together, and note the length; a state to resume from is restored after this."""
+        """Raise if settings do not work together, and note ``max_epochs``; a state is restored only after this."""
         checks.check_namespace(self, trainer, pl_module)
         self._fit = Fit(-1 if trainer.max_epochs is None else trainer.max_epochs)
         if stage == "fit":
@@ -113,7 +113,7 @@ class PruningCallback(PruningActions):
             checks.check_alone(self, trainer, PruningCallback)
 
     def on_after_setup(self, **_: Any) -> None:
-        """Raise under Fabric, which calls this: it has no training loop whose epochs and steps could be followed."""
+        """Raise under Fabric, which calls this hook but has no training loop to follow."""
         raise MisconfigurationException(
             f"{type(self).__name__} works in a `lightning.pytorch.Trainer`, got a `Fabric`, whose loops are your own."
             " Call `lightning_drive.find_masks` there, and `masks.apply_(module)` after every optimizer step."
@@ -121,7 +121,7 @@ class PruningCallback(PruningActions):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise if the module cannot be pruned, and start afresh on one that the masks were not made for."""
+        """Raise if the module cannot be pruned, and start afresh on a module that the masks are not for."""
         known = self._module is not None and self._module() is pl_module
         goes_on = self.masks.hold_for(pl_module) and (self._finished or (known and trainer.current_epoch > 0))
         if not (self._fit.is_restored or goes_on):
@@ -129,7 +129,7 @@ class PruningCallback(PruningActions):
         self._module = weakref.ref(pl_module)
         self._fit.has_begun, self._fit.thread = True, threading.get_ident()
         averages = self._pruned_along(trainer, pl_module)
-        averages.tensors()  # which raises if they cannot be pruned along
+        averages.tensors()  # raises if they cannot be pruned with the module
         if not self._finished:
             self._check_module(trainer, pl_module)
         names = self.masks if self._finished else self._selected(trainer, pl_module)
@@ -137,7 +137,7 @@ class PruningCallback(PruningActions):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take up restored masks again, now that weights and optimizers are restored too."""
+        """Put restored masks on, now that weights and optimizers are restored too."""
         self._fit.phase_start = time.monotonic() if trainer.global_step == 0 else None
         self._fit.is_resuming_epoch = True  # unless ``on_train_epoch_start`` comes first
         resuming.begin_batch_again(trainer)
@@ -168,7 +168,7 @@ class PruningCallback(PruningActions):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Prune and log where a run resumes in the middle of an epoch, which has no ``on_train_epoch_start`` then."""
+        """Prune and log also when a run resumes within an epoch, which then has no ``on_train_epoch_start``."""
         if self._fit.is_resuming_epoch and self._fit.unmasked is not None:
             self._fit.unmasked.at_epoch_start(self.masks, is_due=self._is_due(trainer))
         self._remember_when_due(trainer, pl_module, batch_idx)
@@ -184,7 +184,7 @@ class PruningCallback(PruningActions):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise if pruned layers were replaced by others; mask again what others wrote."""
+        """Raise if pruned layers were replaced; mask again weights that other code wrote."""
         if self._fit.unmasked is not None:
             self._fit.unmasked.at_epoch_end(self.masks)
         if self._fit.enforcement is not None:
@@ -195,7 +195,7 @@ class PruningCallback(PruningActions):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Mask again what others wrote into pruned weights, now that whoever swaps averages in has done so."""
+        """Mask again weights that other code wrote, such as a callback that has just swapped averages in."""
         if batch_idx == dataloader_idx == 0 and self._fit.enforcement is not None:
             self._fit.enforcement.renew()
 
@@ -203,7 +203,7 @@ class PruningCallback(PruningActions):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Mask the gradients: unscaled already, not yet clipped."""
+        """Mask the gradients, which are unscaled already and not yet clipped."""
         if self._fit.enforcement is not None:
             self._fit.enforcement.before_step(trainer, pl_module, optimizer)
 
@@ -211,25 +211,25 @@ class PruningCallback(PruningActions):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Mask the weights, where not every change to them has a hook after it."""
+        """Mask the weights if changes to them may come without a hook."""
         if self._fit.enforcement is not None:
             self._fit.enforcement.after_batch(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Return masks and report to the process that called ``fit``, where Lightning spawned or forked this one."""
+        """Return masks and report to the process that called ``fit``, if Lightning spawned or forked this one."""
         if self._fit.enforcement is not None:
             self._fit.enforcement.renew()
         self._handover.send(trainer.strategy.launcher, lambda: {**self.state_dict(), "start": None})
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Finish what was cut short, a commit or a step, for a checkpoint of the exception; let go of the module."""
+        """Finish an interrupted commit or step, for a checkpoint at the exception, and release the module."""
         if self._fit.has_begun and self.pruned:
-            with suppress(Exception):  # which may be what the exception was about; a resume does it again
+            with suppress(Exception):  # the exception may come from the commit itself; a resume repeats it
                 if self._pruning.unfinished is not None and trainer.world_size == 1:
                     self._commit(trainer, pl_module)
-            with suppress(ValueError):  # masks that do not fit, which were the exception then
+            with suppress(ValueError):  # from masks that do not fit: they caused the exception
                 self.masks.apply_(pl_module)
         other_callbacks.hold_off_early_stopping(trainer, False)
         resuming.begin_epoch_again(trainer)
@@ -238,7 +238,7 @@ class PruningCallback(PruningActions):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the module and its optimizers, after a last look at what others wrote."""
+        """Mask again weights that other code wrote, and release the module and its optimizers."""
         if self._fit.enforcement is not None:
             self._fit.enforcement.renew()
         other_callbacks.hold_off_early_stopping(trainer, False)
@@ -246,31 +246,31 @@ class PruningCallback(PruningActions):
         self._fit = Fit()
 
     def _release(self) -> None:
-        """Let go of the module and its optimizers."""
+        """Release the module and its optimizers."""
         self._fit.release()
 
     def _prune_when_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Prune if it is time; return whether it was."""
+        """Prune if it is time, and return whether it was."""
         if self._finished or not self._is_due(trainer):
             return False
         try:
             self._prune(trainer, pl_module)
-        except StopIteration as error:  # which Lightning takes for the end of training
+        except StopIteration as error:  # Lightning takes it for the end of training
             raise RuntimeError(f"Pruning failed, since {error!r} was raised while scoring.") from error
         return True
 
     def _log_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.barebones:
-            # A batch size of 1, so that Lightning does not look for one in batches that may be of any kind.
+            # With a batch size of 1 Lightning does not look for one in batches, which may be of any kind.
             pl_module.log_dict(self._metrics(), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
-    # What is saved and restored.
+    # Checkpoints.
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note a search for a learning rate or batch size: it saves before training starts, and returns to that."""
+        """Note a search for a learning rate or batch size, which saves before training to return to it."""
         self._fit.is_probing = not self._fit.has_begun
         resuming.begin_saved_epoch_again(checkpoint)
         if self._fit.enforcement is not None and self._pruning.unfinished is None:  # else masks are just being put on
@@ -282,7 +282,7 @@ class PruningCallback(PruningActions):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take over the state of a pruning callback of another name; Lightning restores that of the same name."""
+        """Take over the state of a pruning callback of another name; Lightning restores one of the same name."""
         own_names = (self.state_key, lightning_internals.legacy_state_key(self))
         if (renamed := saved_state.of_renamed(self, own_names, trainer, checkpoint)) is not None:
             name, state = renamed
@@ -292,7 +292,7 @@ class PruningCallback(PruningActions):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the masks, one bit per weight, the report, and what there is to return to."""
+        """Return the masks, one bit per weight, the report, the settings, and the stored weights while needed."""
         self._receive()
         settings = self._settings() if self._restored_settings is None else self._restored_settings
         return SavedState(self._pruning, self._start, settings).to_dict()
@@ -304,7 +304,7 @@ class PruningCallback(PruningActions):
         saved = SavedState.from_dict(state_dict, what)
         if saved.start is None and self._remember_epoch is not None and saved.pruning.unfinished is not None:
             raise ValueError(
-                f"{type(self).__name__} has to return to remembered weights, which {what} must have under 'start', got"
+                f"{type(self).__name__} has to return to stored weights, so {what} must have them under 'start', got"
                 f" None. Resume with the settings that the checkpoint was saved with. {saved_values.REMEDY}"
             )
         self._take(saved)
@@ -312,23 +312,23 @@ class PruningCallback(PruningActions):
         self._fit.is_restored = self._fit.is_restored or not self._fit.is_probing
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the ``fit`` of this process, and with it live parameters and hooks, out of copies and pickles."""
+        """Leave the ``fit`` of this process, with its live parameters and hooks, out of copies and pickles."""
         self._receive()
         own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # the module's
         return {**own, "_fit": Fit(), "_module": None, "_handover": self._handover.of_copy()}
 
     def _start_afresh(self) -> None:
-        """Forget a module that the callback was used with before."""
+        """Forget the module of an earlier ``fit``."""
         self._pruning, self._start, self._restored_settings = Pruning(), None, None
 
     def _settings(self) -> dict[str, Any]:
-        """Return in plain types what the masks depend on."""
+        """Return the settings that the masks depend on, in plain types."""
         names = ("schedule", "scope", "control")
         patterns = {name: arguments.check_patterns(name, getattr(self, name)) for name in ("include", "exclude")}
         return {"sparsity": float(self.sparsity), **{name: getattr(self, name) for name in names}, **patterns}
 
     def _warn_of_other_settings(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn if the network was pruned in another way than it would be now: it stays as it is."""
+        """Warn if the network was pruned with other settings, since it stays as it is."""
         assert self.report is not None
         restored_masks.warn_of_differences(self.masks, self.report, self.sparsity, self.control)
         if self._fit.is_restored:

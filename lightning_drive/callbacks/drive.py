@@ -10,14 +10,14 @@ from lightning_drive.search.methods import DRIVE
 class DRIVEPruningCallback(WarmupPruningCallback):
     """Train densely for a few epochs, prune by DRIVE, and train the sparse network to the end.
 
-    DRIVE is "Dual Gradient-Based Rapid Iterative Pruning" (Saikumar & Varghese, 2024, Algorithm 1). Kept are exactly
-    ``round(P * (1 - sparsity))`` of the ``P`` prunable weights.
+    DRIVE is "Dual Gradient-Based Rapid Iterative Pruning" (Saikumar & Varghese, 2024, Algorithm 1). Exactly
+    ``round(P * (1 - sparsity))`` of the ``P`` prunable weights are kept.
 
     Args:
-        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``: 0.98 keeps 2 %.
+        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``; 0.98 keeps 2 %.
         warmup_epochs: Dense epochs before pruning, E in the paper, at least 0.
-        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which has to be
-            left out then. For endless streams. Steps are counted as by ``trainer.global_step``.
+        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which must then
+            be left out. For endless streams. Steps are counted as by ``trainer.global_step``.
         rounds: Pruning rounds, N in the paper, at least 1. Each costs a forward and backward pass per batch.
         batches_per_round: Training batches whose gradients are summed in each round, at least 1.
         schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
@@ -40,7 +40,7 @@ class DRIVEPruningCallback(WarmupPruningCallback):
     Attributes:
         masks: The masks (:class:`lightning_drive.Masks`), on the CPU; empty before pruning.
         pruned: Whether the network has been pruned.
-        report: What was pruned (:class:`lightning_drive.PruningReport`); ``None`` before pruning.
+        report: The report (:class:`lightning_drive.PruningReport`); ``None`` before pruning.
 
     Raises:
         ValueError: If an argument is out of its range.

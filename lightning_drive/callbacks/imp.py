@@ -27,22 +27,22 @@ class IMPPruningCallback(PruningCallback):
     """Find a lottery ticket by iterative magnitude pruning (IMP), and train it, inside one ``trainer.fit_state``.
 
     In each cycle the network trains for ``epochs_per_cycle`` epochs. Then the weights of the smallest magnitude are
-    removed, and everything else returns to where it was at the start of epoch ``rewind_epoch``: surviving weights,
+    removed, and everything else returns to its state at the start of epoch ``rewind_epoch``: surviving weights,
     biases, all buffers, optimizer state and learning-rate schedules (Frankle & Carbin, 2019; with ``rewind_epoch`` > 0,
     Frankle et al., 2020). After cycle ``c`` of ``C`` exactly ``round(P * (1 - sparsity) ** (c / C))`` of the ``P``
     prunable weights are left. The last cut falls at the start of epoch ``cycles * epochs_per_cycle``, and the ticket
     trains from there to ``max_epochs``, which must be larger.
 
-    ``configure_optimizers`` sees each phase as if it were the whole training: ``trainer.max_epochs`` is there
-    ``rewind_epoch + epochs_per_cycle``, and ``trainer.estimated_stepping_batches`` goes with it. If the last phase is
-    of another length, ``configure_optimizers`` is called once more for its schedulers.
+    ``configure_optimizers`` sees each phase as if it were the whole training: ``trainer.max_epochs`` is
+    ``rewind_epoch + epochs_per_cycle`` there, and ``trainer.estimated_stepping_batches`` agrees with it. If the last
+    phase has another length, ``configure_optimizers`` is called once more for its schedulers.
 
-    Running averages (EMA, SWA) begin again with every cycle. EarlyStopping is held off until the last cut, and
-    ModelCheckpoint then tracks the best anew. Checkpoints hold a copy of the rewind point until the last cut. A network
-    that a cut leaves without a path from input to output ends the run with an error.
+    Running averages (EMA, SWA) begin again with every cycle. EarlyStopping is held off until the last cut, after which
+    ModelCheckpoint starts tracking again. Checkpoints hold a copy of the rewind point until the last cut. A cut that
+    leaves no path from input to output ends the run with an error.
 
     Args:
-        sparsity: Fraction of the prunable weights to remove in all, in ``[0, 1)``: 0.98 keeps 2 %.
+        sparsity: Fraction of the prunable weights to remove in all, in ``[0, 1)``; 0.98 keeps 2 %.
         cycles: How often to train, prune and rewind, at least 1.
         epochs_per_cycle: Epochs to train before each cut, at least 1.
         rewind_epoch: The epoch of the first cycle to whose start everything returns, from 0 (the initial weights) to
@@ -55,16 +55,16 @@ class IMPPruningCallback(PruningCallback):
         exclude: Glob patterns over parameter names that stay dense.
         bn_batches: At least 0, as in the other callbacks, but without effect here: BatchNorm's statistics return with
             the weights.
-        reset_best: Whether ModelCheckpoint and EarlyStopping forget what was before the last cut, until which
-            EarlyStopping is held off.
+        reset_best: Whether ModelCheckpoint and EarlyStopping forget their results from before the last cut; until
+            then, EarlyStopping is held off.
         control: For comparison: ``shuffle`` shuffles the final masks within each parameter; ``reinit`` keeps the
             masks, and trains from new initial values of the survivors. Default: neither.
 
     Attributes:
         masks: The masks (:class:`lightning_drive.Masks`), on the CPU; empty in the first cycle.
         pruned: Whether the network has been pruned: ``False`` in the first cycle.
-        report: What was pruned last (:class:`lightning_drive.PruningReport`); ``None`` in the first cycle.
-        cycle: How many cycles lie behind, from 0 to ``cycles``.
+        report: The latest report (:class:`lightning_drive.PruningReport`); ``None`` in the first cycle.
+        cycle: The number of finished cycles, from 0 to ``cycles``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -118,15 +118,15 @@ class IMPPruningCallback(PruningCallback):
             control=control,
             remember_epoch=self.rewind_epoch,
         )
-        self._without_gradient: set[str] | None = None  # names of what has had none in the first cycle
+        self._without_gradient: set[str] | None = None  # names of parameters without one in the first cycle
         self._schedules: CycleSchedules | None = None  # those of this ``fit``
 
     @property
     def cycle(self) -> int:
-        """How many cycles lie behind."""
+        """The number of finished cycles, from 0 to ``cycles``."""
         return 0 if self.report is None or self.report.cycle is None else self.report.cycle
 
-    # When.
+    # Hooks.
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -142,7 +142,7 @@ class IMPPruningCallback(PruningCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise if the module cannot be pruned, and start afresh on one that the masks were not made for."""
+        """Raise if the module cannot be pruned, and start afresh on a module that the masks are not for."""
         assert self._schedules is not None
         self._schedules.end()
         super().on_fit_start(trainer, pl_module)
@@ -150,7 +150,7 @@ class IMPPruningCallback(PruningCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take up restored masks again, and a schedule for the phase that the run is in."""
+        """Put restored masks on, and set up the schedule of the phase that the run is in."""
         if self._fit.is_restored and not step_counts.is_quick_check(trainer):
             assert self._schedules is not None
             if not self._finished:
@@ -164,7 +164,7 @@ class IMPPruningCallback(PruningCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Mask the gradients; in the first cycle, note what has one."""
+        """Mask the gradients; in the first cycle, note which parameters have one."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._without_gradient and not self.pruned:
             names = self._without_gradient
@@ -172,14 +172,14 @@ class IMPPruningCallback(PruningCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return also the names of parameters that have had no gradient so far."""
+        """Return the state of any pruning callback, and the names of parameters without a gradient so far."""
         names = self._without_gradient
         return {**super().state_dict(), "without_gradient": None if names is None else sorted(names)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, now or in an earlier version."""
-        what = "the names of what had no gradient in the callback state"
+        """Restore what :meth:`state_dict` of this or an earlier version returned."""
+        what = "the names of parameters without a gradient in the callback state"
         names = saved_values.check(list[str] | None, dict(state_dict).get("without_gradient"), what)
         super().load_state_dict(state_dict)
         self._without_gradient = None if names is None else set(names)
@@ -195,7 +195,7 @@ class IMPPruningCallback(PruningCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn if the run ended before its cycles did."""
+        """Warn if training ended before the last cycle did."""
         if not self._finished:
             rank_zero_warn(
                 f"Training ended in epoch {end_of_training.last_epoch(trainer)}{end_of_training.reason(trainer)}, in"
@@ -218,7 +218,7 @@ class IMPPruningCallback(PruningCallback):
         """Leave the live parameters, schedulers and hooks of this process out of copies and pickles."""
         return {**super().__getstate__(), "_schedules": None}
 
-    # What happens when it is time.
+    # Pruning.
 
     @property
     @override
@@ -295,7 +295,7 @@ class IMPPruningCallback(PruningCallback):
         selected = super()._selected(trainer, pl_module)
         left_out = self._without_gradient if self.pruned or self._is_due(trainer) else None
         reached = {name: parameter for name, parameter in selected.items() if name not in (left_out or ())}
-        return reached or selected  # without any, no step has been seen
+        return reached or selected  # if none is left, there was no step yet
 
     @override
     def _others(self, trainer: pl.Trainer, pl_module: pl.LightningModule, selected: Iterable[str]) -> list[str]:
@@ -336,12 +336,12 @@ class IMPPruningCallback(PruningCallback):
             self._schedules.end()
         super()._release()
 
-    # What is checked before training starts.
+    # Checks before training starts.
 
     @override
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_training(trainer, pl_module)
-        self.masks.parameters_of(pl_module)  # or it is another module
+        self.masks.parameters_of(pl_module)  # raises for another module
         if self._fit.is_restored and self.pruned:
             cycle_checks.check_selection(self, pl_module, partial(self._selected, trainer))
         if step_counts.is_quick_check(trainer) or self._schedules is None or not self._schedules.are_planned:

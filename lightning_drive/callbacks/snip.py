@@ -11,14 +11,14 @@ class SNIPPruningCallback(WarmupPruningCallback):
     """Prune by SNIP before training, and train the sparse network.
 
     SNIP is single-shot pruning by connection sensitivity (Lee et al., 2019). One shot commonly cuts deep networks off
-    at 99 % and more; with many rounds it is iterative SNIP, which does not. Kept are exactly
-    ``round(P * (1 - sparsity))`` of the ``P`` prunable weights.
+    at 99 % and more; with many rounds it is iterative SNIP, which does not. Exactly
+    ``round(P * (1 - sparsity))`` of the ``P`` prunable weights are kept.
 
     Args:
-        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``: 0.98 keeps 2 %.
+        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``; 0.98 keeps 2 %.
         warmup_epochs: Dense epochs before pruning, at least 0; 0 prunes at initialisation, as the paper does.
-        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which has to be
-            left out then. For endless streams. Steps are counted as by ``trainer.global_step``.
+        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which must then
+            be left out. For endless streams. Steps are counted as by ``trainer.global_step``.
         rounds: Pruning rounds, at least 1; 1 is the paper's single shot. Each costs a forward and backward pass per
             batch.
         batches_per_round: Training batches whose gradients are summed in each round, at least 1.
@@ -42,7 +42,7 @@ class SNIPPruningCallback(WarmupPruningCallback):
     Attributes:
         masks: The masks (:class:`lightning_drive.Masks`), on the CPU; empty before pruning.
         pruned: Whether the network has been pruned.
-        report: What was pruned (:class:`lightning_drive.PruningReport`); ``None`` before pruning.
+        report: The report (:class:`lightning_drive.PruningReport`); ``None`` before pruning.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -9,16 +9,15 @@ class SynFlowPruningCallback(WarmupPruningCallback):
     """Prune by SynFlow before training, without data, and train the sparse network.
 
     SynFlow is iterative synaptic flow pruning (Tanaka et al., 2020, Algorithm 1). It reads nothing but the shape of
-    the input: of the module's ``example_input_array`` if ``forward`` uses all prunable weights, or else of what
-    ``training_step`` calls the network with. It always scores in float64 and in eval mode. It is not defined for
-    transformers.
-    Kept are exactly ``round(P * (1 - sparsity))`` of the ``P`` prunable weights.
+    the input: that of the module's ``example_input_array`` if ``forward`` uses all prunable weights on it, or else that
+    of the input with which ``training_step`` calls the network. It always scores in float64 and in eval mode. It is not
+    defined for transformers. Exactly ``round(P * (1 - sparsity))`` of the ``P`` prunable weights are kept.
 
     Args:
-        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``: 0.98 keeps 2 %.
+        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``; 0.98 keeps 2 %.
         warmup_epochs: Dense epochs before pruning, at least 0; 0 prunes at initialisation, as the paper does.
-        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which has to be
-            left out then. For endless streams. Steps are counted as by ``trainer.global_step``.
+        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which must then
+            be left out. For endless streams. Steps are counted as by ``trainer.global_step``.
         rounds: Pruning rounds, at least 1. Each costs a forward and backward pass on one image of ones.
         schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
             number of weights.
@@ -36,7 +35,7 @@ class SynFlowPruningCallback(WarmupPruningCallback):
     Attributes:
         masks: The masks (:class:`lightning_drive.Masks`), on the CPU; empty before pruning.
         pruned: Whether the network has been pruned.
-        report: What was pruned (:class:`lightning_drive.PruningReport`); ``None`` before pruning.
+        report: The report (:class:`lightning_drive.PruningReport`); ``None`` before pruning.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -28,26 +28,26 @@ from lightning_drive.trainer.dense_copies import zeros_without_masks
 
 
 class WarmupPruningCallback(PruningCallback):
-    """Train densely for some epochs, prune once, keep the masks until the end.
+    """Train densely for some epochs, prune once, and keep the masks to the end.
 
-    Pruning happens at the start of epoch ``warmup_epochs``, so all of the epoch before is dense, its validation and
-    checkpoint included; or before the batch of global step ``warmup_steps``, in the middle of an epoch or not.
+    Pruning happens at the start of epoch ``warmup_epochs``, after the validation and the checkpoint of the epoch
+    before, or before the batch of global step ``warmup_steps``, even in the middle of an epoch.
 
     Args:
         method: The method that finds the masks.
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
         warmup_epochs: Dense epochs before pruning, at least 0.
-        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which has to be
-            left out then: for endless streams, and warm-ups that are no whole epochs. Steps are counted as
-            ``trainer.global_step`` does: those of all optimizers together, and one for every
-            ``accumulate_grad_batches`` batches. ``None``: ``warmup_epochs`` decides.
-        schedule: See :class:`~lightning_drive.callbacks.base.PruningCallback`, as for the other arguments that are
-            not here.
+        warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which must then
+            be left out: for endless streams, and warm-ups that are not whole epochs. Steps are counted as by
+            ``trainer.global_step``: those of all optimizers together, and one for every ``accumulate_grad_batches``
+            batches. ``None``: ``warmup_epochs`` decides.
+        schedule: See :class:`~lightning_drive.callbacks.actions.PruningActions`.
         scope: See there.
         include: See there.
         exclude: See there.
-        loss_fn: ``loss_fn(pl_module, batch)`` returns the loss to score by; ``None``: the module's ``training_step``.
-        bn_batches: Training batches for re-estimating BatchNorm's statistics after pruning; 0: leave them.
+        loss_fn: ``loss_fn(pl_module, batch)`` returns the loss to score by. ``None``: the module's ``training_step``.
+        bn_batches: Training batches for re-estimating BatchNorm's statistics after pruning, at least 0; 0 leaves them
+            as they are.
         reset_best: See there.
         control: See there.
 
@@ -93,7 +93,7 @@ class WarmupPruningCallback(PruningCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if the run ended before its warm-up did."""
+        """Warn if training ended before the warm-up did."""
         if not self.pruned:
             remedy = f"Lower `{self._warmup[0]}`, or let training run longer."
             if self.warmup_steps is None and math.isinf(trainer.num_training_batches):
@@ -140,7 +140,7 @@ class WarmupPruningCallback(PruningCallback):
 
     @property
     def _warmup(self) -> tuple[str, int]:
-        """Name and value of the argument that says when to prune."""
+        """Name and value of the argument that sets the time to prune."""
         if self.warmup_steps is None:
             return "warmup_epochs", self.warmup_epochs
         return "warmup_steps", self.warmup_steps
@@ -172,20 +172,21 @@ class WarmupPruningCallback(PruningCallback):
         super()._settle(trainer, pl_module)
 
     def _frozen_layers(self, trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Masks) -> Iterator[str]:
-        """Say which layers were left out since a finetuning callback has not unfrozen them yet."""
+        """Warn of layers that were left out because a finetuning callback has not unfrozen them yet."""
         for other in other_callbacks.callbacks_of(trainer):
             if isinstance(other, BaseFinetuning):
                 known = {*masks, *self.prunable_parameters(pl_module)}
-                before = {name for name, each in pl_module.named_parameters() if not each.requires_grad}
+                named = pl_module.named_parameters()
+                before = {name for name, parameter in named if not parameter.requires_grad}
                 with prunable.unfrozen(pl_module):
                     frozen = [name for name in self.prunable_parameters(pl_module) if name in before - known]
                 if frozen:
                     name, value = self._warmup
                     yield (
                         f"{listed(map(repr, frozen))} were not pruned, since {type(other).__name__} froze them, and"
-                        f" are dense when they are unfrozen. Set `{name}` to more than the"
-                        f" {name.removeprefix('warmup_')[:-1]} in which that happens, got {value}, or say with"
-                        " `exclude` that they are to stay dense."
+                        f" stay dense when they are unfrozen. Set `{name}` to more than the"
+                        f" {name.removeprefix('warmup_')[:-1]} in which that happens, got {value}, or name them in"
+                        " `exclude` if they are to stay dense."
                     )
 
     @property
@@ -221,7 +222,7 @@ class WarmupPruningCallback(PruningCallback):
             self._check_steps(trainer, pl_module, self.warmup_steps)
             return
         steps = sum(step_counts.steps_per_epoch(trainer, epoch) for epoch in range(self.warmup_epochs))
-        is_known = math.isfinite(steps) and pl_module.automatic_optimization  # else a batch may have any number
+        is_known = math.isfinite(steps) and pl_module.automatic_optimization  # otherwise a batch may have any number
         if is_known and 0 <= trainer.max_steps <= steps:
             raise MisconfigurationException(
                 f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes after {steps:g} steps, but training"
@@ -253,14 +254,14 @@ class WarmupPruningCallback(PruningCallback):
 
 
 def _check_left_out(kind: type, name: str, value: Any, decides: str, given: Any) -> None:
-    """Raise if an argument has another value than its default, though another argument decides.
+    """Raise if an argument differs from its default though another argument decides.
 
-    The default is looked up in the constructors, from the class up: a file of settings may well name it.
+    The default, which a file of settings may contain, is looked up in the constructors, from the class upwards.
     """
-    signatures = (inspect.signature(each.__init__).parameters for each in kind.__mro__)  # type: ignore[misc]
+    signatures = (inspect.signature(ancestor.__init__).parameters for ancestor in kind.__mro__)  # type: ignore[misc]
     default = next(parameters[name].default for parameters in signatures if name in parameters)
     if value != default:
         raise ValueError(
-            f"`{decides}` says when to prune in place of `{name}`, which must be left out then, got"
-            f" {decides}={given} and {name}={value}. Give one of them."
+            f"`{decides}` sets when to prune in place of `{name}`, which must be left out then, got"
+            f" {decides}={given} and {name}={value}. Set only one of them."
         )

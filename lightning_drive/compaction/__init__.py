@@ -1,1 +1,1 @@
-"""Smaller dense networks: take out of the tensors what pruning has cut off from the input or the output."""
+"""Smaller dense networks: remove the channels that pruning has cut off from the input or the output."""

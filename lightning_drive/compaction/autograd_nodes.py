@@ -1,4 +1,4 @@
-"""What autograd's nodes (``grad_fn``) tell of the operations that made a tensor.
+"""Facts about the operations that made a tensor, read from autograd's nodes (``grad_fn``).
 
 The attributes of nodes that are read here are not documented by torch, and are read nowhere else in this package. Each
 has a test that fails when torch drops it. Seen in torch 2.14.
@@ -41,7 +41,7 @@ def keeps_dimensions(node: Any) -> bool:
 
 
 def takes_ungraded(node: Any) -> bool:
-    """Whether an operation takes something without a gradient that may hang on the input nevertheless: a mask, say."""
+    """Whether an operation takes an argument without a gradient that may still depend on the input, such as a mask."""
     return any(source is None for source, _ in node.next_functions)
 
 

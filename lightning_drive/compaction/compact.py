@@ -82,7 +82,7 @@ def compact(module: nn.Module, example_input: Any) -> nn.Module:
 
 
 def _check(module: nn.Module, example_input: Any) -> None:
-    """Raise if a module, or its example, is not what can be compacted."""
+    """Raise if a module or its example cannot be compacted."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"`module` must be a torch module, got {type(module).__name__}.")
     for name, part in module.named_modules():

@@ -1,4 +1,4 @@
-"""Compare a module's outputs with those that another one gave for the same inputs."""
+"""Compare a module's outputs with those of another one for the same inputs."""
 
 import copy
 import math
@@ -55,7 +55,7 @@ def example_of(module: nn.Module, example_input: Any) -> Example:
 
 
 def in_float64(module: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, Example] | None:
-    """Copy a module into float64, and run it there; return nothing if it cannot compute in that."""
+    """Copy a module to float64 and run it there; return nothing if it cannot compute in float64."""
     try:
         precise, given = copy.deepcopy(module).double(), [_as_float64(value) for value in inputs]
         outputs = [_outputs(precise, value) for value in given]

@@ -1,6 +1,6 @@
-"""torch-pruning's graph of the operations that ran, and which of their channels hang together.
+"""torch-pruning's graph of the operations that ran, and of their channels that belong together.
 
-What torch-pruning does not document is used here and nowhere else in this package. Each name has a test that fails when
+Undocumented parts of torch-pruning are used here and nowhere else in this package. Each name has a test that fails when
 torch-pruning drops it. Seen in torch-pruning 1.6.0.
 """
 
@@ -24,7 +24,7 @@ class Node(Protocol):
 
 
 class Part(NamedTuple):
-    """The channels of one node that must go if some channels of a layer go, the root."""
+    """The channels of one node that must be removed with some channels of a layer, the root."""
 
     node: Node
     reads: bool
@@ -53,8 +53,8 @@ class DependencyGraph:
     def pass_over_failures(self, candidates: Iterable[nn.Module]) -> bool:
         """After a failed build, leave channels where they are at operations that torch-pruning fails to follow.
 
-        Such are some views. Groups that these take part in are left alone then, unless the channels do stay where they
-        are. Return whether the rest can be followed.
+        Some views are such operations. Groups that contain them are left alone, unless their channels do stay where
+        they are. Return whether the rest can be followed.
         """
         nodes = getattr(self._graph, "module2node", {})
         root = next((layer for layer in candidates if layer in nodes), None)
@@ -71,7 +71,7 @@ class DependencyGraph:
         return True
 
     def stop_at(self, is_unknown: Callable[[Node], bool]) -> None:
-        """Give up a group where it meets an operation that is not followed, before torch-pruning goes on from there.
+        """Abandon a group at an operation that is not followed, before torch-pruning goes on from there.
 
         A group with a few shuffles of channels would take minutes, and then be left alone.
         """
@@ -81,7 +81,7 @@ class DependencyGraph:
                     dependency.index_mapping.append(_stop)  # the last of the mappings that indices go through
 
     def parts(self, layer: nn.Module, channels: list[int]) -> list[Part] | None:
-        """Return all that must go with some output channels of a layer, or nothing where torch-pruning gives up."""
+        """Return the parts that must be removed with some output channels of a layer; none if torch-pruning fails."""
         nodes = self._graph.module2node
         self._graph.module2node = {layer: nodes[layer]}  # it would look at all of these again, for long
         try:
@@ -103,13 +103,13 @@ class DependencyGraph:
         )
 
     def remove_(self, layer: nn.Module, index: Iterable[int], *, reads: bool) -> None:
-        """Take input or output channels out of a layer's tensors, and nothing out of others."""
+        """Remove input or output channels from a layer's tensors, and nothing from other nodes."""
         pruner = self._graph.get_pruner_of_module(layer)
         (pruner.prune_in_channels if reads else pruner.prune_out_channels)(layer, sorted(index))
 
 
 def _is_linked(node: Any) -> bool:
-    """Whether the build came as far as to connect a node with all its neighbours."""
+    """Whether the build got far enough to connect a node with all its neighbours."""
     return len(node.dependencies) >= len(node.inputs) + len(node.outputs)
 
 

@@ -1,4 +1,4 @@
-"""Fold constants: move channels that do not hang on the input into biases, or into one channel."""
+"""Fold constants: move channels that do not depend on the input into biases, or into one channel."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def fold_(group: Group, trace: Trace) -> bool:
 
 
 def _constant(group: Group, trace: Trace) -> Tensor:
-    """Return which channels do not hang on the input, wherever they are read: those that no weight writes to."""
+    """Return which channels do not depend on the input, wherever they are read: those that no weight writes to."""
     known: dict[Node, Tensor] = {}
 
     def passes_on(node: Node) -> bool:

@@ -1,7 +1,7 @@
-"""Check that every channel of a group goes its own way, from the layers that write it to those that read it.
+"""Check that every channel of a group stays apart, from the layers that write it to those that read it.
 
-torch-pruning proposes groups and can be wrong about them. A comparison of outputs does not see that where channels are
-silent on the inputs compared, so what each operation does with each index is checked here.
+torch-pruning proposes groups and can be wrong about them. A comparison of outputs misses errors in channels that are
+silent on the compared inputs, so what every operation does with every index is checked here.
 """
 
 import torch
@@ -62,7 +62,7 @@ class _Positions:
         return Position(dimension, self._codes(self._group.items[node, False]), self._group.size)
 
     def _passed_on(self, node: Node) -> Position | None:
-        """Follow channels through an operation or a layer of every channel by itself, and compare with the group."""
+        """Follow channels through an operation or a channelwise layer, and compare them with the group."""
         sources = self._group.sources(node)
         before = [position for position in map(self.at, sources) if position is not None]
         if not before or len(before) < len(sources):

@@ -1,4 +1,4 @@
-"""Remove unread channels, round by round, and take back what changes the outputs."""
+"""Remove unread channels, round by round, and undo whatever changes the outputs."""
 
 import copy
 from collections.abc import Mapping, Sequence, Set
@@ -15,7 +15,7 @@ from lightning_drive.compaction.tracing import trace
 
 
 def shrunk(module: nn.Module, example: Example) -> nn.Module:
-    """Remove what can go until nothing can, and leave alone what would not return the same outputs."""
+    """Remove channels until no more can be removed, and leave those whose removal changes the outputs."""
     left: set[str] = set()
     while True:
         attempt = copy.deepcopy(module)
@@ -35,7 +35,7 @@ def shrunk(module: nn.Module, example: Example) -> nn.Module:
 
 
 class _Step(NamedTuple):
-    """What a round did."""
+    """The outcome of one round."""
 
     changed: list[str]
     """The groups in which something was folded or removed."""
@@ -85,9 +85,9 @@ def _unread_(group: Group) -> Tensor:
 
 
 def _is_unread(module: nn.Module, example: Example, groups: Sequence[Group], unread: Mapping[str, Tensor]) -> bool:
-    """Whether outputs stay the same with anything at all in the channels that nothing reads.
+    """Whether outputs stay the same whatever is in the channels that nothing reads.
 
-    What the graph does not show would be seen here, such as a channel that is read without its gradient.
+    This reveals what the graph does not show, such as a channel that is read without its gradient.
     """
     generator = torch.Generator().manual_seed(0)
     places = []

@@ -53,14 +53,14 @@ class Trace:
         return self._shapes.get(node.module) or autograd_nodes.output_shape(node.grad_fn)
 
     def constants(self, layer: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what some input channels of a layer were, and whether each was the same number everywhere."""
+        """Return the values of some input channels of a layer, and whether every channel had one value throughout."""
         low, high = (bound[index] for bound in self._ranges[layer])
         tolerance = _UNIFORM.get(low.dtype, -1.0)
         return (low + high) / 2, (high - low) <= tolerance * high.abs().clamp(min=low.abs())
 
 
 class _OneOperation(torch.autograd.Function):
-    """A layer as one node of the graph. It is never gone through backwards."""
+    """A layer as one node of the graph. No backward pass runs through it."""
 
     @staticmethod
     def forward(ctx: Any, run: Any, input: Tensor, *parameters: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class _Border(torch.autograd.Function):
 
 
 def trace(module: nn.Module, inputs: Sequence[Any]) -> tuple[DependencyGraph, Trace]:
-    """Run a module on all inputs, and return its graph, of the first, and what its layers were given.
+    """Run a module on all inputs; return the graph of the first run, and the inputs of all layers.
 
     Raise if it returns nothing with a gradient, a part of it does not run, or torch-pruning cannot follow it.
     """
@@ -137,7 +137,7 @@ def _begin(value: Tensor) -> Tensor:
 
 
 def _check_used(module: nn.Module, outputs: Sequence[Tensor]) -> None:
-    """Raise if a part of a module did not run: nobody knows what it would have read."""
+    """Raise if a part of a module did not run, since the channels that it reads are unknown."""
     used = autograd_nodes.leaves_behind(outputs)
     unused = [
         name for name, parameter in module.named_parameters() if parameter.is_floating_point() and parameter not in used

@@ -1,1 +1,1 @@
-"""Tensors and numbers: settings, schedules, scores, selection, masks, and what several processes share."""
+"""Tensors and numbers: settings, schedules, scores, selection, masks, and the processes of a run."""

@@ -25,7 +25,7 @@ Control: TypeAlias = Literal["none", "shuffle", "reinit"]
 
 
 def check_count(argument: str, value: object, *, least: int | None = 1) -> int:
-    """Return a whole number of at least ``least`` (``None``: any) as an ``int``; raise a ``ValueError`` for all else.
+    """Return a whole number of at least ``least`` (``None``: any) as an ``int``; raise a ``ValueError`` otherwise.
 
     Example:
         >>> import numpy as np
@@ -41,7 +41,7 @@ def check_count(argument: str, value: object, *, least: int | None = 1) -> int:
 
 
 def check_number(argument: str, value: object, condition: str = "must be a number") -> float:
-    """Return a real number as a ``float``; raise a ``TypeError`` that states the condition for all else."""
+    """Return a real number as a ``float``; raise a ``TypeError`` that states the condition otherwise."""
     number = _plain(value)
     if isinstance(number, bool) or not isinstance(number, Real):
         raise TypeError(f"`{argument}` {condition}, got {_shown(value)}.")
@@ -49,7 +49,7 @@ def check_number(argument: str, value: object, condition: str = "must be a numbe
 
 
 def check_flag(argument: str, value: object) -> bool:
-    """Return ``True`` or ``False`` as a ``bool``; raise a ``TypeError`` for all else."""
+    """Return ``True`` or ``False`` as a ``bool``; raise a ``TypeError`` otherwise."""
     flag = _plain(value)
     if not isinstance(flag, bool):
         raise TypeError(f"`{argument}` must be True or False, got {_shown(value)}.")

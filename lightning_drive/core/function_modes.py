@@ -15,9 +15,9 @@ from typing_extensions import Self
 class FunctionMode(TorchFunctionMode):
     """A mode that an interrupt cannot leave behind; subclasses change calls in :meth:`run`.
 
-    torch takes a mode off its stack while it runs, and an interrupt there keeps it off, or brings it back as late as
-    when the interrupt has been dealt with. So leaving a mode that is not on the stack raises nothing (an error would
-    hide the interrupt), and a mode that comes back after it was left does nothing.
+    torch takes a mode off its stack while it runs, and an interrupt then keeps it off, or brings it back only after the
+    interrupt was handled. So leaving a mode that is not on the stack raises nothing (an error would hide the
+    interrupt), and a mode that comes back after it was left does nothing.
     """
 
     _is_on = False
@@ -94,8 +94,8 @@ def set_aside() -> Generator[None]:
 def backward(loss: Tensor) -> None:
     """Run the backward pass of a loss, a tensor of one number, under the modes that are on.
 
-    ``loss.backward()`` is a function of torch as any other, in which the innermost mode is off. A checkpoint
-    (``torch.utils.checkpoint``) would then compute something else in it than before.
+    Like any function of torch, ``loss.backward()`` runs without the innermost mode, so a checkpoint
+    (``torch.utils.checkpoint``) would compute something else in it than in the forward pass.
     """
     if type(loss) in (Tensor, nn.Parameter):
         ones = (torch.ones_like(loss),)

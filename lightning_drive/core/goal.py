@@ -1,4 +1,4 @@
-"""What a pruning is to reach: a sparsity, on a schedule, with weights ranked in one scope."""
+"""The goal of a pruning: a sparsity, reached on a schedule, with weights ranked in a scope."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -79,7 +79,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Generator[None]:
-        """Make an error of one rank an error of all: the others would wait for it without end.
+        """Make an error of one rank an error of all, since the others would wait for it forever.
 
         Inside, every rank works by itself. The rank whose work failed raises its own error, and the others a
         ``RuntimeError``.

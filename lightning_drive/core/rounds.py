@@ -42,7 +42,7 @@ class Round:
 
 @dataclass(frozen=True)
 class ScoreHistogram:
-    """How the scores of one round lay, in bins of equal width on a logarithmic axis.
+    """The distribution of the scores of one round, in bins of equal width on a logarithmic axis.
 
     Only weights that earlier rounds had left have a score here.
 

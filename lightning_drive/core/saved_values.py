@@ -1,4 +1,4 @@
-"""Read values from files that may be damaged or of another program, and raise one ``ValueError`` for every odd form."""
+"""Read values from files that may be damaged or of another program; any unexpected form is a ``ValueError``."""
 
 import hashlib
 from collections.abc import Callable, Mapping

@@ -1,1 +1,1 @@
-"""Files: write and read sparse files, and read checkpoints without running code that is in them."""
+"""Files: write and read sparse files, and read checkpoints without running code in them."""

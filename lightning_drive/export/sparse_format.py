@@ -42,7 +42,7 @@ _AS_BYTES = (
 
 
 def stored_form(name: str, tensor: Tensor, taken: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors to write for a tensor, and the entry that says what they are.
+    """Return the tensors to write for a tensor, and the entry that describes them.
 
     It is stored whole where bits and values would be no smaller, or have a name that another tensor has ``taken``.
     """
@@ -94,7 +94,7 @@ def dense(name: str, entry: Mapping[str, Any], stored: Mapping[str, Tensor]) -> 
 
 
 class DamagedError(Exception):
-    """The parts of a tensor do not fit together: the message says how."""
+    """An error about parts of a tensor that do not fit together; the message names them."""
 
 
 def _words(flat: Tensor) -> Tensor:

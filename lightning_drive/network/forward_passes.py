@@ -46,7 +46,7 @@ class ForwardPass:
 
     @classmethod
     def of(cls, given: Any, source: str = "the example input", *, whole: bool = False) -> "ForwardPass":
-        """Return one that calls the network with given arguments.
+        """Return a forward pass that calls the network with given arguments.
 
         Args:
             given: A forward pass, which is returned; or the argument, a tuple of arguments or a mapping of keyword
@@ -70,7 +70,7 @@ class ForwardPass:
     def recorded(
         cls, calls: Sequence[tuple[str, Arguments | None]], loss_fn: LossFunction, batch: Any
     ) -> list["ForwardPass"]:
-        """Return some that call the network as a loss does, the cheapest first; none if it called no submodule.
+        """Return forward passes that call the network as a loss does, cheapest first; none if it calls no submodule.
 
         ``calls`` are what :func:`lightning_drive.network.outermost_calls.recording` saw of ``loss_fn(module, batch)``.
         """
@@ -83,7 +83,7 @@ class ForwardPass:
 
     @classmethod
     def guessed(cls, module: nn.Module, batch: Any) -> list["ForwardPass"]:
-        """Return some that call the network with a batch, or with a part of it, the likeliest first.
+        """Return forward passes that call the network with a batch or a part of it, the likeliest first.
 
         Entries of a mapping go by name where ``forward`` has arguments of these names; else the first tensor of the
         batch is the input, by the field's convention; else all of it.

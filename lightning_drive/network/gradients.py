@@ -28,7 +28,7 @@ def loss_gradients(
 ) -> dict[str, Tensor]:
     """Sum the loss gradients over batches, with the weights as they are now.
 
-    Gradients, not scores, are summed: several small batches then give what one large batch gives, up to the mean
+    Gradients, not scores, are summed: several small batches then have the gradient of one large batch, up to the mean
     inside the loss. A forward and a backward pass leave traces, so the module should be a replica
     (:func:`lightning_drive.network.undisturbed.undisturbed`); its ``.grad`` fields must be ``None``. ``skip`` is called
     with the reason for every batch that cannot be scored by: without a loss, or with one that no prunable parameter has

@@ -36,8 +36,8 @@ def hooked(
 ) -> Iterator[None]:
     """Have outermost calls take the arguments that ``before`` returns, and pass what they return to ``after``.
 
-    ``counts`` says of one after another whether it counts, ``None`` that all do; others are left alone, and so are
-    those after its end.
+    ``counts`` has for one call after another whether it counts; ``None``: all do. Calls that do not count, and those
+    after its end, are left alone.
     """
     running: list[bool] = []  # whether the calls that are under way count
 

@@ -1,4 +1,4 @@
-"""What the name of a parameter says of it."""
+"""Recognise parameters by their names."""
 
 
 def is_bias(name: str) -> bool:

@@ -55,7 +55,7 @@ def active_masks(module: nn.Module, masks: Mapping[str, Tensor], example_input: 
     with torch.enable_grad(), PathRules():
         total = summed(_marked_outputs(replica.module, ForwardPass.of(example_input)))
     if not total.requires_grad:
-        raise ValueError("Nothing that is sent into the network arrives at what it returns.")
+        raise ValueError("Nothing of the input reaches the output of the network.")
     total.backward()  # type: ignore[no-untyped-call]
     return {name: reached[name] if name in reached else mask.clone() for name, mask in masks.items()}
 

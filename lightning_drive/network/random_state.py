@@ -30,7 +30,7 @@ class RandomState:
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def put_back(self) -> None:
-        """Return to it; doing it twice does no harm."""
+        """Restore this random state; a second call changes nothing."""
         random.setstate(self._states[0])
         if self._numpy:
             self._numpy.random.set_state(self._states[1])

@@ -26,7 +26,7 @@ class Settings:
             torch.set_autocast_enabled(device_type, False)
 
     def put_back(self) -> None:
-        """Return to the settings; doing it twice does no harm."""
+        """Restore the settings; a second call changes nothing."""
         while torch._C._len_torch_function_stack() > self._modes:  # an interrupt kept one from leaving
             torch._C._pop_torch_function_stack()
         for device_type, is_on in self._autocast.items():

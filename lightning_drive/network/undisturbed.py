@@ -29,7 +29,7 @@ class Scored(NamedTuple):
 def undisturbed(
     module: nn.Module, mode: Mode = "train", known: Mapping[int, object] | None = None
 ) -> Generator[Scored]:
-    """Yield a replica of a module to score, with all settings of this thread as scoring wants them.
+    """Yield a replica of a module to score, with all settings of this thread as scoring needs them.
 
     The module is only read, so whoever saves, copies or interrupts meanwhile finds what was there before. The replica
     has no gradients, its parameters and buffers are held in float32 or more, Dropout is off, what ``torch.compile``

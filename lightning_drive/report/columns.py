@@ -1,4 +1,4 @@
-"""The columns of the report's table: their titles, their order, and what stands in a cell."""
+"""The columns of the report's table: their titles, their order, and the text of their cells."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

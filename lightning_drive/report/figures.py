@@ -109,7 +109,7 @@ def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round],
 
 
 def scores(histogram: ScoreHistogram, threshold: float | None, method: str) -> "Figure":
-    """Draw how the scores of the last round lay, and the threshold; it is ``None`` if each layer has its own."""
+    """Draw the distribution of the scores in the last round, and the threshold, ``None`` if each layer has its own."""
     figure = _figure(4.2)
     axes = figure.add_subplot()
     step = (histogram.high - histogram.low) / len(histogram.kept)

@@ -47,7 +47,7 @@ class LayerReport:
 
     @property
     def nonzero_bytes(self) -> int | None:
-        """The memory of the kept weights, and of a mask of one bit per weight that says which ones they are."""
+        """The memory of the kept weights, and of a mask with one bit per weight."""
         return None if self.itemsize is None else self.num_kept * self.itemsize + (self.num_weights + 7) // 8
 
 

@@ -78,7 +78,7 @@ class PruningPlan:
 
     @property
     def when(self) -> str:
-        """The moment of the last round, to be put into a sentence."""
+        """The time of the last round, in words for a sentence."""
         if self.first_step is not None:
             return f"before step {self.first_step}"
         return f"at the start of epoch {self.last_epoch} (counted from 0)"

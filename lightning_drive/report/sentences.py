@@ -59,7 +59,7 @@ def memory(dense: int, nonzero: int | None) -> str:
 
 
 def seconds_by_phase(phases: Mapping[str, float]) -> str:
-    """Return where the time went."""
+    """Return the seconds of every phase."""
     return "seconds: " + ", ".join(
         f"{labels.PHASES.get(phase, phase)} {seconds:.1f}" for phase, seconds in phases.items()
     )

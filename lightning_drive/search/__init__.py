@@ -1,1 +1,1 @@
-"""Find masks for a module, without Lightning: methods, the rounds that they share, and what can go wrong in them."""
+"""Find masks for a module without Lightning: methods, the loop that they share, and the diagnosis of its outcome."""

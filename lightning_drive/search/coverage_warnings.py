@@ -10,14 +10,13 @@ from lightning_drive.network.costs import Costs
 
 
 def warnings(module: nn.Module, masks: Masks, others: Sequence[str], costs: Costs) -> Iterator[str]:
-    """Yield a warning where products are dense again, and one if most matrices (``others``) are not prunable."""
+    """Warn if products are dense again, and if matrices that stay dense (``others``) hold most of the weights."""
     if costs.dense_again:
         names = costs.dense_again
         yield (
-            f"{listed(map(repr, names))} {'is' if len(names) == 1 else 'are'} not what the network multiplies with: it"
-            " computes other weights from them (standardised or centred ones, or with something added, say), which are"
-            f" not 0 where the masks prune. Leave them out with `exclude={[*names]}`, or let the layer compute with a"
-            " weight whose zeros stay zeros."
+            f"The network does not multiply by {listed(map(repr, names))} directly: it computes other weights from them"
+            " (by standardising, centring or adding, for example), which are not 0 where the masks prune. Leave them"
+            f" out with `exclude={[*names]}`, or let the layer use a weight whose zeros stay zeros."
         )
     matrices = {name: parameter for name, parameter in module.named_parameters() if name in others}
     sizes = {name: parameter.numel() for name, parameter in matrices.items()}
@@ -35,17 +34,17 @@ def warnings(module: nn.Module, masks: Masks, others: Sequence[str], costs: Cost
 
 
 def _remedy(masks: Masks, dense: Sequence[str], complex_: Sequence[str], costs: Costs) -> str:
-    """Return how to prune the matrices that the network multiplies with."""
+    """Return how to prune the matrices that the network multiplies by, or why they cannot be pruned."""
     multiplied = [name for name in dense if name in costs.in_products and name not in complex_]
     looked_up = [name for name in dense if name not in multiplied]
     if complex_ and not multiplied:
         return " Complex weights cannot be pruned: scores are defined for real ones."
     if not costs.in_products:
-        return " Name those that are to be pruned with `include`."
+        return " Select those to prune with `include`."
     if not multiplied:
-        return " The network does not multiply with them: it looks them up or adds them."
+        return " The network does not multiply by them: it looks them up or adds them."
     if not looked_up:
-        return ' Prune them, too, with `include=["*"]`.'
+        return ' To prune them, too, set `include=["*"]`.'
     if len(looked_up) <= len(multiplied) + len(masks):
-        return f' Prune what the network multiplies with by `include=["*"], exclude={looked_up}`.'
-    return f" Prune what the network multiplies with by `include={[*masks, *multiplied]}`."
+        return f' To prune all that the network multiplies by, set `include=["*"], exclude={looked_up}`.'
+    return f" To prune all that the network multiplies by, set `include={[*masks, *multiplied]}`."

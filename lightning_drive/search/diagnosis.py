@@ -1,4 +1,4 @@
-"""Diagnose the masks that a search found: collapsed layers, cuts by position, active weights, costs."""
+"""Diagnose the outcome of a search: collapsed layers, cuts by position, active weights, costs."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from lightning_drive.search.vanishing_scores import Causes
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What masks mean for the network that they were found for."""
+    """What masks mean for their network."""
 
     active: Masks | None
     """The kept weights on an input-output path; ``None`` if paths could not be followed."""
@@ -30,7 +30,7 @@ class Diagnosis:
 
 
 def diagnose(network: Network, method: Method, goal: Goal, found: Found, others: Sequence[str] = ()) -> Diagnosis:
-    """Measure what masks mean for a network that is masked with them; ``others`` names matrices that stay dense."""
+    """Diagnose masks, which the network already has on; ``others`` names matrices that stay dense."""
     masks, history = found.masks, found.history
     causes = _causes(network, method, masks, history)
     forward_pass, path_error = _forward_pass(network)
@@ -49,7 +49,7 @@ def diagnose(network: Network, method: Method, goal: Goal, found: Found, others:
 
 
 def _causes(network: Network, method: Method, masks: Masks, history: History) -> Causes:
-    """Find what took the scores of collapsed layers away; of all layers, where the cut fell inside zeros."""
+    """Find why the scores of collapsed layers vanished, or those of any layer if the cut fell inside zeros."""
     if not network.reached or network.is_sharded or not network.ranks_agree:
         return Causes()
     all_suffer = network.ranks.broadcast(bool(history.zero_cuts))
@@ -58,15 +58,15 @@ def _causes(network: Network, method: Method, masks: Masks, history: History) ->
 
 
 def _forward_pass(network: Network) -> tuple[ForwardPass | None, str | None]:
-    """Find the way of data through the network, or return why there is none."""
+    """Return the forward pass to follow data along, or why it is not known; neither if weights are sharded."""
     try:
         return (None if network.is_sharded else network.forward_pass()), None
-    except Exception as error:  # the user's own batches, or a lack of them
+    except Exception as error:  # from the user's own batches, or the lack of them
         return None, str(error)
 
 
 def _zero_cuts(history: History, method: Method) -> Iterator[str]:
-    """Warn of cuts that position decided."""
+    """Warn of cuts in which position decided."""
     if not history.zero_cuts:
         return
     hint = "Layers that start at zero, and kernel taps that only ever see padding, have such scores."
@@ -82,7 +82,7 @@ def _zero_cuts(history: History, method: Method) -> Iterator[str]:
 
 
 def _collapses(masks: Masks, active: Masks | None, explained: Collection[str], remedy: str) -> Iterator[str]:
-    """Warn of layer collapse, with what commonly helps, unless it is explained otherwise."""
+    """Warn of layer collapse, with a remedy unless another warning explains it."""
     empty = collapsed_layers(masks)
     is_explained = bool(empty) and set(empty) <= set(explained)
     helps = "" if is_explained else remedy
@@ -93,17 +93,17 @@ def _collapses(masks: Masks, active: Masks | None, explained: Collection[str], r
 
 
 def _remedy(goal: Goal, more: str) -> str:
-    """Return what commonly helps against a collapse; ``more`` names what scores improve with, if anything."""
+    """Return a remedy for a collapse; ``more`` is what improves the scores, such as "More rounds", or empty."""
     if goal.scope == "layerwise":
         return f" {more} or a lower `sparsity` commonly help." if more else " A lower `sparsity` commonly helps."
     return f" {f'{more}, a' if more else 'A'} lower `sparsity` or `scope='layerwise'` commonly help."
 
 
 def _unknown_paths(names: Sequence[str]) -> Iterator[str]:
-    """Warn of parameters without a path in the dense network either."""
+    """Warn of parameters without a path even in the dense network."""
     if names:
         yield (
-            f"No path through {listed(map(repr, names), most=4)} was found even without masks: what is sent through the"
-            " network to find paths does not arrive there, or not from there at the end. All that is kept there counts"
-            " as active in the effective sparsity."
+            f"No path through {listed(map(repr, names), most=4)} was found even without masks: the values sent through"
+            " the network to find paths do not reach them, or do not get from them to the output. All that is kept in"
+            " them counts as active in the effective sparsity."
         )

@@ -38,11 +38,11 @@ def find_masks(
     example_input: Any = None,
     on_round: Callable[[int, Masks], None] | None = None,
 ) -> Masks:
-    """Find which weights of any torch module to keep. The module is left exactly as it was; nothing is pruned yet.
+    """Find which weights of a torch module to keep; the module stays exactly as it was, and nothing is pruned yet.
 
     After round ``n`` of ``N`` exactly ``round(P * density_n)`` of the ``P`` prunable weights are kept (at least 1), a
-    pruned weight never returns, and the module's weights stand still: Algorithm 1 of DRIVE and of SynFlow. Weights,
-    gradients, buffers, modes and random state are bit for bit as before, also after an error or an interrupt.
+    pruned weight never returns, and the module's weights do not change: Algorithm 1 of DRIVE and of SynFlow. Weights,
+    gradients, buffers, modes and random state are bit for bit as before, even after an error or an interrupt.
 
     Args:
         module: The network.
@@ -50,9 +50,8 @@ def find_masks(
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
         batches: What ``loss_fn`` takes, read in order, ``method.batches_per_round`` in each round; a finite iterable
             is cycled. ``DRIVE`` and ``SNIP`` need it.
-        loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor. ``DRIVE`` and ``SNIP`` need it. A batch for which
-            it returns ``None``, or a loss that no prunable parameter has a gradient of, is skipped: the next one is
-            taken in its place.
+        loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor. ``DRIVE`` and ``SNIP`` need it. A batch is skipped
+            for the next one if the function returns ``None`` for it, or a loss that depends on no prunable parameter.
         masks: Continue from these masks, at their sparsity, instead of from the dense network.
         schedule: ``"exponential"`` removes the same fraction of the survivors in every round, ``"linear"`` the same
             number of weights.
@@ -67,12 +66,12 @@ def find_masks(
         on_round: Called after every round with its index, from 1, and the masks so far.
 
     Returns:
-        The masks, on the devices of their parameters. ``masks.apply_(module)`` prunes. Parameters that the loss has
-        no gradient for in any round have none: they stay dense, and masks are found a second time without them.
+        The masks, on the devices of their parameters; ``masks.apply_(module)`` prunes. Parameters that have no
+        gradient in any round have no mask either: they stay dense, and masks are found once more without them.
 
     Raises:
-        ValueError: If an argument is out of range, nothing is prunable, there is nothing to score on in a whole pass
-            over ``batches``, the loss or a score is not finite, every score is zero, or ``masks`` do not fit.
+        ValueError: If an argument is out of range, nothing is prunable, all of a whole pass over ``batches`` is
+            skipped, the loss or a score is not finite, every score is zero, or ``masks`` do not fit.
         TypeError: If an argument has the wrong type.
 
     Warns:
@@ -106,13 +105,13 @@ def find_masks(
     def opened(names: Sequence[str]) -> AbstractContextManager[Network]:
         return Network.of(module, names, method.mode, batches=passes, loss_fn=loss_fn, example_input=example)
 
-    found, diagnosis = search_reached(opened, method, goal, [*names], masks=masks, others=others, on_round=on_round)
-    texts = [*found.warnings, *diagnosis.warnings]
+    outcome, diagnosis = search_reached(opened, method, goal, [*names], masks=masks, others=others, on_round=on_round)
+    texts = [*outcome.warnings, *diagnosis.warnings]
     if diagnosis.path_error and example_input is not None:
         texts.append(f"Input-output paths could not be followed from {diagnosis.path_error}")
     for text in texts:
         warnings.warn(text, stacklevel=2)
-    return found.masks
+    return outcome.masks
 
 
 def search_reached(
@@ -127,25 +126,25 @@ def search_reached(
     only_round: int | None = None,
     shuffle: torch.Generator | None = None,
 ) -> tuple[Found, Diagnosis]:
-    """Search, and once more without the parameters that had no gradient in any round; then diagnose the outcome.
+    """Search, once more without the parameters that had no gradient in any round, and diagnose the outcome.
 
-    The masks are those that excluding these parameters gives: counts refer to what is trained. ``opened`` returns the
-    network with the named parameters, on the same batches each time. ``others`` names matrices that are trained and
-    stay dense. ``shuffle`` puts the masks in a random order within each parameter. For the rest see :func:`search`.
+    The masks are the same as if these parameters had been excluded, so counts refer to what is trained. ``opened``
+    returns the network with the named parameters, always on the same batches. ``others`` names matrices that are
+    trained and stay dense. ``shuffle`` shuffles the masks within each parameter. For the rest see :func:`search`.
     """
     left_out: set[str] = set()
     while True:
         reached = [name for name in names if name not in left_out]
         start = masks and {name: mask for name, mask in masks.items() if name not in left_out}
         with opened(reached) as network:
-            found = search(network, method, goal, masks=start, on_round=on_round, only_round=only_round)
-            if not found.history.unreached:
+            outcome = search(network, method, goal, masks=start, on_round=on_round, only_round=only_round)
+            if not outcome.history.unreached:
                 if shuffle is not None:
-                    found = replace(found, masks=found.masks.shuffled(shuffle))
-                diagnosis = diagnose(network, method, goal, found, others)
+                    outcome = replace(outcome, masks=outcome.masks.shuffled(shuffle))
+                diagnosis = diagnose(network, method, goal, outcome, others)
                 break
-        left_out.update(found.history.unreached)
+        left_out.update(outcome.history.unreached)
     if left_out:
         in_order = [name for name in names if name in left_out]
-        found.warnings.insert(0, unscored_parameters.unreached(in_order, names, method))
-    return found, diagnosis
+        outcome.warnings.insert(0, unscored_parameters.unreached(in_order, names, method))
+    return outcome, diagnosis

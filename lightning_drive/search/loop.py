@@ -17,7 +17,7 @@ from lightning_drive.search.scored_network import Network
 
 @dataclass(frozen=True)
 class ZeroCut:
-    """A cut that fell inside exact zeros, so that position decided what is kept."""
+    """A cut that fell inside exact zeros, so that position decided which of them to keep."""
 
     round_index: int
     parameter: str
@@ -33,17 +33,17 @@ class History:
 
     rounds: tuple[Round, ...]
     scores: ScoreHistogram | None
-    """How the scores of the last round lay; ``None`` if they were all zero."""
+    """The distribution of the scores in the last round; ``None`` if they were all zero."""
     zero_cuts: tuple[ZeroCut, ...]
-    """Those that decided what is kept in the end."""
+    """The cuts that decided which weights are kept in the end."""
     near_zero: Mapping[str, float]
     """Parameters that were near or exactly 0 throughout though they were not pruned, with their largest value."""
     silent: frozenset[str]
     """Names of parameters that had weights and scored 0 throughout in the first round."""
     unreached: tuple[str, ...]
-    """Names of the parameters that had no gradient in any round: masks are to be found without them."""
+    """Names of the parameters that had no gradient in any round: the search has to run again without them."""
     is_cycle: bool
-    """Whether this was a single one of the method's rounds, with training before the next."""
+    """Whether the search did one of the method's rounds only, with training before the next."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def search(
     on_round: Callable[[int, Masks], None] | None = None,
     only_round: int | None = None,
 ) -> Found:
-    """Find masks: Algorithm 1 of DRIVE and of SynFlow. The network is masked with them afterwards.
+    """Find masks by Algorithm 1 of DRIVE and of SynFlow, and leave the network masked with them.
 
-    ``masks`` are those to start from. ``on_round`` is called after every round with its index, from 1, and this rank's
-    part of the masks. ``only_round`` does a single one of the method's rounds, from the masks of those before it.
+    ``masks`` are the masks to start from. ``on_round`` is called after every round with its index, from 1, and this
+    rank's part of the masks. ``only_round`` is the one round to do, from the masks of the rounds before it.
     """
     current = network.starting_masks(masks, goal.sparsity)
     start = min(Masks(masks).sparsity, goal.sparsity)  # rounding may have taken one weight more
@@ -89,7 +89,7 @@ def search(
             if index == indices[-1]:
                 thresholds = [ranking.threshold for ranking in cut.rankings.values()]
                 recorder.scores = score_histogram(scores, current, cut.masks, thresholds, network.holders)
-            del scores  # or they would be there beside the next gradients
+            del scores  # or they would take memory beside the next gradients
             current = cut.masks
             network.mask_(current)
             recorder.add(index, cut)
@@ -109,9 +109,9 @@ class _Cut:
 
     masks: Masks
     rankings: dict[str, Ranking]
-    """By parameter name; a single one, of the name ``""``, where all parameters are ranked together."""
+    """By parameter name; one under the name ``""`` where all parameters are ranked together."""
     num_alive: dict[str, int]
-    """How many weights every parameter had before."""
+    """How many weights every parameter had before the cut."""
 
     def zero_cuts(self, round_index: int) -> Iterator[ZeroCut]:
         for name, ranking in self.rankings.items():
@@ -127,7 +127,7 @@ def _cut(
     goal: Goal,
     near_zero: Mapping[str, float],
 ) -> _Cut:
-    """Keep the survivors that score highest, as many as the density says of all prunable weights."""
+    """Keep the survivors with the highest scores: ``density`` times the number of all prunable weights."""
     sizes, holders = network.num_weights(), network.holders
     alive = dict(zip(masks, counting.count_each(masks.values(), holders), strict=True))
     own = alive if holders.size == 1 else None
@@ -159,7 +159,7 @@ class _Recorder:
         self._first_round = 0
         self._last_round = 0
         self._zeros_stay = True
-        """Whether no score that was zero is known to have been higher with a later batch."""
+        """Whether no weight that scored zero in one round is known to have scored higher in a later one."""
 
     def add(self, round_index: int, cut: _Cut) -> None:
         for name, before in self._rankings.items():
@@ -173,7 +173,7 @@ class _Recorder:
         self._first_round, self._last_round = self._first_round or round_index, round_index
 
     def history(self, masks: Masks, unreached: Iterable[str], *, is_cycle: bool) -> History:
-        """Return what was recorded. A zero that stays one goes before all others in later rounds."""
+        """Return the history. If zeros stayed zeros, they go first, so only a zero cut in the last round matters."""
         with function_modes.set_aside():
             counts = [*self._counts, counting.count_each(masks.values())]
         last = [cut for cut in self._zero_cuts if cut.round_index == self._last_round]

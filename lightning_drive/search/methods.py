@@ -22,22 +22,22 @@ class Method(Protocol):
 
     A method may have a class attribute ``reads``: ``"loss"`` if it scores by gradients of a loss on batches,
     ``"shape"`` if by the shape of the input, ``"weights"`` if by the weights alone. Without it, a method with
-    ``batches_per_round`` is taken to read a loss, any other the weights.
+    ``batches_per_round`` reads a loss, and any other the weights alone.
     """
 
     @property
     def rounds(self) -> int:
-        """How many score-and-mask rounds, at least 1."""
+        """The number of rounds of score, cut and mask, at least 1."""
 
     @property
     def mode(self) -> Mode:
         """The mode of the module while it is scored."""
 
     def score(self, network: Network) -> dict[str, Tensor]:
-        """Score every prunable weight once, higher is kept.
+        """Score every prunable weight; the highest scores are kept.
 
         Args:
-            network: The network with what is pruned so far.
+            network: The network, with the masks of earlier rounds on it.
 
         Returns:
             Parameter name to non-negative finite scores in the parameter's shape.
@@ -70,9 +70,9 @@ class DRIVE:
 
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.core.scores.drive` on the next batches."""
-        found = network.loss_gradients(self.batches_per_round)
-        scores.snip_each_([*network.weights.values()], [*found.values()])
-        return found
+        gradients = network.loss_gradients(self.batches_per_round)
+        scores.snip_each_([*network.weights.values()], [*gradients.values()])  # written over the gradients
+        return gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +98,9 @@ class SNIP:
 
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.core.scores.snip` on the next batches."""
-        found = network.loss_gradients(self.batches_per_round)
-        scores.snip_each_([*network.weights.values()], [*found.values()])
-        return found
+        gradients = network.loss_gradients(self.batches_per_round)
+        scores.snip_each_([*network.weights.values()], [*gradients.values()])  # written over the gradients
+        return gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,8 @@ class SynFlow:
 
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by :func:`lightning_drive.core.scores.synflow` in float64."""
-        weights, found, total = network.synaptic_flow()
-        if total == 0 or not any(gradient.any() for gradient in found.values()):
+        weights, flows, total = network.synaptic_flow()
+        if total == 0 or not any(flow.any() for flow in flows.values()):
             cause = " ".join(network.warnings) or (
                 "A layer is zero-initialised or empty, or the input is integer-valued; start from weights that are not"
                 " zero, for example after a warm-up."
@@ -130,7 +130,7 @@ class SynFlow:
             where = "no signal reaches the output" if total == 0 else "but it does not depend on any weight"
             raise ValueError(f"The synaptic flow R is {total:g}: {where}. {cause}")
         with function_modes.set_aside():
-            return {name: scores.synflow(weight, found[name], out=found[name]) for name, weight in weights.items()}
+            return {name: scores.synflow(weight, flows[name], out=flows[name]) for name, weight in weights.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class Magnitude:
     """Magnitude pruning, the criterion of IMP (Frankle & Carbin, 2019): no data.
 
     Args:
-        rounds: Number of rounds, at least 1. Weights stand still, so more than one changes nothing but rounding.
+        rounds: Number of rounds, at least 1. The weights do not change between rounds, so only rounding depends on it.
 
     """
 
@@ -156,13 +156,13 @@ class Magnitude:
 
 @dataclass(frozen=True, kw_only=True)
 class Random:
-    """Random pruning, the control every method must beat: no data, the same masks on every device.
+    """Random pruning, the control that every method must beat: no data, and the same masks on every device.
 
     Args:
         rounds: Number of rounds, at least 1. Scores are the same in each.
         seed: Seed of the scores; the global random state is neither used nor changed.
-        like: Keep as many weights of every parameter as these masks do, where ``sparsity`` and scope are theirs, too;
-            the same as :meth:`Masks.shuffled`. By default all weights have the same chance.
+        like: Masks; keep as many weights of every parameter as they do, if ``sparsity`` and scope are theirs as well:
+            the same as :meth:`Masks.shuffled`. Default: all weights have the same chance.
 
     """
 
@@ -179,12 +179,12 @@ class Random:
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score by uniform random numbers drawn on the CPU."""
         generator = torch.Generator().manual_seed(self.seed)
-        found = {
+        uniform = {
             name: network.part(name, torch.rand(network.shape(name), generator=generator)).to(weight.device)
             for name, weight in network.weights.items()
         }
         if self.like is None:
-            return found
+            return uniform
         if self.like.keys() != network.weights.keys():
             different = listed(sorted(self.like.keys() ^ network.weights.keys()))
             raise ValueError(
@@ -192,11 +192,11 @@ class Random:
             )
         self.like.parameters_of(network.module)  # or an error that names the shape that differs
         preferred = self.like.shuffled(generator)
-        return {name: score + network.part(name, preferred[name]).to(score.device) for name, score in found.items()}
+        return {name: score + network.part(name, preferred[name]).to(score.device) for name, score in uniform.items()}
 
 
 def check_method(method: Method) -> None:
-    """Raise TypeError if this is not a method, but, for example, the class itself, or lacks what a method has."""
+    """Raise TypeError if a method lacks an attribute of one, or is a class in place of an instance."""
     given: Any = method
     if isinstance(given, type) or not isinstance(given, Method):
         lacks = [repr(name) for name in ("rounds", "mode", "score") if not hasattr(given, name)]
@@ -208,7 +208,7 @@ def check_method(method: Method) -> None:
 
 
 def reads(method: Method) -> Reads:
-    """Return what a method scores by; raise ValueError if its ``reads`` is none of the choices."""
+    """Return what a method scores by; raise ValueError if its ``reads`` is not one of the choices."""
     declared = getattr(method, "reads", None)
     if declared is None:
         return "loss" if hasattr(method, "batches_per_round") else "weights"
@@ -217,12 +217,12 @@ def reads(method: Method) -> Reads:
 
 
 def num_passes(method: Method) -> int:
-    """Return how many forward and backward passes a method takes to score."""
+    """Return the number of forward and backward passes in which a method scores."""
     return 0 if reads(method) == "weights" else method.rounds * getattr(method, "batches_per_round", 1)
 
 
 def with_fewer_rounds(method: Method, most: int) -> Method:
-    """Return the method with at most so many rounds, if it is a dataclass of settings; else as it is."""
+    """Return the method with at most ``most`` rounds if it is a dataclass with this setting, or else unchanged."""
     settings: Any = method
     if is_dataclass(settings) and any(setting.name == "rounds" and setting.init for setting in fields(settings)):
         return replace(settings, rounds=min(method.rounds, most))  # type: ignore[return-value, type-var]

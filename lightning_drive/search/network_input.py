@@ -1,4 +1,4 @@
-"""What the network takes: the example that was given, what the loss calls it with, or a guess from the first batch."""
+"""The input of the network: the given example, what the loss calls it with, or a guess from the first batch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from lightning_drive.search.scoring_batches import ScoringBatches
 
 
 class NetworkInput:
-    """The input of a network, found once.
+    """The input of a network, determined once.
 
     Args:
         module: The network.
@@ -44,7 +44,7 @@ class NetworkInput:
         self._forward_pass: ForwardPass | None = None
 
     def loss(self, module: Any, batch: Any) -> Tensor | None:
-        """Compute the loss of a batch, and record the first time what it calls the network with."""
+        """Compute the loss of a batch; the first time, record what it calls the network with."""
         assert self._loss_fn is not None
         if self._recorded:
             return self._loss_fn(module, batch)
@@ -55,7 +55,7 @@ class NetworkInput:
                 self._recorded = ForwardPass.recorded(calls, self._loss_fn, batch)
 
     def example(self) -> Any:
-        """Return the example that was given, or the first tensor of the first batch; raise ValueError without both."""
+        """Return the given example, or the first tensor of the first batch; raise ValueError if there is neither."""
         if self._example is not None:
             return self._example
         tensors = containers.leaves(self._first_batch())
@@ -64,10 +64,10 @@ class NetworkInput:
         return tensors[0]
 
     def forward_pass(self) -> ForwardPass:
-        """Return the way of data through the network, found once; raise ValueError if nothing could be sent through.
+        """Return a forward pass of the network, determined once; raise ValueError if none runs.
 
-        It is that of the example that was given, unless ``forward`` does not use all prunable parameters on it and the
-        loss is known: then it is what the loss calls. Without either it is ``forward`` on a batch or a part of it.
+        It is ``forward`` on the given example. If there is none, or ``forward`` does not use all prunable parameters
+        on it, it is what the loss calls; without a loss it is ``forward`` on a batch or a part of one.
         """
         if self._forward_pass is None:
             with preserved_rng(), in_mode(self._module, "eval"):
@@ -75,14 +75,14 @@ class NetworkInput:
         return self._forward_pass
 
     def remedy(self) -> str:
-        """Return how the user can say what the network takes."""
+        """Return how the user can provide the input of the network."""
         is_lightning = hasattr(self._module, "example_input_array")
         name = "`example_input_array`" if is_lightning else "`example_input`"
         what = "what `forward` takes, a tuple of arguments or a dict of keyword arguments"
         if self._example is not None:
-            return f"Let {name} be {what}."
-        given = f"Set {name} on the module to {what}" if is_lightning else f"Give {name}: {what}"
-        return f"{given}; or use batches with a tensor that `forward` takes in them."
+            return f"Set {name} to {what}."
+        given = f"Set {name} on the module to {what}" if is_lightning else f"Pass {name}: {what}"
+        return f"{given}; or use batches that contain a tensor `forward` takes."
 
     def _find_forward_pass(self) -> ForwardPass:
         forward_pass = None
@@ -97,7 +97,7 @@ class NetworkInput:
             try:
                 if not self._recorded:
                     self.loss(self._module, batch)
-            except Exception:  # of a training step that cannot be called in this mode, say: detectors give no loss
+            except Exception:  # from a training step that cannot run in this mode, say: detectors return no loss then
                 self._recorded = [call for call in self._recorded if forward_passes.parameters_used(self._module, call)]
             forward_pass = forward_passes.first_that_runs(self._module, self._recorded) or forward_pass
         if forward_pass is None:

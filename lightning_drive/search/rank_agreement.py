@@ -17,6 +17,6 @@ def agreed(masks: Masks, ranks: Ranks) -> tuple[Masks, str]:
     if not differ:
         return first, ""
     return first, (
-        f"Rank {listed(differ)} found other masks than rank 0, whose masks all of them have now: the weights differ"
-        " between ranks. Something changes them on one rank alone, such as a random initialisation after `setup`."
+        f"Rank {listed(differ)} found other masks than rank 0, whose masks all ranks have now: the weights differ"
+        " between ranks. Something changes them on one rank only, such as a random initialisation after `setup`."
     )

@@ -21,25 +21,25 @@ from lightning_drive.search.network_input import NetworkInput
 from lightning_drive.search.scoring_batches import ScoringBatches
 
 _MOST_OF_ZERO = 100
-"""How often to take other batches where all gradients are 0: the network may also be cut off."""
+"""How often to try other batches where all gradients are 0: if the network is cut off, no batch helps."""
 
 
 class Network:
     """The network as a method sees it in one round: masked weights, and gradients on demand.
 
-    A search masks the module and runs it: give it a replica, as :meth:`of` does. Parameters may be split over ranks
-    (FSDP2). Every rank then scores and masks its own part, and only histograms of scores are exchanged.
+    A search masks and runs the module, so it must be a replica, as in :meth:`of`. Parameters may be split over ranks
+    (FSDP2): every rank then scores and masks its own part, and only histograms of scores are exchanged.
 
     Args:
         module: The network.
-        parameters: Parameter name to live prunable parameter.
+        parameters: Parameter name to the live prunable parameter.
         batches: A finite or endless iterable, or ``None`` where there is no data.
-        loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor or, for a batch to skip, ``None``. ``None`` where
+        loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor, or ``None`` for a batch to skip. ``None`` where
             there is no loss.
         example_input: What ``forward`` takes: a tensor, a tuple of arguments or a mapping of keyword arguments; by
             default what the loss calls the module with.
-        ranks: Processes that hold the same network, each with batches of its own: gradients are averaged over them,
-            and all get the masks of the first.
+        ranks: The processes that hold the same network, each with its own batches: gradients are averaged over them,
+            and all get the masks of rank 0.
 
     """
 
@@ -54,11 +54,11 @@ class Network:
     ) -> None:
         self.module = module
         self.warnings: list[str] = []
-        """What is added here reaches the user and the report."""
+        """Warnings for the user and the report; a method may append to them."""
         self.reached: set[str] = set()
-        """Names of the parameters that had a gradient in any round so far, be it zero."""
+        """Names of the parameters that had a gradient, zero or not, in any round so far."""
         self.ranks_agree = True
-        """Whether all ranks found the same masks."""
+        """Whether all ranks arrived at the same masks."""
         self.ranks = ranks
         self.holders = shards.holders(parameters)
         self.is_sharded = any(map(shards.is_sharded, parameters.values()))
@@ -80,7 +80,7 @@ class Network:
         loss_fn: LossFunction | None,
         example_input: Any,
     ) -> Iterator["Network"]:
-        """Copy a module, and leave it as it is: inside, the copy can be scored and masked."""
+        """Open a replica of a module that can be scored and masked; the module itself stays as it is."""
         with undisturbed(module, mode) as scored:
             parameters = prunable.parameters_by_name(scored.module, names)
             loss = loss_fn and gradients.on_replica_only(scored.of(loss_fn), module)
@@ -94,26 +94,15 @@ class Network:
         return {name: shards.local(parameter) for name, parameter in self.parameters.items()}
 
     def part(self, name: str, whole: Tensor) -> Tensor:
-        """Return this rank's part of a tensor in a parameter's full shape.
-
-        Args:
-            name: The parameter's name.
-            whole: The tensor.
-
-        """
+        """Return this rank's part of ``whole``, a tensor in the full shape of the parameter ``name``."""
         return shards.part(whole, of=self.parameters[name])
 
     def shape(self, name: str) -> torch.Size:
-        """Return a parameter's full shape.
-
-        Args:
-            name: The parameter's name.
-
-        """
+        """Return the full shape of the parameter ``name``, which may be split over ranks."""
         return self.parameters[name].shape
 
     def example_input(self) -> Any:
-        """Return what ``forward`` takes: the example that was given, or the first tensor of the first batch.
+        """Return the given example of what ``forward`` takes, or the first tensor of the first batch.
 
         Raises:
             ValueError: If there is neither.
@@ -124,17 +113,17 @@ class Network:
     def loss_gradients(self, num_batches: int) -> dict[str, Tensor]:
         """Sum the loss gradients over the next batches, and average them over the ranks.
 
-        The result is that of one large batch which joins those of all ranks. A batch that gives no gradient is
-        skipped, and the next one is taken in its place.
+        The result is that of one large batch that joins the batches of all ranks. A batch without a gradient is
+        skipped for the next one.
 
         Args:
-            num_batches: How many batches to take, at least 1.
+            num_batches: Number of batches to take, at least 1.
 
         Returns:
             Parameter name to gradient, in float32 or float64; the caller owns it.
 
         Raises:
-            ValueError: If no batch of a whole pass over the data gives a gradient.
+            ValueError: If there is no gradient in a whole pass over the data, or no data or loss at all.
 
         """
         if self._batches is None or not self._has_loss:
@@ -154,10 +143,11 @@ class Network:
         """Compute the synaptic flow, see :class:`lightning_drive.network.synflow.SynapticFlow`.
 
         Returns:
-            Parameter name to absolute weights and to the gradients of the flow, which the caller owns; and the flow.
+            The absolute weights and the gradients of the flow, both by parameter name and owned by the caller; and
+            the flow.
 
         Raises:
-            ValueError: If the flow is not defined for much of the network. For a few layers it is a warning.
+            ValueError: If the flow is not defined for a large part of the network; a few layers are a warning.
 
         """
         if self.is_sharded:
@@ -172,14 +162,14 @@ class Network:
         self.reached |= self._flow.reached
         return self._flow.weights, flow_gradients, total
 
-    # What the search itself asks for.
+    # For the search itself.
 
     def forward_pass(self) -> ForwardPass:
-        """Return the way of data through the network, found once; raise ValueError if it is not known."""
+        """Return a forward pass of the network, determined once; raise ValueError if none is known."""
         return self._input.forward_pass()
 
     def num_weights(self) -> dict[str, int]:
-        """Return how many weights every parameter has, on all ranks together."""
+        """Return the number of weights of every parameter, on all ranks together."""
         return {name: parameter.numel() for name, parameter in self.parameters.items()}
 
     def starting_masks(self, masks: Mapping[str, Tensor] | None, sparsity: float) -> Masks:
@@ -194,7 +184,7 @@ class Network:
                 " on it, goes in `exclude`."
             )
         start = Masks(masks)
-        start.parameters_of(self.module)  # or an error that names the shape that differs
+        start.parameters_of(self.module)  # raises an error that names a shape that differs
         if start.num_kept < schedules.num_kept(start.num_prunable, 1 - sparsity):
             raise ValueError(
                 f"`masks` already have sparsity {start.sparsity:g}, more than the `sparsity` of {sparsity:g} asked for,"
@@ -208,7 +198,7 @@ class Network:
         zeroing.zero_(self.weights, masks)
 
     def whole(self, masks: Masks) -> Masks:
-        """Return masks in full shape, put together from the parts of all ranks, and the same on all of them."""
+        """Join the parts of the masks from all ranks to full shape, and return the same masks on every rank."""
         own = Masks({name: shards.joined(mask, of=self.parameters[name]).clone() for name, mask in masks.items()})
         masks, warning = rank_agreement.agreed(own, self.ranks)
         if warning:
@@ -217,24 +207,24 @@ class Network:
         return masks
 
     def join_ranks(self) -> None:
-        """Add up skipped batches over ranks, and join the names of parameters that had a gradient on any of them."""
+        """Add up the skipped batches of all ranks, and join the names of the parameters that they reached."""
         names = list(self.parameters)
         num_skipped = 0 if self._batches is None else self._batches.num_skipped
         counts = self.ranks.sum(torch.tensor([num_skipped, *(name in self.reached for name in names)])).tolist()
         self.reached = {name for name, count in zip(names, counts[1:], strict=True) if count}
         if counts[0]:
             self.warnings.append(
-                f"Scoring skipped {counts[0]:,} batch{'es' * (counts[0] > 1)} without a loss, or with one that no"
-                " prunable parameter has a gradient of."
+                f"Scoring skipped {counts[0]:,} batch{'es' * (counts[0] > 1)} without a loss, or with a loss that"
+                " depends on no prunable parameter."
             )
 
     def stand_still(self) -> None:
-        """Use the next batch again and again from here on, so that scores can be compared."""
+        """Repeat the next batch from here on, so that scores can be compared."""
         if self._batches is not None:
             self._batches.stand_still()
 
     def _own_gradients(self, batches: ScoringBatches, num_batches: int) -> dict[str, Tensor]:
-        """Sum the gradients over the next batches of this rank that have any."""
+        """Sum the gradients over the next batches of this rank that are not skipped."""
         skip = gradients.refuse if self.is_sharded else batches.skip  # ranks that share weights run the same batches
         for number in range(_MOST_OF_ZERO):
             taken = batches.take(num_batches)
@@ -253,7 +243,7 @@ class Network:
         forward_pass = self.forward_pass()
         try:
             layers = synflow_breakers.flow_breakers(self.module, forward_pass)
-        except Exception as error:  # the module's own `forward`, called in a way it may not be made for
+        except Exception as error:  # from the module's own `forward`, which may not be made for this call
             reason = f"{shown_error(error)}. {self._input.remedy()}"
             raise ValueError(f"SynFlow could not run the network on {forward_pass.source}: {reason}") from error
         named = listed([layer.layer for layer in layers], most=3)

@@ -1,4 +1,4 @@
-"""The batches to score on: in order, again and again; batches that give nothing to score by are skipped and counted."""
+"""The batches to score on, in order and cycled; batches with nothing to score by are skipped and counted."""
 
 from collections.abc import Iterable, Iterator
 from itertools import repeat
@@ -7,11 +7,11 @@ from typing import Any
 from lightning_drive.network.repeated_batches import Passes, endless
 
 _MOST_IN_A_ROW = 10_000
-"""How many batches to skip one after another before that is an error, where the end of the data is not known."""
+"""How many batches in a row may be skipped where the length of a pass over the data is not known."""
 
 
 class ScoringBatches:
-    """Batches of one search.
+    """The batches of one search.
 
     Args:
         batches: A finite or endless iterable; a finite one is cycled.
@@ -25,27 +25,27 @@ class ScoringBatches:
         self._skipped_in_a_row = 0
         self._reason = ""  # why the last batch was skipped
         self.num_skipped = 0
-        """How many batches gave nothing to score by."""
+        """The number of batches that were skipped."""
 
     @property
     def num_in_pass(self) -> int | None:
-        """How many batches a whole pass over the data has; ``None`` before the end of the first one."""
+        """The number of batches in a whole pass over the data; ``None`` before the end of the first pass."""
         return self._passes.length
 
     def first(self) -> Any:
-        """Return the first batch, which is read if none was read so far."""
+        """Return the first batch, and read it if none was read so far."""
         if self._first is None:
             next(self._batches)
         return self._first
 
     def take(self, number: int) -> Iterator[Any]:
-        """Yield the next batches until so many of them were not skipped; raise if a whole pass over the data was."""
+        """Yield batches until ``number`` of them were not skipped; raise ValueError if a whole pass is skipped."""
         while number:
             batch = next(self._batches)
             if self._skipped_in_a_row >= (self._passes.length or _MOST_IN_A_ROW):
                 where = ", a whole pass over the data" if self._passes.length else ""
                 raise ValueError(
-                    f"{self._reason} This was so for {self._skipped_in_a_row:,} batches in a row{where}: there is"
+                    f"{self._reason} This was the case for {self._skipped_in_a_row:,} batches in a row{where}: there is"
                     " nothing to score by."
                 )
             before = self.num_skipped
@@ -61,7 +61,7 @@ class ScoringBatches:
         self.num_skipped += 1
 
     def stand_still(self) -> None:
-        """Yield the next batch again and again from here on, so that scores can be compared."""
+        """Repeat the next batch from here on, so that scores can be compared."""
         self._batches = repeat(next(self._batches))
 
     def _remembering_first(self, batches: Iterator[Any]) -> Iterator[Any]:

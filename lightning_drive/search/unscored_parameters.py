@@ -1,4 +1,4 @@
-"""Name parameters that cannot score: without a gradient, behind norms of scale 0, or in low-rank pairs of zeros."""
+"""Name parameters that cannot score: those without a gradient, behind norms of scale 0, or in pairs of zeros."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def patterns(names: Collection[str], among: Iterable[str]) -> list[str]:
-    """Return glob patterns that match these names and no others ``among`` which they are, one for a whole submodule.
+    """Return glob patterns that match ``names`` but no other name in ``among``, one pattern for a whole submodule.
 
     Example:
         >>> patterns(["teacher.0.weight", "teacher.2.weight"], ["0.weight", "teacher.0.weight", "teacher.2.weight"])
@@ -23,34 +23,34 @@ def patterns(names: Collection[str], among: Iterable[str]) -> list[str]:
 
     """
     others = [name for name in among if name not in names]
-    found = []
+    matching = []
     for name in names:
         parts = name.split(".")
         prefixes = (".".join(parts[:length]) + "." for length in range(1, len(parts)))
-        whole = next((each for each in prefixes if not any(other.startswith(each) for other in others)), name)
-        several = sum(each.startswith(whole) for each in names) > 1
-        found.append(f"{whole}*" if several else name)
-    return list(dict.fromkeys(found))
+        whole = next((prefix for prefix in prefixes if not any(other.startswith(prefix) for other in others)), name)
+        several = sum(other.startswith(whole) for other in names) > 1
+        matching.append(f"{whole}*" if several else name)
+    return list(dict.fromkeys(matching))
 
 
 def unreached(names: Collection[str], among: Iterable[str], method: Method) -> str:
-    """Return a warning of parameters that had no gradient, and were left out; ``among`` names all prunable ones."""
+    """Return the warning that parameters without a gradient were left out; ``among`` names all prunable ones."""
     reads_loss = methods.reads(method) == "loss"
     what = "the loss" if reads_loss else "the output of `forward`"
     more = (
-        " Where only some inputs use them, as with experts, more rounds or more `batches_per_round` may do so."
+        " Where only some inputs use them, as with experts, more rounds or more `batches_per_round` may reach them."
         if reads_loss
         else ""
     )
     return (
         f"{listed(map(repr, names))} had no gradient in any round: {what} does not depend on them, since they are not"
-        " used, or only under `no_grad` or through `detach`. They were left out and stay dense. Masks were found anew"
-        f" without them, which `exclude={patterns(names, among)}` saves.{more}"
+        " used, or only under `no_grad` or through `detach`. They were left out and stay dense. Masks were searched for"
+        f" again without them, which `exclude={patterns(names, among)}` saves.{more}"
     )
 
 
 def unreached_in_cycle(names: Collection[str], among: Iterable[str]) -> str:
-    """Return a warning of parameters that had no gradient before the first cut of IMP, and were left out."""
+    """Return the warning that parameters without a gradient before IMP's first cut are left out."""
     return (
         f"{listed(map(repr, names))} had no gradient in all of the first cycle: the loss does not depend on them, since"
         " they are not used, or only under `no_grad` or through `detach`. They are left out and stay dense, as with"
@@ -59,7 +59,7 @@ def unreached_in_cycle(names: Collection[str], among: Iterable[str]) -> str:
 
 
 def dead_pairs(masks: Mapping[str, Tensor], zeros: Collection[str]) -> Iterator[str]:
-    """Warn if both factors of a low-rank adapter are zero, or will be: neither has a gradient from then on.
+    """Warn if both factors of a low-rank adapter are zero, or will be, since neither has a gradient then.
 
     ``zeros`` names the parameters that were 0 throughout before pruning.
     """
@@ -68,13 +68,13 @@ def dead_pairs(masks: Mapping[str, Tensor], zeros: Collection[str]) -> Iterator[
         partner = re.sub(r"(lora[_.](?:embedding_)?)(a|down)\b", _second, name, flags=re.IGNORECASE)
         if partner != name and partner in masks:
             pair = {name: mask, partner: masks[partner]}
-            if any(each in zeros or not kept.any() for each, kept in pair.items()):
+            if any(factor in zeros or not kept.any() for factor, kept in pair.items()):
                 dead.extend(pair)
     if dead:
         yield (
-            f"Low-rank adapters: one factor of {listed(map(repr, dead), most=4)} is 0 throughout, as it is at the"
-            " beginning or after pruning. Where pruning leaves nothing of the other, too, neither ever gets a gradient"
-            " again. Leave them out with `exclude=['*lora*']`, or prune the weights that they are merged into."
+            f"Low-rank adapters: one factor of {listed(map(repr, dead), most=4)} is 0 throughout, from the beginning"
+            " or by pruning. If pruning removes all of the other factor as well, neither ever gets a gradient again."
+            " Leave them out with `exclude=['*lora*']`, or prune the weights that they are merged into."
         )
 
 
@@ -83,7 +83,7 @@ def _second(match: re.Match[str]) -> str:
 
 
 def nothing_to_rank(masks: Mapping[str, Tensor], near_zero: Mapping[str, float]) -> str:
-    """Return the error for scores that are all zero, with the parameters that make them so, if any are known."""
+    """Return the error for scores that are all zero, with the parameters that cause it, if they are known."""
     error = "Every score is zero, so there is nothing to rank: the weights or all their gradients are zero."
     zeros = [name for name in masks if near_zero.get(name) == 0]
     if not zeros:
@@ -96,7 +96,7 @@ def nothing_to_rank(masks: Mapping[str, Tensor], near_zero: Mapping[str, float])
 
 
 def silent_norms(module: nn.Module) -> list[str]:
-    """Name the scales of norms that let nothing through, since they are 0."""
+    """Return the names of the scales of norms that are 0, so that nothing passes."""
     return [
         f"{name}.weight" if name else "weight"
         for name, layer in module.named_modules()
@@ -105,7 +105,7 @@ def silent_norms(module: nn.Module) -> list[str]:
 
 
 def behind_norms(module: nn.Module) -> Iterator[str]:
-    """Warn of norms that let nothing through."""
+    """Warn of norms whose scale is 0, so that nothing passes."""
     scales = silent_norms(module)
     if scales:
         yield (

@@ -1,4 +1,4 @@
-"""Explain why scores of a layer vanish: factors near 0 in its branch, or scores of 0 before anything was pruned."""
+"""Explain why the scores of a layer vanish: factors near 0 in its branch, or scores of 0 from the first round."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,22 +16,23 @@ from lightning_drive.search.scored_network import Network
 from lightning_drive.search.unscored_parameters import patterns
 
 TINY = 5e-3
-"""The largest value of a factor that begins near 0. LayerScale's are 1e-6 to 1e-4, those of ReZero and SkipInit 0, and
-a few steps of Adam make some thousandths of them."""
+"""The largest value of a factor that counts as near 0. LayerScale begins with 1e-6 to 1e-4, ReZero and SkipInit with 0,
+and a few steps of Adam raise them to some thousandths."""
 _GROWTH = 100
-"""How many times higher the scores behind a factor are with 1 in its place; at ``TINY`` one expects 200 times."""
+"""How many times higher scores must be with 1 in place of a factor; for a factor of ``TINY`` one expects 200 times."""
 
 
 class Causes(NamedTuple):
-    """What makes scores vanish."""
+    """The causes of vanishing scores."""
 
     remarks: tuple[str, ...] = ()
+    """Warnings for the user."""
     explained: frozenset[str] = frozenset()
-    """Names of the parameters whose scores vanish because of it."""
+    """Names of the parameters whose scores vanish for these causes."""
 
 
 def near_zero(network: Network, masks: Masks) -> dict[str, float]:
-    """Return the parameters that are near or exactly 0 throughout though they are not pruned, with their largest."""
+    """Return the largest value of every parameter that is near or exactly 0 throughout though it is not pruned."""
     if network.is_sharded:
         return {}
     largest = {name: torch.linalg.vector_norm(weight, torch.inf).item() for name, weight in network.weights.items()}
@@ -41,14 +42,14 @@ def near_zero(network: Network, masks: Masks) -> dict[str, float]:
 def explain(
     network: Network, method: Method, near_zero: Mapping[str, float], silent: Collection[str], lost: Sequence[str]
 ) -> Causes:
-    """Explain the scores of lost parameters, on one batch; ``silent`` names those that scored 0 in the first round."""
+    """Explain why the scores of lost parameters vanished; ``silent`` names those that scored 0 in the first round."""
     if not lost:
         return Causes()
     known = unscored_parameters.silent_norms(network.module)
     try:
         network.stand_still()
         causes = factors(network.module, network.weights, near_zero, lost, known, lambda: method.score(network))
-    except (ValueError, RuntimeError):  # of a loss with 1 in place of 1e-6, which may be infinite: the masks are there
+    except (ValueError, RuntimeError):  # with 1 in place of 1e-6 a loss may be infinite; the masks stand anyway
         causes = Causes()
     if known:
         return causes
@@ -63,19 +64,12 @@ def factors(
     known: Collection[str],
     score: Callable[[], Mapping[str, Tensor]],
 ) -> Causes:
-    """Find factors near 0 without which the scores of lost parameters would be at least 100 times higher.
+    """Find factors near 0 without which the scores of the ``lost`` parameters would be over 100 times higher.
 
-    A factor is found by what it does: its values are replaced by 1, and parameters are scored again. Parameters whose
-    names differ in numbers only are replaced together.
-
-    Args:
-        module: The module. It is written to, and put back.
-        weights: Prunable parameter name to its weights, pruned.
-        small: Names of those that were at most ``TINY`` before pruning, and how large they were.
-        lost: Names of those to explain the scores of.
-        known: Names of parameters that need no remark.
-        score: Scores the weights as they are now, always on the same batch.
-
+    Factors are recognised by their effect: their values are replaced by 1, and all parameters are scored again by
+    ``score``, always on the same batch. Parameters whose names differ in numbers only are replaced together. The module
+    is written to and restored. ``weights`` are the prunable ones, pruned; ``small`` has the largest value of those that
+    were at most ``TINY`` before pruning; ``known`` names parameters that need no remark.
     """
     parameters = dict(module.named_parameters())
     groups: dict[str, list[str]] = {}
@@ -95,14 +89,14 @@ def factors(
     def scored(names: Iterable[str], size: float = 1) -> dict[str, float]:
         filled = {name: parameters[name] for name in [*empty, *small, *names]}
         with _filled(filled, largest.keys() - weights.keys(), {**as_before, **dict.fromkeys(names, size)}):
-            return {name: each.double().abs().sum().item() for name, each in score().items()}
+            return {name: values.double().abs().sum().item() for name, values in score().items()}
 
     def raised(names: Iterable[str]) -> set[str]:
         after = scored(names)
         return {name for name in lost if after[name] > _GROWTH * before[name]}
 
     def behind(names: Sequence[str]) -> set[str]:
-        """Name all whose scores go with these factors, as those of the weights in a branch do."""
+        """Return the parameters whose scores rise with these factors, as those of weights in a branch do."""
         once, twice = scored(names, TINY), scored(names, 2 * TINY)
         return {name for name in twice if twice[name] > 1.5 * once[name]}
 
@@ -119,22 +113,18 @@ def factors(
 
 
 def with_silent(causes: Causes, silent: Iterable[str], among: Iterable[str]) -> Causes:
-    """Add parameters that scored 0 throughout before anything was pruned, unless that is explained already.
+    """Add the ``silent`` parameters, which scored 0 before anything was pruned, unless they are explained already.
 
-    Args:
-        causes: What is known.
-        silent: Their names.
-        among: Names of all prunable parameters.
-
+    ``among`` names all prunable parameters.
     """
     names = [name for name in silent if name not in causes.explained]
     if not names:
         return causes
     remark = (
         f"{listed(map(repr, names), most=4)} scored 0 throughout before anything was pruned, though the weights are not"
-        " 0: what is scored does not change with them, as where a term of the loss is multiplied by 0, or where the"
-        " units behind them are never active. No number of rounds helps. Prune when it does, or leave them out with"
-        f" `exclude={patterns(names, among)}`."
+        " 0: what is scored does not change with them, for example because a term of the loss is multiplied by 0, or"
+        " because the units behind them are never active. No number of rounds helps. Prune later, when it does change,"
+        f" or leave them out with `exclude={patterns(names, among)}`."
     )
     return Causes((*causes.remarks, remark), causes.explained | set(names))
 
@@ -146,7 +136,7 @@ def _remarks(
     weights: Iterable[str],
     known: Collection[str],
 ) -> Iterator[str]:
-    keep = f"with all that they take the scores of, by `exclude={patterns(to_keep, weights)}`"
+    keep = f"together with all weights whose scores they lower, by `exclude={patterns(to_keep, weights)}`"
     factors = [name for name in names if name not in weights and name not in known]
     if factors:
         yield (
@@ -178,7 +168,7 @@ def _size(names: Iterable[str], largest: Mapping[str, float]) -> str:
 
 
 def _is_tiny(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter may be a factor that begins near 0, and is no bias."""
+    """Whether a parameter may be a factor that begins near 0: small, and not a bias."""
     return (
         parameter.is_floating_point()
         and parameter.numel() > 0
@@ -193,7 +183,7 @@ def _fan_in(weight: Tensor) -> float:
 
 @contextmanager
 def _filled(parameters: Mapping[str, Tensor], ones: Collection[str], sizes: Mapping[str, float]) -> Iterator[None]:
-    """Write ones, or random numbers of a usual size, or times another size; put back what was there."""
+    """Fill parameters with ones (if in ``ones``) or usual initial values, times their size if given; restore them."""
     before = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]
     generator = torch.Generator().manual_seed(0)
     try:

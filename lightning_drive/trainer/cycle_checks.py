@@ -1,4 +1,4 @@
-"""Raise if the cycles of IMP cannot be what they are: the same training, again and again, and then the ticket's."""
+"""Raise if the cycles of IMP cannot all be the same training, or cannot end with the training of the ticket."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,12 +21,12 @@ from lightning_drive.trainer.search_in_fit import Outcome
 
 
 def listed_settings(settings: Mapping[str, object]) -> str:
-    """Return settings as they stand in a call."""
+    """Return settings as in a call."""
     return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def check_settings(saved: SavedState, now: Mapping[str, object]) -> None:
-    """Raise if cycles are left and would go on with other settings; older checkpoints do not have them all."""
+    """Raise if cycles are left and settings differ; older checkpoints do not have all settings."""
     then, report = saved.settings, saved.pruning.report
     cycle = 0 if report is None else report.cycle or 0
     cycles = saved_values.check(int, then.get("cycles"), "the number of cycles in the checkpoint's settings")
@@ -36,8 +36,8 @@ def check_settings(saved: SavedState, now: Mapping[str, object]) -> None:
         before, after = ({name: shown(of[name]) for name in other} for of in (then, now))
         raise ValueError(
             f"The checkpoint is from cycle {cycle} of an IMP run with {listed_settings(before)}, but this"
-            f" IMPPruningCallback has {listed_settings(after)}: its cycles would not follow on. Resume with the"
-            " settings of the checkpoint."
+            f" IMPPruningCallback has {listed_settings(after)}: its cycles would not continue that run. Resume with"
+            " the settings of the checkpoint."
         )
 
 
@@ -50,13 +50,13 @@ def check_selection(
     if not restored_masks.is_selection(pruning.masks, select, pl_module):
         raise MisconfigurationException(
             f"The checkpoint is from cycle {pruning.cycle} of an IMP run that prunes other parameters than"
-            f" `include={pruning.include}` and `exclude={pruning.exclude}` select now: its cycles would not follow on."
-            f" Resume with the settings of the checkpoint, which select: {listed(pruning.masks)}."
+            f" `include={pruning.include}` and `exclude={pruning.exclude}` select now: its cycles would not continue"
+            f" that run. Resume with the settings of the checkpoint, which select: {listed(pruning.masks)}."
         )
 
 
 def check_epochs(pruning: pl.Callback, cycles: Cycles, max_epochs: int) -> None:
-    """Raise if training ends with the last cut, or before it."""
+    """Raise if training ends with the last cut or before it."""
     if 0 <= max_epochs <= cycles.last_cut:
         raise MisconfigurationException(
             f"{type(pruning).__name__}({cycles}) prunes for the last time at the start of epoch {cycles.last_cut}"
@@ -67,7 +67,7 @@ def check_epochs(pruning: pl.Callback, cycles: Cycles, max_epochs: int) -> None:
 
 
 def check_training(pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule, cycles: Cycles) -> None:
-    """Raise, once data are loaded, if steps end before the last cut, or other callbacks make cycles different."""
+    """Raise, once data are loaded, if steps end before the last cut, or if another callback makes cycles differ."""
     steps = cycles.last_cut * step_counts.steps_per_epoch(trainer)
     is_known = pl_module.automatic_optimization  # else a batch may have any number of steps
     if is_known and 0 <= trainer.max_steps <= steps < math.inf:
@@ -87,7 +87,7 @@ def check_training(pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.Ligh
 
 
 def check_swa(pruning: pl.Callback, trainer: pl.Trainer, cycles: Cycles) -> None:
-    """Raise if SWA takes the learning rates over before a rewind returns to them; warn if it averages in cycles."""
+    """Raise if SWA replaces learning rates that a rewind returns to; warn if it averages within cycles."""
     callbacks, last_cut = other_callbacks.callbacks_of(trainer), cycles.last_cut
     for swa in callbacks:
         if not isinstance(swa, StochasticWeightAveraging):
@@ -108,7 +108,7 @@ def check_swa(pruning: pl.Callback, trainer: pl.Trainer, cycles: Cycles) -> None
 
 
 def check_paths(outcome: Outcome, cycle: int, cycles: Cycles, scope: Scope) -> None:
-    """Raise if a cut leaves nothing to train."""
+    """Raise if a cut leaves no path to train."""
     masks, active = outcome.found.masks, outcome.diagnosis.active
     if active is not None and not active.num_kept:
         empty = collapsed_layers(masks)
@@ -116,6 +116,6 @@ def check_paths(outcome: Outcome, cycle: int, cycles: Cycles, scope: Scope) -> N
         remedy = "" if scope == "layerwise" else " set `scope='layerwise'`,"
         raise MisconfigurationException(
             f"After cycle {cycle} of {cycles.number}, at a sparsity of {masks.sparsity:.2%}, the network is cut off: no"
-            f" path from its input to its output is left{where}. Nothing can come of the epochs that follow. Lower"
+            f" path from its input to its output is left{where}. Further epochs would change nothing. Lower"
             f" `sparsity`, raise `cycles`,{remedy} or leave small layers out with `exclude`."
         )

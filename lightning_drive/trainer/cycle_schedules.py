@@ -1,4 +1,4 @@
-"""Learning-rate schedules of an IMP run: one as long as a cycle, and one as long as the training of the ticket."""
+"""Learning-rate schedules of an IMP run: one of the length of a cycle, and one of the length of the last phase."""
 
 import math
 from collections.abc import Callable
@@ -31,14 +31,14 @@ class Cycles(NamedTuple):
 
     @property
     def last_cut(self) -> int:
-        """At the start of which epoch the last cut is due."""
+        """The epoch at whose start the last cut is due."""
         return self.number * self.epochs
 
 
 class CycleSchedules:
-    """The schedules of one ``fit``; made in ``setup``.
+    """The learning-rate schedules of one ``fit``, created in ``setup``.
 
-    A ``cut_step`` is the global step of the last cut; ``None`` before it.
+    A ``cut_step`` is the global step of the last cut, ``None`` before it.
     """
 
     def __init__(self, cycles: Cycles, max_epochs: int) -> None:
@@ -52,7 +52,7 @@ class CycleSchedules:
 
     @property
     def are_planned(self) -> bool:
-        """Whether ``configure_optimizers`` made them for a phase of this run."""
+        """Whether ``configure_optimizers`` made the schedules for a phase of this run."""
         return self._planned is not None
 
     def plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -61,18 +61,18 @@ class CycleSchedules:
         self._undo_plan = phase_schedules.plan(trainer, pl_module, self._planned)
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Take up the schedulers that ``configure_optimizers`` made."""
+        """Take over the schedulers that ``configure_optimizers`` made."""
         self.end()
         self._configs = list(trainer.lr_scheduler_configs)
 
     def end(self) -> None:
-        """Give ``configure_optimizers`` back."""
+        """Restore ``configure_optimizers``."""
         if self._undo_plan is not None:
             self._undo_plan()
         self._undo_plan = None
 
     def resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut_step: int | None) -> None:
-        """Make schedulers for the phase of a checkpoint, if those at hand are of another length."""
+        """Make schedulers for the phase of a checkpoint if the present ones have another length."""
         length = self._cycle_length if cut_step is None else self._ticket_length
         configs = trainer.lr_scheduler_configs  # empty also where SWA, resumed itself, has taken over
         if configs and length != self._planned:
@@ -112,7 +112,7 @@ class CycleSchedules:
     def _start_of_phase(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, start: RewindPoint, cut_step: int | None
     ) -> RewindPoint:
-        """Make schedulers for the phase that begins, and return the rewind point as it is for them."""
+        """Make schedulers for the phase that begins, and return the rewind point adapted to them."""
         if cut_step is not None and self._ticket_has_another_length and start.schedulers:
             long = self._of_ticket(trainer, pl_module, cut_step)
             self._configs = long.configs
@@ -132,7 +132,7 @@ class CycleSchedules:
         return phase_schedules.schedules_for(trainer, pl_module, self._ticket_length, steps_before)
 
     def _steps_before_ticket(self, trainer: pl.Trainer, cut_step: int | None) -> int:
-        """Count the steps before the last phase, without those that its learning-rate schedule has behind it."""
+        """Return the number of steps before the last phase, less those that its schedule starts with."""
         steps = self._cycles.last_cut * step_counts.steps_per_epoch(trainer) if cut_step is None else cut_step
         return round(steps * (1 - self._cycles.rewind_epoch / self._cycles.last_cut))
 

@@ -172,7 +172,7 @@ class Copier(pickle.Pickler):
         return self._substitute(file, twin)
 
     def _builtin(self, value: Any) -> Any:
-        """Copy what says itself how to pickle it: subclasses of containers, iterators, partial functions."""
+        """Copy objects that define how to pickle them: subclasses of containers, iterators, partial functions."""
         if isinstance(value, types.BuiltinFunctionType) and isinstance(value.__self__, (types.ModuleType, type)):
             return self._share(value)
         try:

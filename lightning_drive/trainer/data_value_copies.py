@@ -1,6 +1,6 @@
 """Copies of single values of training data for ``data_copies``: arrays, random generators, open files, classes.
 
-:mod:`lightning_drive.trainer.data_copies` takes the data apart and asks here for each.
+:mod:`lightning_drive.trainer.data_copies` takes the data apart and calls these functions.
 """
 
 import copy

@@ -24,7 +24,7 @@ class Enforcement:
     """Keeps the masks on one module, and its averages, through every optimizer step from :meth:`begin` to :meth:`end`.
 
     A ``ValueError`` names a masked parameter that the module does not have, or has in another shape. ``warned`` is
-    whether a warning has said already that others write into pruned weights.
+    whether there was a warning already that others write into pruned weights.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Enforcement:
         return True
 
     def end(self) -> None:
-        """Let go of the optimizers and of the gradients."""
+        """Release the optimizers and the gradients."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._followed = [], []
@@ -81,7 +81,7 @@ class Enforcement:
             self._parameters.zero_gradients_()
 
     def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Mask the weights, where not every change to them has a hook after it."""
+        """Mask the weights if changes to them may come without a hook."""
         if self.follow(trainer, pl_module) or self._hookless:
             self._parameters.zero_weights_()
             self._averages.mask_(self._masks)

@@ -35,14 +35,14 @@ def trainer_of(module: object) -> pl.Trainer | None:
 
 
 def set_strategy(trainer: pl.Trainer, strategy: Strategy) -> None:
-    """Give a strategy to a copy of a Trainer, and leave the connector that it shares with the original alone."""
+    """Set the strategy of a copy of a Trainer, without changing the connector that it shares with the original."""
     connector = copy.copy(trainer._accelerator_connector)
     connector.strategy = strategy
     trainer._accelerator_connector = connector
 
 
 def new_optimizers(pl_module: pl.LightningModule) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
-    """Call ``configure_optimizers`` and return what it gives in the form in which the Trainer keeps it."""
+    """Call ``configure_optimizers``, and return its result in the form in which the Trainer keeps it."""
     return _init_optimizers_and_lr_schedulers(pl_module)
 
 
@@ -75,7 +75,7 @@ def step_arguments(trainer: pl.Trainer, batch: Any, batch_idx: int) -> list[Any]
 
 
 def logged_step(trainer: pl.Trainer) -> int:
-    """Return the step that Lightning gives to loggers: batches after which an optimizer stepped, however many did."""
+    """Return the step that Lightning passes to loggers: the number of batches after which any optimizer stepped."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
@@ -91,7 +91,7 @@ class Counts(NamedTuple):
 
     epochs: dict[str, Any]
     batches: dict[str, Any]
-    """It also says whether it ``"is_last_batch"``."""
+    """It also holds, as ``"is_last_batch"``, whether the batch is the last one."""
 
 
 def counts(trainer: pl.Trainer) -> Counts:

@@ -16,7 +16,7 @@ _WITH_PICTURES = (TensorBoardLogger, WandbLogger, MLFlowLogger)
 
 
 def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
-    """Log numbers at once, with the step and epoch that Lightning gives to its own."""
+    """Log numbers at once, with the step and epoch that Lightning logs with its own."""
     for logger in trainer.loggers:
         logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=lightning_internals.logged_step(trainer))
 

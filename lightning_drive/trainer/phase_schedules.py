@@ -17,13 +17,10 @@ from lightning_drive.trainer import lightning_internals
 
 @contextmanager
 def seen_as_whole(trainer: pl.Trainer, epochs: int, steps_before: int = 0) -> Generator[None]:
-    """Let the Trainer say that training is as long as one phase: ``max_epochs``, ``estimated_stepping_batches``.
+    """Make ``max_epochs`` and ``estimated_stepping_batches`` of a Trainer those of one phase of ``epochs`` epochs.
 
-    Args:
-        trainer: The Trainer.
-        epochs: Length of the phase; -1: without end.
-        steps_before: Steps that were taken before the phase; they do not count for its ``max_steps``.
-
+    ``epochs`` is -1 for a phase without end; ``steps_before``, the steps before the phase, do not count for its
+    ``max_steps``.
     """
     loop = trainer.fit_loop
     max_epochs, max_steps = loop.max_epochs, loop.epoch_loop.max_steps
@@ -37,17 +34,7 @@ def seen_as_whole(trainer: pl.Trainer, epochs: int, steps_before: int = 0) -> Ge
 
 
 def plan(trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int) -> Callable[[], None]:
-    """Let ``configure_optimizers`` see one phase as the whole training.
-
-    Args:
-        trainer: The Trainer.
-        pl_module: Its module.
-        epochs: Length of the phase.
-
-    Returns:
-        A function that undoes it.
-
-    """
+    """Let ``configure_optimizers`` see a phase of ``epochs`` epochs as the whole training; return how to undo it."""
     own = vars(pl_module).get("configure_optimizers")  # LightningCLI sets one on the instance
     configure = pl_module.configure_optimizers
 
@@ -66,12 +53,12 @@ def plan(trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int) -> Cal
 
 
 class Schedules(NamedTuple):
-    """Schedulers for a phase, over the running optimizers, and what they were made with."""
+    """Schedulers of a phase for the running optimizers, and the settings that they began with."""
 
     configs: list[LRSchedulerConfig]
-    """The schedulers at their beginning, with the Trainer's settings for them."""
+    """The schedulers at their start, with the Trainer's settings for them."""
     param_groups: list[list[dict[str, Any]]]
-    """The settings with which each optimizer begins the phase, such as its first learning rate."""
+    """The settings with which every optimizer begins the phase, such as its first learning rate."""
 
     @property
     def states(self) -> list[dict[str, Any]]:
@@ -80,26 +67,16 @@ class Schedules(NamedTuple):
 
 
 def schedules_for(trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int, steps_before: int = 0) -> Schedules:
-    """Have ``configure_optimizers`` make schedulers for a phase, and put the running optimizers under them.
+    """Have ``configure_optimizers`` make new schedulers for a phase, and let them drive the running optimizers.
 
-    Args:
-        trainer: A Trainer in the middle of ``fit``.
-        pl_module: Its module.
-        epochs: Length of the phase; -1: without end.
-        steps_before: Steps that were taken before the phase.
-
-    Returns:
-        New schedulers at their beginning.
-
-    Raises:
-        MisconfigurationException: If there are other optimizers than before.
-
+    ``epochs`` is -1 for a phase without end; ``steps_before`` counts the steps before the phase. Raise
+    MisconfigurationException if ``configure_optimizers`` returns other optimizers than before.
     """
     with seen_as_whole(trainer, epochs, steps_before):
         optimizers, configs = lightning_internals.new_optimizers(pl_module)
     if [type(optimizer) for optimizer in optimizers] != [type(optimizer) for optimizer in trainer.optimizers]:
         raise MisconfigurationException(
-            "`configure_optimizers` must give the same optimizers whenever it is called: IMP calls it again to make"
+            "`configure_optimizers` must return the same optimizers whenever it is called: IMP calls it again to make"
             " learning-rate schedulers that are as long as the last phase."
         )
     running = {id(new): old for new, old in zip(optimizers, trainer.optimizers, strict=True)}
@@ -109,15 +86,10 @@ def schedules_for(trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: in
 
 
 def adapted(then: Any, short: Any, long: Any) -> Any:
-    """Give a scheduler's state the length of another phase, and leave where in the schedule it is.
+    """Adapt a scheduler's state to the length of another phase, and keep its position in the schedule.
 
-    Args:
-        then: The ``state_dict()`` to adapt.
-        short: That of a new scheduler for the phase that ``then`` is from.
-        long: That of a new scheduler for the other phase.
-
-    Returns:
-        ``then``, with the values of ``long`` wherever the two new ones differ.
+    ``then`` is the ``state_dict()`` to adapt, ``short`` that of a new scheduler for the same phase, and ``long`` that
+    of a new scheduler for the other phase. The result has the values of ``long`` wherever the two new ones differ.
 
     Example:
         >>> adapted({"T_max": 5, "last_epoch": 2}, {"T_max": 5, "last_epoch": 0}, {"T_max": 8, "last_epoch": 0})
@@ -127,22 +99,15 @@ def adapted(then: Any, short: Any, long: Any) -> Any:
     if isinstance(then, Mapping) and isinstance(short, Mapping) and isinstance(long, Mapping):
         return {key: adapted(value, short.get(key), long.get(key)) for key, value in then.items()}
     lists = (then, short, long)
-    if all(isinstance(each, list) for each in lists) and len({len(each) for each in lists}) == 1:
-        return [adapted(*each) for each in zip(*lists, strict=True)]
+    if all(isinstance(values, list) for values in lists) and len({len(values) for values in lists}) == 1:
+        return [adapted(*values) for values in zip(*lists, strict=True)]
     return then if short == long else long
 
 
 def check_frequencies(configs: Sequence[LRSchedulerConfig], period: int, offset: int) -> None:
-    """Refuse schedulers that would step in other epochs of one cycle than of the next.
+    """Raise if a scheduler steps every few epochs and would step at other times in one cycle than in the next.
 
-    Args:
-        configs: The Trainer's schedulers.
-        period: Epochs per cycle.
-        offset: Epochs that a rewind skips.
-
-    Raises:
-        MisconfigurationException: If a scheduler steps every few epochs, and they do not divide both.
-
+    ``period`` is the number of epochs per cycle, ``offset`` the number that a rewind skips.
     """
     for config in configs:
         if config.interval == "epoch" and (period % config.frequency or offset % config.frequency):
@@ -154,17 +119,9 @@ def check_frequencies(configs: Sequence[LRSchedulerConfig], period: int, offset:
 
 
 def check_lengths(configs: Sequence[LRSchedulerConfig], steps: float, steps_per_epoch: float, phase: str) -> None:
-    """Refuse a schedule that ends before its phase does: OneCycleLR then stops training with an error.
+    """Raise if the ``total_steps`` of OneCycleLR end before its phase does, since it then stops training.
 
-    Args:
-        configs: The schedulers of the phase.
-        steps: Optimizer steps in the phase, infinite where it has no end.
-        steps_per_epoch: Optimizer steps in an epoch.
-        phase: What to call the phase.
-
-    Raises:
-        MisconfigurationException: If ``total_steps`` is too low.
-
+    ``steps`` is the number of optimizer steps in the phase, infinite if it has no end; ``phase`` names it in the error.
     """
     for config in configs:
         if not isinstance(config.scheduler, OneCycleLR):
@@ -174,14 +131,14 @@ def check_lengths(configs: Sequence[LRSchedulerConfig], steps: float, steps_per_
         if needed > config.scheduler.total_steps:
             raise MisconfigurationException(
                 f"OneCycleLR has total_steps={config.scheduler.total_steps}, but {phase} takes"
-                f" {f'{needed:g}' if math.isfinite(needed) else 'endless'} steps. Give it"
-                " `self.trainer.estimated_stepping_batches` in `configure_optimizers`, which is the length of each"
-                " phase there, and set `max_epochs`."
+                f" {f'{needed:g}' if math.isfinite(needed) else 'endless'} steps. Set it to"
+                " `self.trainer.estimated_stepping_batches` in `configure_optimizers`, where this is the length of each"
+                " phase, and set `max_epochs`."
             )
 
 
 def _put_under(scheduler: Any, running: Mapping[int, Optimizer], seen: set[int]) -> None:
-    """Let a scheduler, and those that it is made of, drive the running optimizers."""
+    """Let a scheduler, and the schedulers that it consists of, drive the running optimizers."""
     if id(scheduler) in seen:
         return
     seen.add(id(scheduler))

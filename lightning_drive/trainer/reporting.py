@@ -1,4 +1,4 @@
-"""Build the report of a pruning."""
+"""Build the report of a pruning, show it, and log its numbers."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,8 +29,8 @@ def report(
 ) -> PruningReport:
     """Build the report of a search that began at ``start``, in a phase of training that began at ``phase_start``.
 
-    Both are times of ``time.monotonic()``; ``None``: not known. ``cycle`` counts the cycles of IMP, this one included,
-    and ``before`` is the report of the one before; both are ``None`` where there are no cycles.
+    Both are times of ``time.monotonic()``; ``None``: not known. ``cycle`` is the number of IMP's cycles so far, with
+    this one, and ``before`` the report of the previous cycle; both are ``None`` for other methods.
     """
     masks, history, costs = outcome.found.masks, outcome.found.history, outcome.diagnosis.costs
     phases = outcome.phases
@@ -61,7 +61,7 @@ def report(
 
 
 def with_commit(report: PruningReport, seconds: float) -> PruningReport:
-    """Return the report with the time that it took to put the masks into effect."""
+    """Return the report with the seconds that putting the masks into effect took."""
     phases = {**report.phases, "commit": seconds}
     cycles = report.cycles and (*report.cycles[:-1], replace(report.cycles[-1], phases=phases))
     return replace(report, phases=phases, cycles=cycles)
@@ -74,7 +74,7 @@ def announce(
     metrics: Mapping[str, float],
     text: str | None = None,
 ) -> None:
-    """Warn, show the report, or a text in its place, and log its numbers and more metrics."""
+    """Warn, show the report or ``text`` in its place, and log the numbers of the report and other metrics."""
     for warning in warnings:
         rank_zero_warn(warning)
     terminal.show(trainer, report if text is None else text)
@@ -89,7 +89,7 @@ def announce(
 
 
 def metrics(report: PruningReport | None) -> dict[str, float]:
-    """Return what is logged with every epoch, so that monitors and names of checkpoints can use it."""
+    """Return the metrics of every epoch, which monitors and names of checkpoints can use."""
     if report is None:
         return {}
     fractions = {"pruning/sparsity": report.sparsity, "pruning/overall_sparsity": report.overall_sparsity}
@@ -97,7 +97,7 @@ def metrics(report: PruningReport | None) -> dict[str, float]:
 
 
 def _not_measured(diagnosis: Diagnosis) -> Iterator[str]:
-    """Name the numbers that the report lacks, and why."""
+    """Yield a sentence for every number that the report lacks, with the reason."""
     if diagnosis.active is None and not diagnosis.path_error:
         yield (
             "Effective sparsity and multiply-adds were not measured: paths are not followed through sharded parameters."

@@ -1,4 +1,4 @@
-"""Compare masks out of a checkpoint with the settings of the callback that restores them."""
+"""Compare masks from a checkpoint with the settings of the callback that restores them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
@@ -17,15 +17,7 @@ from lightning_drive.report.pruning_report import PruningReport
 
 
 def warn_of_differences(masks: Masks, report: PruningReport, sparsity: float, control: Control) -> None:
-    """Say so if a network was pruned in another way than it would be now: it stays as it is.
-
-    Args:
-        masks: Its masks.
-        report: The report of it.
-        sparsity: What is asked for now.
-        control: What is asked for now.
-
-    """
+    """Warn if masks differ from the ``sparsity`` and ``control`` of the callback, since they stay as they are."""
     asked = masks.num_prunable * (1 - sparsity)
     if abs(masks.num_kept - asked) > len(masks):  # rounding may take one weight per parameter
         rank_zero_warn(
@@ -46,15 +38,10 @@ def warn_of_other_settings(
     selects: Iterable[Callable[[pl.LightningModule], Mapping[str, nn.Parameter]]],
     pl_module: pl.LightningModule,
 ) -> None:
-    """Warn if restored masks were chosen in another way than they would be now: they stay.
+    """Warn if restored masks were found with other settings than those of the callback, since they stay as they are.
 
-    Args:
-        masks: The masks.
-        then: The settings that they were chosen with, as far as the checkpoint has them.
-        now: The settings of the callback.
-        selects: Each gives prunable parameters of the module, by name, that the masks may be for.
-        pl_module: The module.
-
+    ``then`` has the settings that the checkpoint holds, ``now`` those of the callback. Every function in ``selects``
+    returns prunable parameters of the module by name; the masks may be for any of these selections.
     """
     for name in ("schedule", "scope"):
         if name in then and then[name] != now[name]:
@@ -76,36 +63,20 @@ def is_selection(
     select: Callable[[pl.LightningModule], Mapping[str, nn.Parameter]],
     pl_module: pl.LightningModule,
 ) -> bool:
-    """Whether masks are for the parameters that are selected now, or would be if none were frozen.
-
-    Args:
-        masks: The masks.
-        select: Gives the prunable parameters of the module, by name.
-        pl_module: The module.
-
-    """
+    """Whether masks are for the parameters that ``select`` returns now, or would return if none were frozen."""
     for context in (nullcontext(), prunable.unfrozen(pl_module)):
-        with context, suppress(ValueError):  # of a pattern that matches nothing
+        with context, suppress(ValueError):  # from a pattern that matches nothing
             if set(select(pl_module)) == set(masks):
                 return True
     return False
 
 
 def check_belong_together(masks: Masks, report: PruningReport | None) -> None:
-    """Raise if masks are not those that a report is of.
-
-    Args:
-        masks: Masks out of a checkpoint.
-        report: The report beside them.
-
-    Raises:
-        ValueError: If they differ, or one of them is missing.
-
-    """
+    """Raise ValueError if the masks and the report of a checkpoint differ, or one of them is missing."""
     layers = [] if report is None else [(layer.name, layer.shape, layer.num_kept) for layer in report.layers]
     of_masks = [(name, tuple(mask.shape), int(mask.count_nonzero())) for name, mask in masks.items()]
     if layers != of_masks or (report is not None and report.digest != masks.digest()):
         raise ValueError(
-            "The masks in the checkpoint are damaged, or are not those of the report beside them: names, shapes, counts"
-            f" or digest differ. {saved_values.REMEDY}"
+            "The masks in the checkpoint are damaged, or do not belong to its report: names, shapes, counts or digest"
+            f" differ. {saved_values.REMEDY}"
         )

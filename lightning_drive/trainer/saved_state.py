@@ -1,4 +1,4 @@
-"""What a pruning callback saves in checkpoints, and what a resume restores from them."""
+"""The state that a pruning callback saves in checkpoints, and that a resume restores."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -20,26 +20,26 @@ _VERSION = 1
 
 
 class Pruning(NamedTuple):
-    """Masks and their report; replaced as a whole, so that a save at any moment has two that fit together."""
+    """Masks and their report, replaced as a whole, so that they belong together in a save at any moment."""
 
     masks: Masks = Masks()
     """The masks, on the CPU; empty before pruning."""
     report: PruningReport | None = None
     unfinished: Mapping[str, Mapping[str, Tensor]] | None = None
-    """While the masks are being put into effect: new statistics of BatchNorm, by layer and buffer."""
+    """The new statistics of BatchNorm, by layer and buffer, while the masks are being put into effect."""
 
 
 class SavedState(NamedTuple):
-    """All that a pruning callback saves."""
+    """The state of a pruning callback."""
 
     pruning: Pruning
     start: RewindPoint | None
-    """The weights and optimizers to return to, as long as they are needed."""
+    """The weights and optimizers to return to, while they are needed."""
     settings: Mapping[str, Any]
-    """What the masks depend on, in plain types."""
+    """The settings that the masks depend on, in plain types."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types and tensors; masks have one bit per weight."""
+        """Return the state in plain types and tensors; masks take one bit per weight."""
         masks, report, unfinished = self.pruning
         return {
             "version": _VERSION,
@@ -52,7 +52,7 @@ class SavedState(NamedTuple):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], what: str) -> "SavedState":
-        """Read what :meth:`to_dict` returned; raise ValueError if it is of another version, or damaged."""
+        """Read what :meth:`to_dict` returned; raise ValueError if it has another version or is damaged."""
         version = saved_values.check(dict[str, object], values, what).get("version")
         if type(version) is not int or version != _VERSION:
             raise ValueError(
@@ -79,10 +79,10 @@ class SavedState(NamedTuple):
 def of_renamed(
     callback: pl.Callback, own_names: Iterable[object], trainer: pl.Trainer, checkpoint: Mapping[str, Any]
 ) -> tuple[str, Mapping[str, Any]] | None:
-    """Return name and state of the one pruning callback in a checkpoint that has another name, but is of this kind.
+    """Return name and state of the one pruning callback in a checkpoint that has another name, but the same kind.
 
-    Lightning restores a state of the same name by itself. Raise ValueError if the checkpoint was pruned by callbacks
-    that this one cannot go on from.
+    Lightning itself restores a state of the same name. Raise ValueError if the checkpoint was pruned by callbacks whose
+    masks this one cannot take over.
     """
     states = checkpoint.get("callbacks") or {}
     own = [states[name] for name in own_names if name in states]
@@ -96,7 +96,7 @@ def of_renamed(
         return fitting[0], others[fitting[0]]
     if pruned and trainer.state.fn == TrainerFn.FITTING:
         raise ValueError(
-            f"{type(callback).__name__} goes on only with the masks of one callback of its kind, IMP or not, but the"
+            f"{type(callback).__name__} can only take over the masks of one callback of its kind, IMP or not, but the"
             f" checkpoint was pruned by {listed(others)}. Resume with the callback that the checkpoint was saved with,"
             " or begin anew from a dense checkpoint."
         )
@@ -104,9 +104,9 @@ def of_renamed(
 
 
 def hold_still(checkpoint: dict[str, Any], callback: pl.Callback, pruning: Callable[[], Pruning]) -> None:
-    """Copy what another thread is going to write, and may still be writing when the network is pruned."""
+    """Copy the state that another thread saves, which may still be writing it when the network is pruned."""
     before = None
-    while before is not pruning():  # else it was pruned meanwhile: once more
+    while before is not pruning():  # or it was pruned meanwhile: copy once more
         before = pruning()
         copies = {name: _copied(checkpoint[name]) for name in ("state_dict", "optimizer_states")}
         state = callback.state_dict()
@@ -115,7 +115,7 @@ def hold_still(checkpoint: dict[str, Any], callback: pl.Callback, pruning: Calla
 
 
 def _is_in_cycles(state: Mapping[str, Any]) -> bool:
-    """Whether a callback state is one of IMP."""
+    """Whether the state of a callback is one of IMP."""
     settings = state.get("settings")
     return isinstance(settings, dict) and "cycles" in settings
 

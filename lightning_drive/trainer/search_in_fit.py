@@ -1,4 +1,4 @@
-"""Search for masks in the middle of a ``fit``, which stays as it was."""
+"""Search for masks in the middle of a ``fit``, and leave the ``fit`` as it was."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ class Outcome:
 
     @property
     def warnings(self) -> list[str]:
-        """All warnings, of the search and of its diagnosis."""
+        """The warnings of the search and of its diagnosis."""
         return [*self.found.warnings, *self.diagnosis.warnings]
 
 
@@ -57,10 +57,10 @@ def search(
     only_round: int | None = None,
     shuffle: bool = False,
 ) -> Outcome:
-    """Search for masks of the named parameters, on training batches from their beginning.
+    """Search for masks of the named parameters, on training batches from the first on.
 
-    ``masks`` are those to start from, empty for a dense network; ``loss_fn`` stands in for ``training_step``; for the
-    rest see :func:`lightning_drive.search.find.search_reached`.
+    ``masks`` are the masks to start from, empty for a dense network; ``loss_fn`` replaces ``training_step``;
+    ``shuffle`` shuffles the masks. For the rest see :func:`lightning_drive.search.find.search_reached`.
     """
     begin = last_round = time.monotonic()
     shards.reshard_(pl_module)  # validation, a forward pass without a backward pass, leaves parameters whole
@@ -68,7 +68,7 @@ def search(
     prunable_checks.check_numbers(prunable.parameters_by_name(pl_module, names))
     title, num_rounds = f"Pruning by {type(method).__name__}", method.rounds if only_round is None else 1
 
-    bars: list[Callable[[], None]] = []  # a second search has one of its own
+    bars: list[Callable[[], None]] = []  # a search without some parameters has its own
 
     @contextmanager
     def opened(names: Sequence[str]) -> Iterator[Network]:
@@ -110,7 +110,7 @@ def batch_norm_statistics(
     num_batches: int,
     loss_fn: LossFunction | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Estimate BatchNorm's statistics under masks, from training batches: layer name to statistics by buffer name."""
+    """Estimate BatchNorm's statistics under masks on training batches: layer name to statistics by buffer name."""
     if not num_batches:
         return {}
     ranks = processes.ranks_of(trainer)
@@ -125,7 +125,7 @@ def batch_norm_statistics(
 
 
 def _loss(scored: Sandbox, loss_fn: LossFunction | None, pl_module: pl.LightningModule) -> LossFunction:
-    """Return the loss of the replica: the user's own, or that of ``training_step``."""
+    """Return the loss function for the replica: the user's, or one made of ``training_step``."""
     own = training_step.loss_of(scored) if loss_fn is None else scored.replica_of(loss_fn)
     return gradients.on_replica_only(own, pl_module)
 
@@ -133,7 +133,7 @@ def _loss(scored: Sandbox, loss_fn: LossFunction | None, pl_module: pl.Lightning
 def _of_all_ranks(
     statistics: dict[str, dict[str, Tensor]], pl_module: pl.LightningModule, ranks: Ranks
 ) -> dict[str, dict[str, Tensor]]:
-    """Keep the statistics of layers that batches of every rank reached."""
+    """Return the statistics of the layers that were reached on every rank."""
     names = [name for name, _ in pl_module.named_modules()]
     counts = ranks.sum(torch.tensor([int(name in statistics) for name in names])).tolist()
     return {name: statistics[name] for name, count in zip(names, counts, strict=True) if count == ranks.size}
@@ -143,7 +143,7 @@ def _of_all_ranks(
 def _scored(
     trainer: pl.Trainer, pl_module: pl.LightningModule, mode: Mode = "train"
 ) -> Iterator[tuple[Sandbox, TrainingBatches]]:
-    """Open a replica of the module, and training batches from their beginning."""
+    """Open a replica of the module, and training batches from the first on."""
     with (
         sandbox.sandbox(trainer, pl_module, mode) as scored,
         TrainingBatches(scored.trainer, scored.module).opened() as batches,

@@ -37,7 +37,7 @@ class Handover:
         _receivers[self.address] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Give every copy an address of its own."""
+        """Pickle without the address, so that every copy has its own."""
         return Handover, (self.origin,)
 
     def of_copy(self) -> "Handover":

@@ -115,7 +115,7 @@ def test_rewind_point__every_value(made: tuple[Callable[[], Any], dict[str, Any]
 @pytest.mark.parametrize("make", [fits.CALLBACKS["IMP"], lambda: fits.drive(control="reinit")])
 def test_unfinished__nothing_to_return_to(make: Callable[[], Any], made: tuple[Any, dict[str, Any]]) -> None:
     state = {**made[1], "start": None, "unfinished": {}, "settings": {}}
-    with pytest.raises(ValueError, match="has to return to remembered weights"):
+    with pytest.raises(ValueError, match="has to return to stored weights"):
         make().load_state_dict(state)
 
 

@@ -571,7 +571,9 @@ def test_checkpoint_of_another_callback__error(tmp_path: Path, first: Any, secon
     run.save_checkpoint(tmp_path / "last.ckpt")
     with (
         pytest.warns(UserWarning, match="Please add the following callbacks"),
-        pytest.raises(ValueError, match=f"{type(after).__name__} goes on only .* pruned by {type(before).__name__}"),
+        pytest.raises(
+            ValueError, match=f"{type(after).__name__} can only take over .* pruned by {type(before).__name__}"
+        ),
     ):
         fits.trainer(tmp_path, after, max_epochs=4).fit(ConvModule(), fits.loader(), ckpt_path=tmp_path / "last.ckpt")
 
@@ -587,6 +589,6 @@ def test_checkpoint_of_another_callback__beside_its_own_error(tmp_path: Path) ->
     torch.save(saved, tmp_path / "both.ckpt")
     with (
         pytest.warns(UserWarning, match="Please add the following callbacks"),
-        pytest.raises(ValueError, match=r"DRIVEPruningCallback goes on only .* pruned by Renamed"),
+        pytest.raises(ValueError, match=r"DRIVEPruningCallback can only take over .* pruned by Renamed"),
     ):
         fits.trainer(tmp_path, after, max_epochs=4).fit(ConvModule(), fits.loader(), ckpt_path=tmp_path / "both.ckpt")

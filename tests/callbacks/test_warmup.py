@@ -281,7 +281,7 @@ def test_plan(name: str) -> None:
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_both__error(name: str, epochs: int) -> None:
     message = (
-        rf"`warmup_steps` says when to prune in place of `warmup_epochs`.*warmup_steps=5 and warmup_epochs={epochs}"
+        rf"`warmup_steps` sets when to prune in place of `warmup_epochs`.*warmup_steps=5 and warmup_epochs={epochs}"
     )
     with pytest.raises(ValueError, match=message):
         MAKE[name](warmup_steps=5, warmup_epochs=epochs)
@@ -306,7 +306,7 @@ def test_both__default(kind: Any, epochs: int) -> None:
     """A file of settings has the defaults in it."""
     assert kind(sparsity=0.5, warmup_steps=5, warmup_epochs=epochs).warmup_steps == 5
     assert kind(sparsity=0.5, warmup_steps=5).warmup_steps == 5
-    with pytest.raises(ValueError, match="Give one of them"):
+    with pytest.raises(ValueError, match="Set only one of them"):
         kind(sparsity=0.5, warmup_steps=5, warmup_epochs=epochs + 1)
 
 

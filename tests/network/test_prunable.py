@@ -379,7 +379,7 @@ def test_complex_weights_stay_dense__find_masks(raw: bool) -> None:
         find_masks(Spectral(raw), SNIP(), **settings)
     [text] = [str(each.message) for each in caught]
     if raw:
-        assert text.endswith("by `include=[\"*\"], exclude=['mix']`.")
+        assert text.endswith("set `include=[\"*\"], exclude=['mix']`.")
         assert "raw" in find_masks(Spectral(raw), SNIP(), include=["*"], exclude=["mix"], **settings)
     else:
         assert text.endswith("Complex weights cannot be pruned: scores are defined for real ones.")

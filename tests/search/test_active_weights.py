@@ -75,7 +75,7 @@ def test_nothing_arrives_even_without_masks() -> None:
     diagnosis = diagnosed(Chooses(4, 3), Magnitude(), batches=[X])
     assert diagnosis.active is None
     assert diagnosis.path_error is not None
-    assert "Nothing that is sent into the network arrives at what it returns." in diagnosis.path_error
+    assert "Nothing of the input reaches the output of the network." in diagnosis.path_error
     assert diagnosis.warnings == []
 
 

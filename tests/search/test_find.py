@@ -1032,7 +1032,7 @@ GOOD: dict[str, Any] = {"sparsity": 0.5, "batches": BATCHES, "loss_fn": models.l
             SynFlow(),
             {"batches": None, "example_input": {"x": torch.ones(1, 4)}},
             ValueError,
-            r"could not run the network on the example input: TypeError: .*'x'. Let `example_input` be what `forward`",
+            r"could not run the network on the example input: TypeError: .*'x'. Set `example_input` to what `forward`",
             id="wrong_example",
         ),
         pytest.param(
@@ -1040,7 +1040,7 @@ GOOD: dict[str, Any] = {"sparsity": 0.5, "batches": BATCHES, "loss_fn": models.l
             SynFlow(),
             {"batches": [torch.ones(2, 5)]},
             ValueError,
-            r"could not run the network on the first tensor of a batch: .*\. Give `example_input`: what `forward`",
+            r"could not run the network on the first tensor of a batch: .*\. Pass `example_input`: what `forward`",
             id="wrong_batch",
         ),
         pytest.param(zero_initialised(), SynFlow(), {}, ValueError, "synaptic flow R is 0: no signal", id="no_flow"),

@@ -100,13 +100,15 @@ def test_a_whole_pass_without_a_loss_is_an_error(
         seen.append(0)
         return with_nothing(nothing)(module, batch)
 
-    with pytest.raises(ValueError, match="This was so for 5 batches in a row, a whole pass over the data"):
+    with pytest.raises(ValueError, match="This was the case for 5 batches in a row, a whole pass over the data"):
         found(container(marked(5, odd=tuple(range(5)))), loss_fn)
     assert len(seen) == 5
 
 
 def test_an_endless_stream_without_a_loss_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"got None, which skips a batch\. This was so for 10,000 batches in a row: "):
+    with pytest.raises(
+        ValueError, match=r"got None, which skips a batch\. This was the case for 10,000 batches in a row: "
+    ):
         found(repeat(torch.ones(1, 4)), lambda module, batch: None)
 
 
@@ -193,7 +195,7 @@ def test_training_step__what_lightning_refuses(tmp_path: Path, odd: Any) -> None
 def test_training_step__never_a_loss(tmp_path: Path) -> None:
     module = Skipping(all_from_epoch=1)
     with pytest.raises(
-        ValueError, match=r"got None, which skips a batch\. This was so for 3 batches in a row, a whole"
+        ValueError, match=r"got None, which skips a batch\. This was the case for 3 batches in a row, a whole"
     ):
         fit(tmp_path, module)
 

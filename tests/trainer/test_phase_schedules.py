@@ -599,7 +599,7 @@ def test_schedule__other_optimizers_error(tmp_path: Path) -> None:
             self.optimizer = SGD if not self.seen else AdamW
             return super().configure_optimizers()
 
-    with pytest.raises(MisconfigurationException, match="must give the same optimizers whenever it is called"):
+    with pytest.raises(MisconfigurationException, match="must return the same optimizers whenever it is called"):
         rates_of(tmp_path, Fickle(SCHEDULES["cosine"]), imp(), max_epochs=9)
 
 
