@@ -1,4 +1,4 @@
-"""Only ``trainer/facts.py`` names what is private to Lightning."""
+"""Only ``trainer/lightning_internals.py`` names what is private to Lightning."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ PACKAGE = Path(lightning_drive.__file__).parent
 STORED = {"get_extra_results", "epoch_progress", "batch_progress", "epoch_loop.batch_progress"}
 """What has no underscore, but is of a private class or stands in checkpoints."""
 ELSEWHERE = {("compaction/compact.py", name) for name in ("_trainer", "_fabric")}
-"""`compaction` knows no Lightning, and leaves out of copies what stands under these; see the tests of `facts`."""
+"""`compaction` knows no Lightning, and leaves these out of copies; see the tests of `lightning_internals`."""
 
 
 def private_names_of_lightning() -> set[str]:
@@ -80,8 +80,13 @@ def private_in(tree: ast.AST) -> set[str]:
     return {name for name in named_in(tree) if name in LIGHTNING | STORED}
 
 
-def test_private_names__only_in_facts() -> None:
-    there = {(file, name) for file, tree in TREES.items() for name in private_in(tree) if file != "trainer/facts.py"}
+def test_private_names__only_in_lightning_internals() -> None:
+    there = {
+        (file, name)
+        for file, tree in TREES.items()
+        for name in private_in(tree)
+        if file != "trainer/lightning_internals.py"
+    }
     assert there == ELSEWHERE
 
 

@@ -346,9 +346,7 @@ def test_end_to_end(
 ) -> None:
     """The command of `main.py` trains, prunes exactly, trains on with the masks, and measures accuracy."""
     main, images = paper("main"), paper("images")
-    monkeypatch.setattr(
-        "lightning_drive.callbacks.imp.IMPPruningCallback._check_paths", lambda *_: None
-    )  # in one cycle
+    monkeypatch.setattr("lightning_drive.trainer.cycle_checks.check_paths", lambda *_: None)  # in one cycle
     cifar = {"cifar10": images.CIFAR10, "cifar100": images.CIFAR100}.get(experiment.rpartition("_")[2])
     write_images(experiment, monkeypatch, cifar and cifar.source)
     for method, epoch in PRUNED_IN.items():

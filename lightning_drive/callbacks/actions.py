@@ -19,20 +19,20 @@ from lightning_drive.report.plan import PruningPlan
 from lightning_drive.report.pruning_report import PruningReport
 from lightning_drive.search.methods import Method
 from lightning_drive.trainer import (
-    facts,
+    lightning_internals,
     loggers,
     other_callbacks,
     ranks,
     reporting,
-    search,
+    search_in_fit,
     step_counts,
     terminal,
     trained_parameters,
 )
 from lightning_drive.trainer.averages import Averages
-from lightning_drive.trainer.fit import Fit
+from lightning_drive.trainer.fit_state import Fit
 from lightning_drive.trainer.saved_state import Pruning, SavedState
-from lightning_drive.trainer.search import Outcome
+from lightning_drive.trainer.search_in_fit import Outcome
 from lightning_drive.trainer.spawned import Handover
 
 
@@ -176,7 +176,7 @@ class PruningActions(pl.Callback):
 
         """
         module: Any = pl_module
-        trainer: Any = facts.trainer_of(module)
+        trainer: Any = lightning_internals.trainer_of(module)
         in_fit = trainer is not None and trainer.optimizers
         return self._plan(
             module,
@@ -271,9 +271,9 @@ class PruningActions(pl.Callback):
         names: Iterable[str],
         **options: Any,
     ) -> Outcome:
-        """Search for masks of the named parameters, see :func:`lightning_drive.trainer.search.search`."""
+        """Search for masks of the named parameters, see :func:`lightning_drive.trainer.search_in_fit.search`."""
         others = self._others(trainer, pl_module, names)
-        return search.search(
+        return search_in_fit.search(
             trainer, pl_module, method, self._goal, [*names], masks=self.masks, others=others, **options
         )
 

@@ -19,7 +19,7 @@ from lightning_drive.network import prunable_checks
 from lightning_drive.trainer import (
     checks,
     end_of_training,
-    facts,
+    lightning_internals,
     other_callbacks,
     restored_masks,
     resuming,
@@ -28,9 +28,9 @@ from lightning_drive.trainer import (
     terminal,
     trained_parameters,
 )
-from lightning_drive.trainer.fit import Fit
+from lightning_drive.trainer.dense_copies import UnmaskedWeights
+from lightning_drive.trainer.fit_state import Fit
 from lightning_drive.trainer.saved_state import Pruning, SavedState
-from lightning_drive.trainer.unmasked_weights import UnmaskedWeights
 
 
 class PruningCallback(PruningActions):
@@ -283,7 +283,7 @@ class PruningCallback(PruningActions):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take over the state of a pruning callback of another name; Lightning restores one of the same name."""
-        own_names = (self.state_key, facts.legacy_state_key(self))
+        own_names = (self.state_key, lightning_internals.legacy_state_key(self))
         if (renamed := saved_state.of_renamed(self, own_names, trainer, checkpoint)) is not None:
             name, state = renamed
             self.load_state_dict(copy.deepcopy({**state}))

@@ -16,7 +16,7 @@ from lightning_drive.core import arguments, saved_values
 from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
-from lightning_drive.search import unscored
+from lightning_drive.search import unscored_parameters
 from lightning_drive.search.methods import Magnitude
 from lightning_drive.trainer import cycle_checks, end_of_training, step_counts, terminal
 from lightning_drive.trainer.cycle_schedules import Cycles, CycleSchedules
@@ -281,7 +281,7 @@ class IMPPruningCallback(PruningCallback):
         if not step_counts.is_quick_check(trainer):
             cycle_checks.check_paths(outcome, cycle, self._cycles, self.scope)
         if left_out:
-            outcome.found.warnings.append(unscored.unreached_in_cycle(left_out, names))
+            outcome.found.warnings.append(unscored_parameters.unreached_in_cycle(left_out, names))
         # Everything is computed: from here on only commit.
         self._record(
             trainer, outcome, self._cycles.method, start, control=self.control if is_last else "none", cycle=cycle

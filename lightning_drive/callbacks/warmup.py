@@ -1,4 +1,4 @@
-"""The callback that trains densely, prunes once, and trains the sparse network to the end."""
+"""The base of callbacks that prune once, after a dense warm-up, also for a method of your own."""
 
 import inspect
 import math
@@ -23,8 +23,8 @@ from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
 from lightning_drive.search import methods
 from lightning_drive.search.methods import Method
-from lightning_drive.trainer import batches, checks, end_of_training, other_callbacks, search, step_counts
-from lightning_drive.trainer.unmasked_weights import zeros_without_masks
+from lightning_drive.trainer import batches, checks, end_of_training, other_callbacks, search_in_fit, step_counts
+from lightning_drive.trainer.dense_copies import zeros_without_masks
 
 
 class WarmupPruningCallback(PruningCallback):
@@ -154,7 +154,7 @@ class WarmupPruningCallback(PruningCallback):
         outcome = self._search(trainer, pl_module, method, names, loss_fn=self.loss_fn, shuffle=is_shuffled)
         masks = outcome.found.masks
         before = time.monotonic()
-        statistics = search.batch_norm_statistics(trainer, pl_module, masks, self.bn_batches, self.loss_fn)
+        statistics = search_in_fit.batch_norm_statistics(trainer, pl_module, masks, self.bn_batches, self.loss_fn)
         outcome.phases["batch_norm"] = time.monotonic() - before
         outcome.found.warnings.extend(self._frozen_layers(trainer, pl_module, masks))
         outcome.found.warnings.extend(zeros_without_masks(self, pl_module, masks, masks))

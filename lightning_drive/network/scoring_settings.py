@@ -45,8 +45,8 @@ class _PlainPython:
         self._stance: Any = None
 
     def enter(self, search: object) -> None:
-        if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-            return  # nothing was compiled without the one (a second to import), torch 2.5 lacks the other
+        if "torch._dynamo" not in sys.modules:
+            return  # nothing was compiled, and it takes a second to import
         with self._lock:
             self._searches.add(search)
             if self._stance is None:

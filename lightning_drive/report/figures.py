@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from lightning_drive.core.history import Round, ScoreHistogram
+from lightning_drive.core.rounds import Round, ScoreHistogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lightning_drive.core.history import Round, ScoreHistogram
 from lightning_drive.core.messages import listed, shown
+from lightning_drive.core.rounds import Round, ScoreHistogram
 from lightning_drive.export import checkpoint_metadata, checkpoints, sparse_reader
 from lightning_drive.report.parts import LayerReport
 

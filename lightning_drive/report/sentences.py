@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from lightning_drive.core.arguments import Control
-from lightning_drive.report import names, tables
+from lightning_drive.report import labels, tables
 
 
 def headline(method: str, cycle: int | None, epoch: int, step: int, seconds: float) -> str:
@@ -20,7 +20,7 @@ def headline(method: str, cycle: int | None, epoch: int, step: int, seconds: flo
 
 def changed_afterwards(control: Control) -> str:
     """Return what a control changed after pruning."""
-    return f"control: {names.CONTROLS[control]}"
+    return f"control: {labels.CONTROLS[control]}"
 
 
 def sparsities(sparsity: float, effective: float | None) -> str:
@@ -61,5 +61,5 @@ def memory(dense: int, nonzero: int | None) -> str:
 def seconds_by_phase(phases: Mapping[str, float]) -> str:
     """Return the seconds of every phase."""
     return "seconds: " + ", ".join(
-        f"{names.PHASES.get(phase, phase)} {seconds:.1f}" for phase, seconds in phases.items()
+        f"{labels.PHASES.get(phase, phase)} {seconds:.1f}" for phase, seconds in phases.items()
     )

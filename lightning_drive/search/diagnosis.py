@@ -8,7 +8,7 @@ from lightning_drive.core.masks import Masks, collapsed_layers
 from lightning_drive.core.messages import listed
 from lightning_drive.network.costs import Costs, measure
 from lightning_drive.network.forward_passes import ForwardPass
-from lightning_drive.search import active_weights, dense_parts, methods, unscored, vanishing_scores
+from lightning_drive.search import active_weights, coverage_warnings, methods, unscored_parameters, vanishing_scores
 from lightning_drive.search.active_weights import ActiveWeights
 from lightning_drive.search.loop import Found, History
 from lightning_drive.search.methods import Method
@@ -41,10 +41,10 @@ def diagnose(network: Network, method: Method, goal: Goal, found: Found, others:
     remedy = _remedy(goal, "More cycles" if history.is_cycle else "More rounds" if network.reached else "")
     remarks = [*_zero_cuts(history, method), *_collapses(masks, active.masks, causes.explained, remedy)]
     if remarks and network.reached and not network.is_sharded:
-        remarks.extend(unscored.behind_norms(network.module))
+        remarks.extend(unscored_parameters.behind_norms(network.module))
     zeros = [name for name, largest in history.near_zero.items() if not largest]
-    remarks.extend([*causes.remarks, *unscored.dead_pairs(masks, zeros), *_unknown_paths(active.unknown)])
-    remarks.extend(dense_parts.warnings(network.module, masks, others, costs))
+    remarks.extend([*causes.remarks, *unscored_parameters.dead_pairs(masks, zeros), *_unknown_paths(active.unknown)])
+    remarks.extend(coverage_warnings.warnings(network.module, masks, others, costs))
     return Diagnosis(active.masks, active.error, costs, remarks)
 
 

@@ -16,7 +16,7 @@ from lightning_drive.core.masks import Masks
 from lightning_drive.network import prunable, prunable_checks
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.network.repeated_batches import Passes
-from lightning_drive.search import unscored
+from lightning_drive.search import unscored_parameters
 from lightning_drive.search.diagnosis import Diagnosis, diagnose
 from lightning_drive.search.loop import Found, search
 from lightning_drive.search.methods import Method, check_method
@@ -146,5 +146,5 @@ def search_reached(
         left_out.update(outcome.history.unreached)
     if left_out:
         in_order = [name for name in names if name in left_out]
-        outcome.warnings.insert(0, unscored.unreached(in_order, names, method))
+        outcome.warnings.insert(0, unscored_parameters.unreached(in_order, names, method))
     return outcome, diagnosis

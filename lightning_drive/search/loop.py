@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lightning_drive.core import counting, function_modes, schedules, selection
 from lightning_drive.core.goal import Goal
-from lightning_drive.core.history import Round, ScoreHistogram, removed_by_round, score_histogram
 from lightning_drive.core.masks import Masks
+from lightning_drive.core.rounds import Round, ScoreHistogram, removed_by_round, score_histogram
 from lightning_drive.core.selection import Ranking
-from lightning_drive.search import unscored, vanishing_scores
+from lightning_drive.search import unscored_parameters, vanishing_scores
 from lightning_drive.search.methods import Method
 from lightning_drive.search.scored_network import Network
 
@@ -141,7 +141,7 @@ def _cut(
     kept = Masks({**masks, **{name: mask for ranking in rankings.values() for name, mask in ranking.masks.items()}})
     prunes = sum(ranking.num_kept for ranking in rankings.values()) < sum(alive.values())
     if prunes and all(ranking.num_above == 0 and ranking.threshold == 0 for ranking in rankings.values()):
-        raise ValueError(unscored.nothing_to_rank(masks, near_zero))
+        raise ValueError(unscored_parameters.nothing_to_rank(masks, near_zero))
     return _Cut(kept, rankings, alive)
 
 

@@ -1,4 +1,4 @@
-"""The network as a method sees it: masked weights, and gradients on demand."""
+"""The network as a method and the search loop see it: masked weights, gradients on demand, masks of all ranks."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from lightning_drive.network import gradients, prunable, synflow, synflow_breake
 from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.network.undisturbed import undisturbed
+from lightning_drive.search import rank_agreement
 from lightning_drive.search.network_input import NetworkInput
 from lightning_drive.search.scoring_batches import ScoringBatches
 
@@ -199,19 +200,11 @@ class Network:
     def whole(self, masks: Masks) -> Masks:
         """Join the parts of the masks from all ranks to full shape, and return the same masks on every rank."""
         own = Masks({name: shards.joined(mask, of=self.parameters[name]).clone() for name, mask in masks.items()})
-        if self.ranks.size == 1:
-            return own
-        first = Masks.from_state_dict(self.ranks.broadcast(own.state_dict() if self.ranks.index == 0 else {}))
-        agreed = Masks({name: mask.to(own[name].device) for name, mask in first.items()})
-        differ = self.ranks.gather(torch.tensor(agreed.digest() != own.digest())).nonzero().flatten().tolist()
-        if differ:
+        masks, warning = rank_agreement.agreed(own, self.ranks)
+        if warning:
             self.ranks_agree = False
-            self.warnings.append(
-                f"Rank {listed(differ)} found other masks than rank 0, whose masks all ranks have now: the weights"
-                " differ between ranks. Something changes them on one rank only, such as a random initialisation after"
-                " `setup`."
-            )
-        return agreed
+            self.warnings.append(warning)
+        return masks
 
     def join_ranks(self) -> None:
         """Add up the skipped batches of all ranks, and join the names of the parameters that they reached."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
-from lightning_drive.search import unscored
+from lightning_drive.search import unscored_parameters
 from lightning_drive.search.methods import Method
 from lightning_drive.search.scored_network import Network
-from lightning_drive.search.unscored import patterns
+from lightning_drive.search.unscored_parameters import patterns
 
 TINY = 5e-3
 """The largest value of a factor that counts as near 0. LayerScale begins with 1e-6 to 1e-4, ReZero and SkipInit with 0,
@@ -45,7 +45,7 @@ def explain(
     """Explain why the scores of lost parameters vanished; ``silent`` names those that scored 0 in the first round."""
     if not lost:
         return Causes()
-    known = unscored.silent_norms(network.module)
+    known = unscored_parameters.silent_norms(network.module)
     try:
         network.stand_still()
         causes = factors(network.module, network.weights, near_zero, lost, known, lambda: method.score(network))

@@ -9,10 +9,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_drive.trainer import facts, network_copies
+from lightning_drive.trainer import lightning_internals, network_copies
 from lightning_drive.trainer.network_copies import Branches, Copy, branches_of, joined, size
 
-_HOLDERS = facts.HOLDERS | {"_buffers", "_modules", "_parameters"}
+_HOLDERS = lightning_internals.HOLDERS | {"_buffers", "_modules", "_parameters"}
 """Attributes that hold live parameters, or averages that are pruned along."""
 
 _PASSED_OVER = (type, FunctionType, MethodType, ModuleType, Tensor, pl.Trainer, pl.Callback)

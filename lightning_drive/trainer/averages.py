@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lightning_drive.core import zeroing
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
-from lightning_drive.trainer import facts, other_callbacks
-from lightning_drive.trainer.facts import Average
+from lightning_drive.trainer import lightning_internals, other_callbacks
+from lightning_drive.trainer.lightning_internals import Average
 
 
 class Averages:
@@ -69,12 +69,12 @@ class Averages:
             if count is not None:
                 count.zero_()
             if isinstance(callback, StochasticWeightAveraging):  # or it would average the start of this epoch at once
-                facts.count_as_averaged(callback, self._trainer.current_epoch)
+                lightning_internals.count_as_averaged(callback, self._trainer.current_epoch)
 
     def _of_callbacks(self) -> Iterator[tuple[pl.Callback, Average]]:
         """Yield Lightning's averaging callbacks, each with its average, where it has one already."""
         for callback in other_callbacks.callbacks_of(self._trainer):
-            if (average := facts.average_of(callback)) is not None:
+            if (average := lightning_internals.average_of(callback)) is not None:
                 yield callback, average
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 
 from lightning_drive.network.random_state import preserved_rng
-from lightning_drive.trainer import facts
+from lightning_drive.trainer import lightning_internals
 from lightning_drive.trainer.data_copies import Copier
 
 _LOST = "batches read to score weights would be lost to training"
@@ -35,14 +35,14 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[Any]:
         if self._copy is None:
-            self._copy = _CopiedLoader(facts.combined_loader(self._trainer))
+            self._copy = _CopiedLoader(lightning_internals.combined_loader(self._trainer))
         length = self._trainer.num_training_batches  # the loop, not the loader, counts up to `limit_train_batches`
         for batch, _, _ in islice(iter(self._copy.loader), int(length) if math.isfinite(length) else None):
             yield self._on_device(batch)
 
     def _on_device(self, batch: Any) -> Any:
         batch = self._trainer.precision_plugin.convert_input(batch)
-        batch = facts.before_batch_transfer(self._pl_module, batch)
+        batch = lightning_internals.before_batch_transfer(self._pl_module, batch)
         return self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
     @contextmanager
@@ -57,7 +57,7 @@ class TrainingBatches:
 
 def check_data(trainer: pl.Trainer) -> None:
     """Raise MisconfigurationException, from ``on_train_start`` on, if the data cannot be read a second time."""
-    copy = _CopiedLoader(facts.combined_loader(trainer))
+    copy = _CopiedLoader(lightning_internals.combined_loader(trainer))
     try:
         if copy.has_unusable:  # only reading shows whether that is in the way
             with preserved_rng():
@@ -77,7 +77,7 @@ class _CopiedLoader:
             if getattr(loader, "num_workers", 0) > 0:
                 for part in ("dataset", "collate_fn", "worker_init_fn"):
                     copier.copy_for_workers(getattr(loader, part, None))
-        self.loader = facts.like(live, copier.copy(live.flattened))
+        self.loader = lightning_internals.like(live, copier.copy(live.flattened))
         self.has_unusable = copier.has_unusable
         self._files = copier.files
 

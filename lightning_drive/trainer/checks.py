@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch.distributed.fsdp
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -51,8 +51,6 @@ def check_strategy(pruning: pl.Callback, trainer: pl.Trainer, unshardable: str) 
             " Shard with `ModelParallelStrategy` and `fully_shard` (FSDP2), or use `strategy='ddp'`."
         )
     if isinstance(strategy, ModelParallelStrategy):
-        if not hasattr(torch.distributed.fsdp, "fully_shard"):
-            raise MisconfigurationException(f"{name} needs torch 2.6 or newer, got {torch.__version__}.")
         if unshardable:
             raise MisconfigurationException(
                 f"{name} cannot work on sharded weights: {unshardable} Use `strategy='ddp'`."

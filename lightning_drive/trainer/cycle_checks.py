@@ -17,7 +17,7 @@ from lightning_drive.core.messages import listed, shown
 from lightning_drive.trainer import other_callbacks, restored_masks, step_counts
 from lightning_drive.trainer.cycle_schedules import Cycles
 from lightning_drive.trainer.saved_state import SavedState
-from lightning_drive.trainer.search import Outcome
+from lightning_drive.trainer.search_in_fit import Outcome
 
 
 def listed_settings(settings: Mapping[str, object]) -> str:

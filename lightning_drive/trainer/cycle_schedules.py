@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_drive.network.rewinding import RewindPoint
-from lightning_drive.trainer import phases, step_counts
-from lightning_drive.trainer.phases import Schedules
+from lightning_drive.trainer import phase_schedules, step_counts
+from lightning_drive.trainer.phase_schedules import Schedules
 
 
 class Cycles(NamedTuple):
@@ -58,7 +58,7 @@ class CycleSchedules:
     def plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let ``configure_optimizers`` see one cycle, until :meth:`begin`."""
         self._planned = self._cycle_length
-        self._undo_plan = phases.plan(trainer, pl_module, self._planned)
+        self._undo_plan = phase_schedules.plan(trainer, pl_module, self._planned)
 
     def begin(self, trainer: pl.Trainer) -> None:
         """Take over the schedulers that ``configure_optimizers`` made."""
@@ -77,7 +77,7 @@ class CycleSchedules:
         configs = trainer.lr_scheduler_configs  # empty also where SWA, resumed itself, has taken over
         if configs and length != self._planned:
             if cut_step is None:
-                new = phases.schedules_for(trainer, pl_module, length)
+                new = phase_schedules.schedules_for(trainer, pl_module, length)
             else:
                 new = self._of_ticket(trainer, pl_module, cut_step)
             for config, old in zip(new.configs, configs, strict=True):
@@ -96,18 +96,18 @@ class CycleSchedules:
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut_step: int | None) -> None:
         """Raise if cycles would differ in their learning rates, or a schedule ends before its phase does."""
-        phases.check_frequencies(self._configs, self._cycles.epochs, self._cycles.rewind_epoch)
+        phase_schedules.check_frequencies(self._configs, self._cycles.epochs, self._cycles.rewind_epoch)
         steps_per_epoch = step_counts.steps_per_epoch(trainer)
         if not self._configs or math.isinf(steps_per_epoch):
             return
         steps = self._cycle_length * steps_per_epoch
-        phases.check_lengths(self._configs, steps, steps_per_epoch, "an IMP cycle")
+        phase_schedules.check_lengths(self._configs, steps, steps_per_epoch, "an IMP cycle")
         if self._ticket_has_another_length:
             configs = self._of_ticket(trainer, pl_module, cut_step).configs
             steps = math.inf if self._ticket_length == -1 else self._ticket_length * steps_per_epoch
             if trainer.max_steps >= 0:
                 steps = min(steps, trainer.max_steps - self._steps_before_ticket(trainer, cut_step))
-            phases.check_lengths(configs, steps, steps_per_epoch, "training the ticket")
+            phase_schedules.check_lengths(configs, steps, steps_per_epoch, "training the ticket")
 
     def _start_of_phase(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, start: RewindPoint, cut_step: int | None
@@ -120,16 +120,16 @@ class CycleSchedules:
                 groups = zip(start.optimizers, long.param_groups, strict=True)
                 optimizers = [{**state, "param_groups": group} for state, group in groups]
                 return replace(start, optimizers=optimizers, schedulers=long.states)
-            short = phases.schedules_for(trainer, pl_module, self._cycle_length)
+            short = phase_schedules.schedules_for(trainer, pl_module, self._cycle_length)
             states = zip(start.schedulers, short.states, long.states, strict=True)
-            return replace(start, schedulers=[phases.adapted(*state) for state in states])
+            return replace(start, schedulers=[phase_schedules.adapted(*state) for state in states])
         if len(self._configs) != len(start.schedulers):  # SWA removes them where it is resumed itself
-            self._configs = phases.schedules_for(trainer, pl_module, self._cycle_length).configs
+            self._configs = phase_schedules.schedules_for(trainer, pl_module, self._cycle_length).configs
         return start
 
     def _of_ticket(self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut_step: int | None) -> Schedules:
         steps_before = self._steps_before_ticket(trainer, cut_step)
-        return phases.schedules_for(trainer, pl_module, self._ticket_length, steps_before)
+        return phase_schedules.schedules_for(trainer, pl_module, self._ticket_length, steps_before)
 
     def _steps_before_ticket(self, trainer: pl.Trainer, cut_step: int | None) -> int:
         """Return the number of steps before the last phase, less those that its schedule starts with."""

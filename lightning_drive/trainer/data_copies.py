@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lightning_drive.trainer import data_values
+from lightning_drive.trainer import data_value_copies
 
 _STREAMS = (
     types.GeneratorType,
@@ -97,9 +97,9 @@ class Copier(pickle.Pickler):
     def persistent_id(self, value: Any) -> int | None:
         """Return the place of what stands for a value, which is then not pickled."""
         if id(value) not in self._places:
-            if type(value) in data_values.CONTAINERS and data_values.is_data(value):
+            if type(value) in data_value_copies.CONTAINERS and data_value_copies.is_data(value):
                 self._substitute(value, copy.copy(value))
-            elif type(value) in (str, bytes) and len(value) > data_values.MANY:
+            elif type(value) in (str, bytes) and len(value) > data_value_copies.MANY:
                 self._share(value)
         return self._places.get(id(value))
 
@@ -112,20 +112,20 @@ class Copier(pickle.Pickler):
         if kind is types.FunctionType:
             return self._function(value)
         if kind is types.CellType:
-            return types.CellType, (), data_values.cell_contents(value), None, None, data_values.fill_cell
+            return types.CellType, (), data_value_copies.cell_contents(value), None, None, data_value_copies.fill_cell
         if kind is types.MethodType:
             return types.MethodType, (value.__func__, value.__self__)
         if isinstance(value, _STREAMS):
             return self._unusable(value)
         if isinstance(value, io.IOBase):
             return self._file(value)
-        if isinstance(value, data_values.MOVING):
-            return self._substitute(value, data_values.moving_copy(value, self._tensors))
+        if isinstance(value, data_value_copies.MOVING):
+            return self._substitute(value, data_value_copies.moving_copy(value, self._tensors))
         if isinstance(value, type):
-            return self._substitute(value, value if self._in_workers else data_values.without_end(value))
-        if isinstance(value, data_values.CONTAINERS) and data_values.is_data(value):
+            return self._substitute(value, value if self._in_workers else data_value_copies.without_end(value))
+        if isinstance(value, data_value_copies.CONTAINERS) and data_value_copies.is_data(value):
             return self._substitute(value, copy.copy(value))
-        if isinstance(value, data_values.CONTAINERS) or kind.__module__ in _BUILTIN:
+        if isinstance(value, data_value_copies.CONTAINERS) or kind.__module__ in _BUILTIN:
             return self._builtin(value)
         return self._object(value)
 
@@ -158,14 +158,14 @@ class Copier(pickle.Pickler):
         arguments = (function.__code__, function.__globals__, function.__name__, None, function.__closure__)
         names = ("__defaults__", "__kwdefaults__", "__qualname__", "__module__")
         state = {name: getattr(function, name) for name in names} | vars(function)
-        return types.FunctionType, arguments, state, None, None, data_values.set_attributes
+        return types.FunctionType, arguments, state, None, None, data_value_copies.set_attributes
 
     def _file(self, file: Any) -> Any:
         if self._in_workers or file.closed:
             return self._share(file)
         if isinstance(file, (io.BytesIO, io.StringIO)):
             return self._substitute(file, copy.copy(file))
-        twin = data_values.reopened(file)
+        twin = data_value_copies.reopened(file)
         if twin is None:
             return self._unusable(file)
         self.files.append(twin)
@@ -186,15 +186,15 @@ class Copier(pickle.Pickler):
         kind = type(value)
         if isinstance(value, Enum) or self._is_shared(value) or (self._in_workers and hasattr(kind, "__del__")):
             return self._share(value)
-        attributes = data_values.attributes(value)
-        if not attributes or kind.__module__.partition(".")[0] in _NOT_COPIED or not data_values.is_python(kind):
+        attributes = data_value_copies.attributes(value)
+        if not attributes or kind.__module__.partition(".")[0] in _NOT_COPIED or not data_value_copies.is_python(kind):
             return self._opaque(value)
         state: dict[str, Any] = {
             name: _Attribute(f"`{kind.__name__}.{name}`", attribute) for name, attribute in attributes.items()
         }
         if isinstance(attributes.get("_iterator"), _BaseDataLoaderIter):  # the live one of persistent workers
             state["_iterator"] = None
-        return object.__new__, (kind,), state, None, None, data_values.set_attributes
+        return object.__new__, (kind,), state, None, None, data_value_copies.set_attributes
 
     def _opaque(self, value: Any) -> Any:
         """Share what cannot be looked into, unless it goes on by itself."""

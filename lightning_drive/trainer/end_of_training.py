@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_drive.trainer import facts, other_callbacks
+from lightning_drive.trainer import lightning_internals, other_callbacks
 
 
 def warn_of_early_stopping(trainer: pl.Trainer, epoch: int | None, step: int | None, when: str) -> None:
@@ -46,7 +46,7 @@ def _left(trainer: pl.Trainer, epoch: int | None, step: int | None) -> tuple[flo
 
 def _checks(trainer: pl.Trainer, stopping: EarlyStopping, epochs: float, batches: float) -> int:
     """Count how often EarlyStopping looks at its metric in these epochs and batches, as far as that is known."""
-    if facts.checks_on_train_epoch_end(stopping):
+    if lightning_internals.checks_on_train_epoch_end(stopping):
         return math.floor(epochs)
     every = trainer.val_check_batch
     if not trainer.enable_validation or not every:
@@ -70,7 +70,8 @@ def warn_of_unknown_length(trainer: pl.Trainer, epoch: int | None, step: int | N
     elif any(isinstance(callback, Timer) for callback in callbacks):
         end = "training ends when the time of a Timer (or `max_time`) is over"
     elif trainer.val_check_batch != math.inf and any(
-        isinstance(callback, EarlyStopping) and not facts.checks_on_train_epoch_end(callback) for callback in callbacks
+        isinstance(callback, EarlyStopping) and not lightning_internals.checks_on_train_epoch_end(callback)
+        for callback in callbacks
     ):
         end = "EarlyStopping looks at its metric within epochs"
     else:

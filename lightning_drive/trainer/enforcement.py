@@ -16,7 +16,7 @@ from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.network import optimizer_state
 from lightning_drive.network.masked_parameters import MaskedParameters
-from lightning_drive.trainer import checks, facts, other_callbacks
+from lightning_drive.trainer import checks, lightning_internals, other_callbacks
 from lightning_drive.trainer.averages import Averages
 
 
@@ -45,7 +45,7 @@ class Enforcement:
         self._parameters.zero_gradients_()
         self._averages.mask_(self._masks)
         if _reads_gradients_early(pruning, trainer, pl_module):
-            keep_overflow = facts.scaler(trainer) is not None
+            keep_overflow = lightning_internals.scaler(trainer) is not None
             self._handles += self._parameters.zero_gradients_at_once(keep_overflow=keep_overflow)
         self._hookless = not pl_module.automatic_optimization
         self.follow(trainer, pl_module)
@@ -77,7 +77,7 @@ class Enforcement:
     def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients, where they are unscaled already."""
         self.follow(trainer, pl_module, optimizer)
-        if not facts.unscales_in_step(trainer, optimizer):
+        if not lightning_internals.unscales_in_step(trainer, optimizer):
             self._parameters.zero_gradients_()
 
     def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,7 +125,7 @@ class Enforcement:
             self._hookless = True
             return
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        if not pl_module.automatic_optimization or facts.unscales_in_step(trainer, optimizer):
+        if not pl_module.automatic_optimization or lightning_internals.unscales_in_step(trainer, optimizer):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
 
     def _before_step(self, *_: Any) -> None:

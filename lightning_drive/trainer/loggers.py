@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_drive.report.pruning_report import PruningReport
-from lightning_drive.trainer import facts
+from lightning_drive.trainer import lightning_internals
 from lightning_drive.trainer.terminal import is_installed
 
 _WITH_PICTURES = (TensorBoardLogger, WandbLogger, MLFlowLogger)
@@ -18,7 +18,7 @@ _WITH_PICTURES = (TensorBoardLogger, WandbLogger, MLFlowLogger)
 def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
     """Log numbers at once, with the step and epoch that Lightning logs with its own."""
     for logger in trainer.loggers:
-        logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=facts.logged_step(trainer))
+        logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=lightning_internals.logged_step(trainer))
 
 
 def log_pictures(trainer: pl.Trainer, report: PruningReport) -> None:
@@ -28,7 +28,7 @@ def log_pictures(trainer: pl.Trainer, report: PruningReport) -> None:
         return
     for logger in loggers:
         try:
-            _log_pictures(logger, report, facts.logged_step(trainer))
+            _log_pictures(logger, report, lightning_internals.logged_step(trainer))
         except Exception as error:  # a picture is not worth ending the training
             rank_zero_warn(
                 f"The pictures of the pruning could not be logged by {type(logger).__name__}"

@@ -6,14 +6,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from lightning_drive.trainer import facts
+from lightning_drive.trainer import lightning_internals
 
 
 def hold_off_early_stopping(trainer: pl.Trainer, on: bool) -> None:
     """Keep EarlyStopping from looking at the monitored value while this is on, and let it look again afterwards."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping):
-            facts.hold_off(callback, on)
+            lightning_internals.hold_off(callback, on)
 
 
 def forget_best(trainer: pl.Trainer) -> str:

@@ -13,7 +13,7 @@ from lightning_drive.report.parts import CycleReport
 from lightning_drive.report.pruning_report import PruningReport
 from lightning_drive.search.diagnosis import Diagnosis
 from lightning_drive.trainer import loggers, other_callbacks, terminal
-from lightning_drive.trainer.search import Outcome
+from lightning_drive.trainer.search_in_fit import Outcome
 
 
 def report(

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_drive.core.arguments import Mode
 from lightning_drive.network import forward_passes
 from lightning_drive.network.undisturbed import undisturbed
-from lightning_drive.trainer import facts
+from lightning_drive.trainer import lightning_internals
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ def sandbox(trainer: pl.Trainer, pl_module: pl.LightningModule, mode: Mode = "tr
 def _quiet_trainer(trainer: pl.Trainer) -> pl.Trainer:
     """Copy a Trainer as far as a module may write to it; its loggers do nothing."""
     quiet = _twin(trainer)
-    facts.set_strategy(quiet, _twin(trainer.strategy))
+    lightning_internals.set_strategy(quiet, _twin(trainer.strategy))
     quiet.loggers = [DummyLogger() for _ in trainer.loggers]
     return quiet
 

@@ -1,5 +1,6 @@
 """The state that a pruning callback saves in checkpoints, and that a resume restores."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from lightning_drive.core.messages import listed, shown
 from lightning_drive.export import checkpoints
 from lightning_drive.network.rewinding import RewindPoint
 from lightning_drive.report.pruning_report import PruningReport
-from lightning_drive.trainer import restored_masks, resuming
+from lightning_drive.trainer import restored_masks
 
 _VERSION = 1
 
@@ -107,7 +108,7 @@ def hold_still(checkpoint: dict[str, Any], callback: pl.Callback, pruning: Calla
     before = None
     while before is not pruning():  # or it was pruned meanwhile: copy once more
         before = pruning()
-        copies = {name: resuming.copied(checkpoint[name]) for name in ("state_dict", "optimizer_states")}
+        copies = {name: _copied(checkpoint[name]) for name in ("state_dict", "optimizer_states")}
         state = callback.state_dict()
     checkpoint.update(copies)
     checkpoint["callbacks"][callback.state_key] = state
@@ -117,3 +118,14 @@ def _is_in_cycles(state: Mapping[str, Any]) -> bool:
     """Whether the state of a callback is one of IMP."""
     settings = state.get("settings")
     return isinstance(settings, dict) and "cycles" in settings
+
+
+def _copied(state: Any) -> Any:
+    """Copy tensors in dictionaries and lists, with what hangs on the dictionaries, such as the versions of modules."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        twin = copy.copy(state)
+        twin.update({key: _copied(value) for key, value in state.items()})
+        return twin
+    return [_copied(value) for value in state] if isinstance(state, list) else state

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from lightning_drive.trainer import facts
+from lightning_drive.trainer import lightning_internals
 
 
 class Handover:
@@ -53,7 +53,7 @@ class Handover:
         is_forked = os.getpid() != self._process
         address = self.address if is_forked else self.origin
         if address is not None:
-            facts.add_result(launcher, address, lambda: Parcel(address, state()))
+            lightning_internals.add_result(launcher, address, lambda: Parcel(address, state()))
 
     def receive(self, state: dict[str, Any]) -> None:
         """Keep a state for :meth:`take`."""

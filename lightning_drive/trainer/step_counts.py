@@ -5,7 +5,7 @@ import math
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lightning_drive.trainer import facts, other_callbacks
+from lightning_drive.trainer import lightning_internals, other_callbacks
 
 
 def is_quick_check(trainer: pl.Trainer) -> bool:
@@ -31,6 +31,6 @@ def is_accumulating(trainer: pl.Trainer) -> bool:
 
     At the start of an epoch none do: the Trainer steps after its last batch.
     """
-    batches = facts.counts(trainer).batches["current"]
+    batches = lightning_internals.counts(trainer).batches["current"]
     is_between_batches = batches["ready"] == batches["processed"]
     return not is_between_batches and (batches["ready"] - 1) % trainer.accumulate_grad_batches > 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_drive.core import containers
 from lightning_drive.network.gradients import LossFunction
-from lightning_drive.trainer import facts
+from lightning_drive.trainer import lightning_internals
 from lightning_drive.trainer.sandbox import Sandbox
 
 
@@ -39,7 +39,7 @@ def _training_step_loss(trainer: pl.Trainer) -> LossFunction:
             pl_module.on_train_epoch_start()
         batch_idx = int(number % length)  # infinite for a stream
         pl_module.on_train_batch_start(batch, batch_idx)
-        output = pl_module.training_step(*facts.step_arguments(trainer, batch, batch_idx))
+        output = pl_module.training_step(*lightning_internals.step_arguments(trainer, batch, batch_idx))
         if output is None:
             return None
         loss = output.get("loss") if isinstance(output, Mapping) else output

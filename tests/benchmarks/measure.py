@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from lightning_drive.core.goal import Goal
 from lightning_drive.network import prunable
-from lightning_drive.search import loop
+from lightning_drive.search.diagnosis import diagnose
+from lightning_drive.search.loop import search
 from lightning_drive.search.methods import Method
+from lightning_drive.search.scored_network import Network
 
 Measure = Callable[[], float]
 
@@ -64,14 +67,8 @@ def rounds_and_passes(
         passes.append(seconds(bare_pass, clock)())
         mark = clock()
 
-    loop.search(
-        module,
-        method,
-        sparsity=0.98,
-        parameters=prunable.prunable_parameters(module),
-        on_round=on_round,
-        **settings,
-    )
+    network, goal = Network(module, prunable.prunable_parameters(module), **settings), Goal(0.98)
+    diagnose(network, method, goal, search(network, method, goal, on_round=on_round))
     return rounds, passes, clock() - begin - sum(rounds) - sum(passes)
 
 

@@ -190,7 +190,7 @@ def test_copies(tmp_path: Path, copied: Any) -> None:
     fits.trainer(tmp_path, callback, copying).fit(ConvModule(), fits.loader())
     assert copying.copy.masks == callback.masks
     assert copying.copy.report == callback.report
-    assert copying.copy._live is None
+    assert copying.copy._fit.enforcement is None
 
 
 def test_fast_dev_run(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from lightning_drive import IMPPruningCallback, Magnitude, Masks, PruningReport, find_masks
 from lightning_drive.network.rewinding import RewindPoint
+from lightning_drive.trainer import cycle_checks
 
 STEPS = 3  # per epoch
 
@@ -249,7 +250,7 @@ def test_equals_find_masks_in_a_loop(tmp_path: Path, scope: Any) -> None:
 @pytest.fixture
 def _is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs go on whose network, small as it is, a cut leaves without a path from input to output."""
-    monkeypatch.setattr(IMPPruningCallback, "_check_paths", lambda *_: None)
+    monkeypatch.setattr(cycle_checks, "check_paths", lambda *_: None)
 
 
 @pytest.mark.usefixtures("_is_cut_off")
@@ -1152,9 +1153,8 @@ def test_copies(tmp_path: Path, copied: Any, hook: str) -> None:
     for taken, state, cycle in copies:
         assert fits.equal_states(taken.state_dict(), state)
         assert taken.cycle == cycle
-        assert taken._live is None
-        assert taken._undo_plan is None
-        assert taken._schedulers == []
+        assert taken._fit.enforcement is None
+        assert taken._schedules is None
     again = copies[-1][0]
     fit(tmp_path, Quiet(), again)
     assert again.masks == callback.masks

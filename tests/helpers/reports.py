@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lightning_drive import Masks, PruningReport
-from lightning_drive.core.history import Round, ScoreHistogram
+from lightning_drive.core.rounds import Round, ScoreHistogram
 from lightning_drive.report.parts import CycleReport, LayerReport
 
 CONV = torch.zeros(8, 4, 3, 3, dtype=torch.bool)

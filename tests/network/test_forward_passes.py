@@ -12,16 +12,15 @@ import searches
 import torch
 import torch.nn.functional as F
 from followed import Between, dense_masks
+from searches import Searched
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_drive import SNIP, Magnitude, SynFlow, find_masks
-from lightning_drive.core.goal import Goal
 from lightning_drive.core.masks import Masks
 from lightning_drive.network import forward_passes, paths, prunable, synflow
 from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.prunable import prunable_parameters
-from lightning_drive.search.diagnosis import Diagnosis
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
@@ -126,12 +125,14 @@ CASES = [
 ]
 
 
-def search(module: nn.Module, method: Any, loss_fn: Any, **masks: Any) -> tuple[Masks, Diagnosis]:
-    """Find masks of half of the weights, or what is left of others, and what they mean."""
+def search(module: nn.Module, method: Any, loss_fn: Any, **masks: Any) -> tuple[Masks, Searched]:
+    """Find masks of half of the weights, or of as many as others leave, and what they mean."""
     sparsity = masks["masks"].sparsity if masks else 0.5
-    names = [*prunable_parameters(module)]
-    found, diagnosis = searches.search(module, method, Goal(sparsity), names, batches=[X], loss_fn=loss_fn, **masks)
-    return found.masks, diagnosis
+    parameters = prunable_parameters(module)
+    result = searches.search(
+        module, method, parameters=parameters, sparsity=sparsity, batches=[X], loss_fn=loss_fn, **masks
+    )
+    return result.masks, result
 
 
 @pytest.mark.parametrize("method", [SNIP(), Magnitude()], ids=["snip", "magnitude"])
@@ -264,11 +265,11 @@ def test_lists_of_images() -> None:
 
     batch = [torch.randn(3, 8, 8), torch.randn(3, 6, 9)], [{"label": torch.tensor(0)}, {"label": torch.tensor(1)}]
     module = Detector()
-    names = [*prunable_parameters(module)]
-    found, diagnosis = searches.search(module, SNIP(), Goal(0.5), names, batches=[batch], loss_fn=loss_fn)
-    assert diagnosis.path_error is None
-    assert diagnosis.active is not None
-    assert diagnosis.active.num_kept <= found.masks.num_kept
+    parameters = prunable_parameters(module)
+    result = searches.search(module, SNIP(), parameters=parameters, sparsity=0.5, batches=[batch], loss_fn=loss_fn)
+    assert result.path_error is None
+    assert result.active is not None
+    assert result.active.num_kept <= result.masks.num_kept
 
 
 def test_losses_of_forward_are_no_output() -> None:

@@ -11,7 +11,7 @@ import torch
 from reports import HISTOGRAM, MASKS, full_report, small_report
 
 from lightning_drive import Masks, PruningReport
-from lightning_drive.core.history import Round
+from lightning_drive.core.rounds import Round
 from lightning_drive.report.figures import Picture
 
 

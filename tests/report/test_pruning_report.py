@@ -10,7 +10,7 @@ import pytest
 import torch
 from fits import ConvModule
 
-from lightning_drive.report import names
+from lightning_drive.report import labels
 
 
 def test_report__of_a_run(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_report__of_a_run(tmp_path: Path) -> None:
     }
     assert (report.other_multiply_adds, report.dense_bytes) == (0, 4 * fits.NUM_PRUNABLE)
     assert list(report.phases) == ["warmup", "rounds", "measuring", "batch_norm", "commit"]
-    assert report.phases.keys() <= names.PHASES.keys()
+    assert report.phases.keys() <= labels.PHASES.keys()
     assert all(seconds > 0 for seconds in report.phases.values())
     assert report.seconds == pytest.approx(
         report.phases["rounds"] + report.phases["measuring"] + report.phases["batch_norm"], abs=0.1
@@ -100,6 +100,6 @@ def test_report__of_imp(tmp_path: Path) -> None:
         ["training", "rounds", "measuring", "batch_norm", "commit"]
     ] * 2
     assert report.phases == report.cycles[-1].phases
-    assert report.phases.keys() <= names.PHASES.keys()
+    assert report.phases.keys() <= labels.PHASES.keys()
     assert report.pictures == ["density", "rounds", "scores", "cycles"]
     report.figure("cycles", metric="train_accuracy")

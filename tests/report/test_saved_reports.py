@@ -16,7 +16,7 @@ from reports import ACTIVE, MASKS, full_report, small_report
 from torch import nn
 
 from lightning_drive import Masks, PruningReport, save_sparse
-from lightning_drive.core.history import Round
+from lightning_drive.core.rounds import Round
 
 
 @pytest.mark.parametrize("active", [ACTIVE, None], ids=["paths", "no_paths"])

@@ -185,8 +185,8 @@ def test_optimizers_made_anew__old_ones_are_let_go(tmp_path: Path) -> None:
             assign(trainer, pl_module)
 
         def on_train_batch_end(self, *_: Any) -> None:
-            if pruning._live is not None:
-                counts.append(len(pruning._live._followed))
+            if pruning._fit.enforcement is not None:
+                counts.append(len(pruning._fit.enforcement._followed))
 
     fits.trainer(tmp_path, Restart(), pruning, max_epochs=4).fit(module, fits.loader())
     assert_sparse(module, pruning)
@@ -405,8 +405,8 @@ def test_renew_leaves_what_is_right(tmp_path: Path, at: str) -> None:
             if at == "save":
                 trainer.save_checkpoint(tmp_path / "x.ckpt")
             else:
-                assert pruning._live is not None
-                pruning._live.renew()
+                assert pruning._fit.enforcement is not None
+                pruning._fit.enforcement.renew()
             seen.append(module.head.weight.detach().clone())
             module.head.weight.data.fill_(0.1)
             pruning.masks.apply_(module)

@@ -6,8 +6,6 @@ from typing import Any
 import fits
 import lightning.pytorch as pl
 import pytest
-import torch
-from torch import nn
 
 from lightning_drive.trainer import resuming
 
@@ -84,16 +82,3 @@ def test_begin_epoch_again(tmp_path: Path, mends: bool, stops: bool) -> None:
 @pytest.mark.parametrize("batch_idx", [0, 1, 2])
 def test_begin_batch_again(tmp_path: Path, batch_idx: int, stops: bool) -> None:
     assert len(batches_after_resume(tmp_path, batch_idx, mends=True, stops=stops)) == 3 - batch_idx
-
-
-def test_copied() -> None:
-    """What is copied shares no memory, and keeps versions of modules, which ``load_state_dict`` reads."""
-    module = nn.BatchNorm1d(2)
-    state = {"weights": module.state_dict(), "list": [torch.ones(2)], "epoch": 3}
-    twin = resuming.copied(state)
-    assert twin["weights"]._metadata == module.state_dict()._metadata
-    assert twin["epoch"] == 3
-    with torch.no_grad():
-        module.weight.zero_()
-        state["list"][0].zero_()
-    assert twin["weights"]["weight"].tolist() == twin["list"][0].tolist() == [1, 1]

@@ -129,7 +129,7 @@ def test_progress__cycles(name: str, tmp_path: Path, log_to: LogTo) -> None:
 def test_messages(name: str, method: str, tmp_path: Path, log_to: LogTo, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is said while a bar is there can be read in full: it has lines of its own, and no bar is drawn over it."""
     log_to()
-    monkeypatch.setattr("lightning_drive.callbacks.imp.IMPPruningCallback._check_paths", lambda *_: None)
+    monkeypatch.setattr("lightning_drive.trainer.cycle_checks.check_paths", lambda *_: None)
     callback = fits.CALLBACKS[method](sparsity=0.995)
     watched = Watched(tmp_path, callback, BARS[name](), EarlyStopping("val_loss", patience=9))
     report = callback.report

@@ -1,4 +1,4 @@
-"""Warn of zeros that do not reach the network's products, and of matrices that stay dense for the most part."""
+"""Warn if zeros are lost before the network multiplies with them, or only a small part of its weights is prunable."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,8 @@
 """All that this package reads and writes of Lightning beyond what Lightning promises: private names and stored forms.
 
 Nothing else in the package names them, and every function here has a test of its own against the Lightning that is
-installed (``tests/trainer/test_facts.py``), so that a new one that drops or changes a name is noticed by that name.
+installed (``tests/trainer/test_lightning_internals.py``): a new one that drops or changes a name is noticed by that
+name.
 """
 
 import copy

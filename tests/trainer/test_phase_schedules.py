@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_drive import IMPPruningCallback
-from lightning_drive.trainer.phases import adapted, seen_as_whole
+from lightning_drive.trainer.phase_schedules import adapted, seen_as_whole
 
 # torch 2.5's SequentialLR warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")

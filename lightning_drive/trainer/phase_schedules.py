@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from lightning_drive.trainer import facts
+from lightning_drive.trainer import lightning_internals
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def schedules_for(trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: in
     MisconfigurationException if ``configure_optimizers`` returns other optimizers than before.
     """
     with seen_as_whole(trainer, epochs, steps_before):
-        optimizers, configs = facts.new_optimizers(pl_module)
+        optimizers, configs = lightning_internals.new_optimizers(pl_module)
     if [type(optimizer) for optimizer in optimizers] != [type(optimizer) for optimizer in trainer.optimizers]:
         raise MisconfigurationException(
             "`configure_optimizers` must return the same optimizers whenever it is called: IMP calls it again to make"

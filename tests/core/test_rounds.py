@@ -11,10 +11,10 @@ from searches import search as search_alone
 from torch import Tensor
 
 from lightning_drive import DRIVE, SNIP, Masks, SynFlow
-from lightning_drive.core import grouped_tensors, history, selection
+from lightning_drive.core import grouped_tensors, rounds, selection
 from lightning_drive.core.arguments import Scope
-from lightning_drive.core.history import ScoreHistogram
 from lightning_drive.core.processes import ALONE, Ranks
+from lightning_drive.core.rounds import ScoreHistogram
 from lightning_drive.network import prunable
 from lightning_drive.search.loop import Found
 from lightning_drive.search.methods import Method
@@ -89,12 +89,12 @@ def histogram_of(
         rankings = [*selection.keep_highest_each(scores, num_kept, alive).values()]
     masks = {name: mask for ranking in rankings for name, mask in ranking.masks.items()}
     thresholds = [ranking.threshold for ranking in rankings]
-    return history.score_histogram(scores, alive, masks, thresholds, ranks), masks
+    return rounds.score_histogram(scores, alive, masks, thresholds, ranks), masks
 
 
 def counted_again(values: Tensor, found: ScoreHistogram) -> np.ndarray:
     """Count by numpy, from the lowest edge on."""
-    edges = np.linspace(found.low, found.high, history.NUM_BINS + 1)
+    edges = np.linspace(found.low, found.high, rounds.NUM_BINS + 1)
     logarithms = np.log10(np.maximum(values.double().numpy(), 1e-320))
     return np.histogram(np.maximum(logarithms, found.low - 1), [found.low - 1, *edges])[0]
 
@@ -133,7 +133,7 @@ def test_score_histogram__threshold_divides(dtype: torch.dtype, seed: int) -> No
     found, masks = histogram_of({"a": given}, 470)
     assert found is not None
     threshold = given[masks["a"]].min().log10().item()
-    edges = np.linspace(found.low, found.high, history.NUM_BINS + 1)
+    edges = np.linspace(found.low, found.high, rounds.NUM_BINS + 1)
     assert not any(kept for kept, end in zip(found.kept, edges[1:], strict=True) if end < threshold)
     assert not any(pruned for pruned, start in zip(found.pruned, edges, strict=False) if start > threshold)
 

@@ -1,4 +1,4 @@
-"""Copy single values that data are made of and that move when they are used: arrays, random generators, files, classes.
+"""Copies of single values of training data for ``data_copies``: arrays, random generators, open files, classes.
 
 :mod:`lightning_drive.trainer.data_copies` takes the data apart and calls these functions.
 """

@@ -1,4 +1,4 @@
-"""Where in a ``fit`` a pruning callback is: created in ``setup``, dropped in ``teardown``, never saved or copied."""
+"""The state of a pruning callback during one ``fit``: made in ``setup``, dropped in ``teardown``, never saved."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,8 @@ import lightning.pytorch as pl
 
 from lightning_drive.core.masks import Masks
 from lightning_drive.trainer.averages import Averages
+from lightning_drive.trainer.dense_copies import UnmaskedWeights
 from lightning_drive.trainer.enforcement import Enforcement
-from lightning_drive.trainer.unmasked_weights import UnmaskedWeights
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""Lightning still has the private names and stored forms that ``facts`` is of; nothing of it is imitated here.
+"""Lightning still has the private names and stored forms of ``lightning_internals``; nothing of it is imitated here.
 
-A failure names the function of ``facts`` and the versions of Lightning in which it was right.
+A failure names the function of ``lightning_internals`` and the versions of Lightning in which it was right.
 """
 
 import copy
@@ -25,10 +25,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_drive
-from lightning_drive.trainer import facts
+from lightning_drive.trainer import lightning_internals
 
 TESTED: dict[str, str] = {}
-"""Name in ``facts`` to the versions of Lightning in which it was seen to be right."""
+"""Name in ``lightning_internals`` to the versions of Lightning in which it was seen to be right."""
 
 
 def seen_in(versions: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -42,7 +42,7 @@ def seen_in(versions: str) -> Callable[[Callable[..., None]], Callable[..., None
             try:
                 test(*args, **kwargs)
             except Exception as error:
-                what = f"`facts.{test.__name__.removeprefix('test_')}` was right in Lightning {versions}"
+                what = f"`lightning_internals.{test.__name__.removeprefix('test_')}` was right in Lightning {versions}"
                 raise AssertionError(f"{what}, and is not in {lightning.__version__}.") from error
 
         return checked
@@ -72,24 +72,24 @@ def fit(tmp_path: Path, *callbacks: pl.Callback, module: Any = None, data: Any =
 def test_HOLDERS() -> None:  # noqa: N802
     assert {"_fabric", "_fabric_optimizers", "_trainer"} <= vars(pl.LightningModule()).keys()
     assert "_average_model" in vars(StochasticWeightAveraging(0.1))
-    assert set(facts.HOLDERS) == {"_average_model", "_fabric", "_fabric_optimizers", "_trainer"}
+    assert set(lightning_internals.HOLDERS) == {"_average_model", "_fabric", "_fabric_optimizers", "_trainer"}
 
 
 @seen_in("2.5.0 and 2.6.6")
 def test_trainer_of(tmp_path: Path) -> None:
     seen: list[Any] = []
     module = fit(tmp_path, calling("on_fit_start", lambda trainer, pl_module: seen.append(trainer)))
-    assert facts.trainer_of(module) is seen[0]
+    assert lightning_internals.trainer_of(module) is seen[0]
     assert vars(module)["_trainer"] is seen[0]  # where `compaction` leaves it out of copies
-    assert facts.trainer_of(fits.ConvModule()) is None
-    assert facts.trainer_of(nn.Linear(1, 1)) is None
+    assert lightning_internals.trainer_of(fits.ConvModule()) is None
+    assert lightning_internals.trainer_of(nn.Linear(1, 1)) is None
 
 
 @seen_in("2.5.0 and 2.6.6")
 def test_set_strategy(tmp_path: Path) -> None:
     trainer = fits.trainer(tmp_path)
     strategy, twin, other = trainer.strategy, copy.copy(trainer), SingleDeviceStrategy()
-    facts.set_strategy(twin, other)
+    lightning_internals.set_strategy(twin, other)
     assert twin.strategy is other
     assert trainer.strategy is strategy
 
@@ -106,7 +106,7 @@ def test_new_optimizers(tmp_path: Path) -> None:
     made: list[Any] = []
 
     def make(trainer: Any, pl_module: Any) -> None:
-        made.extend((*facts.new_optimizers(pl_module), trainer.optimizers, trainer.lr_scheduler_configs))
+        made.extend((*lightning_internals.new_optimizers(pl_module), trainer.optimizers, trainer.lr_scheduler_configs))
 
     fit(tmp_path, calling("on_train_start", make), module=Scheduled())
     [optimizer], [config], [old], [old_config] = made
@@ -124,7 +124,9 @@ def test_combined_loader(tmp_path: Path) -> None:
     loaders: list[Any] = []
 
     def look(trainer: Any, pl_module: Any) -> None:
-        loaders.extend((facts.combined_loader(trainer), trainer.train_dataloader, trainer.num_training_batches))
+        loaders.extend(
+            (lightning_internals.combined_loader(trainer), trainer.train_dataloader, trainer.num_training_batches)
+        )
 
     fit(tmp_path, calling("on_train_start", look), limit_train_batches=2)
     combined, loader, length = loaders
@@ -138,9 +140,9 @@ def test_like(mode: Any) -> None:
     loader = CombinedLoader({"a": [1, 2, 3], "b": [4, 5]}, mode)
     iter(loader)
     loader.limits = [3, 1]
-    assert [*facts.like(loader, loader.flattened)] == [*loader]
+    assert [*lightning_internals.like(loader, loader.flattened)] == [*loader]
     loader.limits = None
-    assert [*facts.like(loader, [[1, 2], [3]])] == [*CombinedLoader({"a": [1, 2], "b": [3]}, mode)]
+    assert [*lightning_internals.like(loader, [[1, 2], [3]])] == [*CombinedLoader({"a": [1, 2], "b": [3]}, mode)]
 
 
 class Doubling(pl.LightningDataModule):
@@ -166,7 +168,7 @@ def test_before_batch_transfer(data: Any, tmp_path: Path) -> None:
     seen: list[Any] = []
 
     def look(trainer: Any, pl_module: Any) -> None:
-        seen.append(facts.before_batch_transfer(pl_module, batch)[0])
+        seen.append(lightning_internals.before_batch_transfer(pl_module, batch)[0])
 
     module = fit(tmp_path, calling("on_train_start", look), module=Adding() if data is None else None, data=data)
     assert torch.equal(seen[0], expected)
@@ -184,7 +186,7 @@ def test_step_arguments(make: type[pl.LightningModule], expected: list[Any], tmp
     arguments: list[Any] = []
 
     def look(trainer: Any, pl_module: Any) -> None:
-        arguments.append(facts.step_arguments(trainer, "batch", 7))
+        arguments.append(lightning_internals.step_arguments(trainer, "batch", 7))
 
     fit(tmp_path, calling("on_train_epoch_start", look), module=make())
     assert arguments == [expected] * 2
@@ -204,7 +206,7 @@ def test_logged_step(tmp_path: Path) -> None:
     logger, steps = Steps(), set[int]()
 
     def look(trainer: Any, pl_module: Any) -> None:
-        steps.add(facts.logged_step(trainer))
+        steps.add(lightning_internals.logged_step(trainer))
 
     fit(tmp_path, calling("on_train_batch_end", look), logger=logger, accumulate_grad_batches=2)
     assert sorted(steps) == logger.steps == [0, 1, 2, 3]
@@ -222,7 +224,7 @@ def numbers(part: dict[str, int]) -> tuple[int, ...]:
 def test_counts(tmp_path: Path) -> None:
     seen: dict[str, list[Any]] = {"on_train_epoch_start": [], "on_train_batch_start": []}
     callbacks = [
-        calling(hook, lambda trainer, _, counts=counts: counts.append(facts.counts(trainer)))
+        calling(hook, lambda trainer, _, counts=counts: counts.append(lightning_internals.counts(trainer)))
         for hook, counts in seen.items()
     ]
     fit(tmp_path, *callbacks)
@@ -237,13 +239,13 @@ def test_counts(tmp_path: Path) -> None:
 @seen_in("2.5.0 and 2.6.6")
 def test_set_counts(tmp_path: Path) -> None:
     trainer = fits.trainer(tmp_path)
-    counts = facts.counts(trainer)
+    counts = lightning_internals.counts(trainer)
     counts.epochs["total"]["ready"] = counts.batches["current"]["started"] = 3
     counts.batches["is_last_batch"] = True
-    assert facts.counts(trainer) != counts  # a copy
-    facts.set_counts(trainer, counts)
-    assert facts.counts(trainer) == counts
-    assert trainer.current_epoch == facts.counts(trainer).epochs["current"]["completed"] == 0
+    assert lightning_internals.counts(trainer) != counts  # a copy
+    lightning_internals.set_counts(trainer, counts)
+    assert lightning_internals.counts(trainer) == counts
+    assert trainer.current_epoch == lightning_internals.counts(trainer).epochs["current"]["completed"] == 0
 
 
 class Saving(pl.Callback):
@@ -251,8 +253,8 @@ class Saving(pl.Callback):
         self.equal: list[bool] = []
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self.equal.append(facts.counts_in(checkpoint) == facts.counts(trainer))
-        facts.counts_in(checkpoint).batches["total"]["ready"] = 77
+        self.equal.append(lightning_internals.counts_in(checkpoint) == lightning_internals.counts(trainer))
+        lightning_internals.counts_in(checkpoint).batches["total"]["ready"] = 77
 
 
 @seen_in("2.5.0 and 2.6.6")
@@ -261,7 +263,7 @@ def test_counts_in(tmp_path: Path) -> None:
     fit(tmp_path, saving, ModelCheckpoint(tmp_path, filename="last"), max_epochs=1)
     assert saving.equal == [True]
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert facts.counts_in(checkpoint).batches["total"]["ready"] == 77
+    assert lightning_internals.counts_in(checkpoint).batches["total"]["ready"] == 77
 
 
 # Gradients of mixed precision.
@@ -271,9 +273,9 @@ def test_counts_in(tmp_path: Path) -> None:
 def test_scaler(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu")
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
-    assert facts.scaler(fits.trainer(tmp_path, plugins=plugin)) is scaler
-    assert facts.scaler(fits.trainer(tmp_path, precision="bf16-mixed")) is None
-    assert facts.scaler(fits.trainer(tmp_path)) is None
+    assert lightning_internals.scaler(fits.trainer(tmp_path, plugins=plugin)) is scaler
+    assert lightning_internals.scaler(fits.trainer(tmp_path, precision="bf16-mixed")) is None
+    assert lightning_internals.scaler(fits.trainer(tmp_path)) is None
 
 
 @seen_in("2.5.0 and 2.6.6")
@@ -281,9 +283,9 @@ def test_unscales_in_step(tmp_path: Path) -> None:
     parameters = [nn.Parameter(torch.ones(2))]
     scaled = fits.trainer(tmp_path, plugins=MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu")))
     plain, fused = (torch.optim.AdamW(parameters, fused=fused) for fused in (False, True))
-    assert facts.unscales_in_step(scaled, fused)
-    assert not facts.unscales_in_step(scaled, plain)
-    assert not facts.unscales_in_step(fits.trainer(tmp_path), fused)
+    assert lightning_internals.unscales_in_step(scaled, fused)
+    assert not lightning_internals.unscales_in_step(scaled, plain)
+    assert not lightning_internals.unscales_in_step(fits.trainer(tmp_path), fused)
 
 
 # Lightning's callbacks.
@@ -291,7 +293,7 @@ def test_unscales_in_step(tmp_path: Path) -> None:
 
 @seen_in("2.5.0 and 2.6.6")
 def test_legacy_state_key() -> None:
-    assert facts.legacy_state_key(fits.drive()) is lightning_drive.DRIVEPruningCallback
+    assert lightning_internals.legacy_state_key(fits.drive()) is lightning_drive.DRIVEPruningCallback
 
 
 def swa() -> StochasticWeightAveraging:
@@ -306,10 +308,10 @@ NEW = [getattr(pl.callbacks, name) for name in ("WeightAveraging", "EMAWeightAve
 @seen_in("2.5.0 and 2.6.6, WeightAveraging in 2.6.6")
 def test_average_of(make: Callable[[], pl.Callback], tmp_path: Path) -> None:
     callback, seen = make(), []
-    assert facts.average_of(callback) is None
+    assert lightning_internals.average_of(callback) is None
 
     def look(trainer: Any, pl_module: Any) -> None:
-        average = facts.average_of(callback)
+        average = lightning_internals.average_of(callback)
         assert average is not None
         seen.append((average.holder.n_averaged, [name for name, _ in average.module.named_parameters()]))
 
@@ -317,7 +319,7 @@ def test_average_of(make: Callable[[], pl.Callback], tmp_path: Path) -> None:
     assert len(seen) >= 3
     assert all(names == [name for name, _ in module.named_parameters()] for _, names in seen)
     assert 0 < int(seen[-1][0]) <= 9
-    assert facts.average_of(fits.drive()) is None
+    assert lightning_internals.average_of(fits.drive()) is None
 
 
 @pytest.mark.parametrize("epochs", [[], [2], [1, 2]])
@@ -328,10 +330,11 @@ def test_count_as_averaged(epochs: list[int], tmp_path: Path) -> None:
 
     def count(trainer: Any, pl_module: Any) -> None:
         if trainer.current_epoch in epochs:
-            facts.count_as_averaged(callback, trainer.current_epoch)
+            lightning_internals.count_as_averaged(callback, trainer.current_epoch)
 
     def look(trainer: Any, pl_module: Any) -> None:
-        averaged.append(int(facts.average_of(callback).holder.n_averaged or 0))  # type: ignore[union-attr]
+        average = lightning_internals.average_of(callback)
+        averaged.append(int(average.holder.n_averaged or 0))  # type: ignore[union-attr]
 
     fit(tmp_path, calling("on_train_epoch_start", count), callback, calling("on_train_batch_end", look), max_epochs=4)
     assert averaged[-1] == 4 - len(epochs)  # SWA adds an epoch for BatchNorm
@@ -341,9 +344,9 @@ def test_count_as_averaged(epochs: list[int], tmp_path: Path) -> None:
 @seen_in("2.5.0 and 2.6.6")
 def test_checks_on_train_epoch_end(given: bool | None, interval: float, expected: bool, tmp_path: Path) -> None:
     stopping = EarlyStopping("val_loss", check_on_train_epoch_end=given)
-    assert facts.checks_on_train_epoch_end(stopping) is given
+    assert lightning_internals.checks_on_train_epoch_end(stopping) is given
     stopping.setup(fits.trainer(tmp_path, val_check_interval=interval), fits.ConvModule(), "fit")
-    assert facts.checks_on_train_epoch_end(stopping) is expected
+    assert lightning_internals.checks_on_train_epoch_end(stopping) is expected
 
 
 class OwnHooks(EarlyStopping):
@@ -359,7 +362,7 @@ class OwnHooks(EarlyStopping):
 def test_hold_off(kind: type[EarlyStopping], switches: list[bool], epochs: int, tmp_path: Path) -> None:
     stopping, ended = kind("train_loss_epoch", divergence_threshold=-1.0), []
     for on in switches:
-        facts.hold_off(stopping, on)
+        lightning_internals.hold_off(stopping, on)
     count = calling("on_train_epoch_end", lambda trainer, _: ended.append(trainer.current_epoch))
     fit(tmp_path, count, stopping, max_epochs=3)
     assert len(ended) == epochs
@@ -373,8 +376,8 @@ def test_add_result(tmp_path: Path) -> None:
     trainer = fits.trainer(tmp_path, strategy="ddp_fork", devices=1)
     launcher: Any = trainer.strategy.launcher
     values = iter([1, 2])
-    facts.add_result(launcher, "ours", lambda: next(values))
-    facts.add_result(launcher, "another", lambda: 3)
+    lightning_internals.add_result(launcher, "ours", lambda: next(values))
+    lightning_internals.add_result(launcher, "another", lambda: 3)
     trainer.strategy.connect(fits.ConvModule())
     extra = launcher._collect_rank_zero_results(trainer, None).extra
     assert (extra["ours"], extra["another"]) == (1, 3)
@@ -386,16 +389,18 @@ def test_add_result__other_launchers(strategy: str, tmp_path: Path) -> None:
     """There is no launcher in a single process, and that of scripts returns nothing."""
     launcher = fits.trainer(tmp_path, strategy=strategy, devices=1).strategy.launcher
     before = vars(launcher).copy() if launcher else {}
-    facts.add_result(launcher, "ours", lambda: 1)
+    lightning_internals.add_result(launcher, "ours", lambda: 1)
     assert (vars(launcher) if launcher else {}) == before
 
 
 # Nothing is left out.
 
 
-def test_facts__have_tests() -> None:
-    own = [name for name, value in vars(facts).items() if isinstance(value, FunctionType) and name[0] != "_"]
-    own = [name for name in own if getattr(facts, name).__module__ == facts.__name__]
+def test_lightning_internals__have_tests() -> None:
+    own = [
+        name for name, value in vars(lightning_internals).items() if isinstance(value, FunctionType) and name[0] != "_"
+    ]
+    own = [name for name in own if getattr(lightning_internals, name).__module__ == lightning_internals.__name__]
     assert sorted(TESTED) == sorted([*own, "HOLDERS"])
 
 
@@ -405,5 +410,5 @@ def test_seen_in__names_versions() -> None:
         raise AttributeError
 
     TESTED.pop("it")
-    with pytest.raises(AssertionError, match=r"`facts.it` was right in Lightning 1.0, and is not in \d"):
+    with pytest.raises(AssertionError, match=r"`lightning_internals.it` was right in Lightning 1.0, and is not in \d"):
         test_it()

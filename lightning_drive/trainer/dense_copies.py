@@ -1,4 +1,4 @@
-"""Warn of weights that masks do not reach: copies of the network that stay dense, and zeros that have no masks."""
+"""Warn of copies of the network that stay dense (EMA, teachers), and of zeros that have no masks."""
 
 from collections.abc import Iterable, Iterator
 
