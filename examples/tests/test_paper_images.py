@@ -234,7 +234,7 @@ def test_decoded_once__in_a_run(tree: Any, monkeypatch: pytest.MonkeyPatch, tmp_
     open_image = Image.open
     monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or open_image(path))
     run, module, data = trainer(tmp_path), Watcher(), tree()
-    with pytest.warns(UserWarning, match="cannot be kept"):
+    with pytest.warns(UserWarning, match="cannot be stored"):
         run.fit(module, datamodule=data)
     run.test(module, datamodule=data, verbose=False)
     assert len(opened) == len(set(opened)) == 18
