@@ -266,7 +266,7 @@ class IMPPruningCallback(PruningCallback):
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.monotonic()
         cycle = self._due_cycle(trainer)
-        is_last = cycle == self.cycles
+        control: Control = self.control if cycle == self.cycles else "none"
         names = list(super()._selected(trainer, pl_module))
         selected = self._selected(trainer, pl_module)
         left_out = [] if self.pruned else [name for name in names if name not in selected]
@@ -276,18 +276,16 @@ class IMPPruningCallback(PruningCallback):
             Magnitude(rounds=self.cycles),
             selected,
             only_round=cycle,
-            shuffle=is_last and self.control == "shuffle",
+            shuffle=control == "shuffle",
         )
         if not step_counts.is_quick_check(trainer):
             cycle_checks.check_paths(outcome, cycle, self._cycles, self.scope)
         if left_out:
             outcome.found.warnings.append(unscored_parameters.unreached_in_cycle(left_out, names))
         # Everything is computed: from here on only commit.
-        self._record(
-            trainer, outcome, self._cycles.method, start, control=self.control if is_last else "none", cycle=cycle
-        )
+        self._record(trainer, outcome, self._cycles.method, start, control=control, cycle=cycle)
         forgotten = self._commit(trainer, pl_module)
-        self._announce(trainer, outcome, forgotten, None if is_last else self._line())
+        self._announce(trainer, outcome, forgotten, None if cycle == self.cycles else self._line())
 
     @override
     def _selected(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:

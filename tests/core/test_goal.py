@@ -36,7 +36,8 @@ def test_density__is_that_of_the_schedule(schedule: Any) -> None:
     goal = Goal(0.9, schedule)
     for index in range(1, 6):
         assert goal.density(index, 5) == schedules.SCHEDULES[schedule](index, 5, 0.9, 0.0)
-    assert goal.density(5, 5, start=0.5) == 1 - 0.9
+        assert goal.density(index, 5, start=0.5) == schedules.SCHEDULES[schedule](index, 5, 0.9, 0.5)
+    assert goal.density(1, 5, start=0.5) < goal.density(1, 5)
 
 
 @pytest.mark.parametrize(
