@@ -53,8 +53,8 @@ def multiply_adds(dense: int, nonzero: int | None, others: int | None) -> str:
 def memory(dense: int, nonzero: int | None) -> str:
     """Return the bytes of the prunable weights, with the zeros and without."""
     return (
-        f"prunable weights: {tables.count(dense)}B dense, as they are in memory;"
-        f" {tables.count(nonzero)}B if stored as non-zero ones and a mask of 1 bit per weight"
+        f"prunable weights: {tables.count(dense)}B dense, as in memory;"
+        f" {tables.count(nonzero)}B if only the non-zero ones and a mask of 1 bit per weight are stored"
     )
 
 

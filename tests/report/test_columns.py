@@ -28,8 +28,8 @@ def test_str__costs() -> None:
         "sparsity 97.73%, effective sparsity 98.49% (active: kept and on a path from input to output)",
         "multiply-adds of one sample (MACs; one is 2 FLOPs): 19.7k dense, 2.3k by non-zero weights, and 2k without"
         " prunable weights",
-        "prunable weights: 3.75kB dense, as they are in memory; 343B if stored as non-zero ones and a mask of 1 bit per"
-        " weight",
+        "prunable weights: 3.75kB dense, as in memory; 343B if only the non-zero ones and a mask of 1 bit per"
+        " weight are stored",
         "seconds: warmup 83.1, rounds 12.0, BatchNorm 0.3",
         "! Layer collapse: no weight is left in 'fc.weight'.",
     ]
