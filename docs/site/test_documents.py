@@ -33,7 +33,7 @@ INSTEAD = {
     "python examples/digits.py": "python examples/digits.py --help",  # `.ci/run` runs it, from a wheel
     "python examples/compact.py": "python examples/compact.py --help",  # half an hour
     "python -m pytest": "python -m pytest --version",  # `.ci/run` runs it, and so this test
-    "python -m pytest tests/benchmarks": "python -m pytest tests/benchmarks --collect-only",  # twenty minutes
+    "python -m pytest tests/benchmarks": "python -m pytest tests/benchmarks -n 0 --collect-only",  # twenty minutes
 }
 """What runs here in place of commands that take long, by how these begin; the longest beginning counts."""
 
