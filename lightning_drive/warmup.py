@@ -1,5 +1,5 @@
 """The callback for a method of your own: see "Adding a method" in the documentation."""
 
-from lightning_drive.callbacks.warmup import WarmupPruningCallback
+from lightning_drive.callbacks.warmup_base import WarmupPruningCallback
 
 __all__ = ["WarmupPruningCallback"]

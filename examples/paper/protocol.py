@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_drive import Magnitude
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 from lightning_drive.cli import OneLineErrorsCLI
 from lightning_drive.core.arguments import Control
 from lightning_drive.warmup import WarmupPruningCallback

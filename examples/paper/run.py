@@ -47,7 +47,7 @@ from torch import Tensor
 
 import lightning_drive
 from lightning_drive import PruningReport
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 from lightning_drive.network.prunable import prunable_parameters
 
 QUIET = (

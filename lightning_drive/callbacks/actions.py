@@ -37,7 +37,7 @@ from lightning_drive.trainer.spawned import Handover
 
 
 class PruningActions(pl.Callback):
-    """Settings and actions of all pruning callbacks; the hooks are in :mod:`lightning_drive.callbacks.base`.
+    """Settings and actions of all pruning callbacks; the hooks are in :mod:`lightning_drive.callbacks.hooks`.
 
     A subclass decides when to prune (:meth:`_is_due`) and how (:meth:`_prune`). To change which parameters are
     prunable, override :meth:`prunable_parameters`; to prune copies of the network as well, :meth:`averages`.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from lightning_drive.callbacks.warmup import WarmupPruningCallback
+from lightning_drive.callbacks.warmup_base import WarmupPruningCallback
 from lightning_drive.core.arguments import Control, Mode, Schedule, Scope
 from lightning_drive.search.methods import DRIVE
 

@@ -6,12 +6,11 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 from lightning_drive.core import arguments, saved_values
 from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.report import plan
@@ -197,13 +196,8 @@ class IMPPruningCallback(PruningCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn if training ended before the last cycle did."""
         if not self._finished:
-            rank_zero_warn(
-                f"Training ended in epoch {end_of_training.last_epoch(trainer)}{end_of_training.reason(trainer)}, in"
-                f" cycle {self.cycle} (counted from 0) of {self.cycles}: the network has a sparsity of"
-                f" {self.masks.sparsity:.4f}, not {self.sparsity}. The next cut would have been at the start of epoch"
-                f" {(self.cycle + 1) * self.epochs_per_cycle}. Let training run for more than"
-                f" {self.cycles * self.epochs_per_cycle} epochs, or lower `cycles` or `epochs_per_cycle`."
-            )
+            sparsity = self.masks.sparsity
+            end_of_training.warn_of_open_cycles(trainer, self._cycles, self.cycle, sparsity, self.sparsity)
 
     @override
     def _check_settings(self, saved: SavedState) -> None:

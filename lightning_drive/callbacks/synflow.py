@@ -1,6 +1,6 @@
 """The callback that prunes by SynFlow."""
 
-from lightning_drive.callbacks.warmup import WarmupPruningCallback
+from lightning_drive.callbacks.warmup_base import WarmupPruningCallback
 from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.search.methods import SynFlow
 

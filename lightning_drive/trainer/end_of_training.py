@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_drive.trainer import lightning_internals, other_callbacks
+from lightning_drive.trainer.cycle_schedules import Cycles
 
 
 def warn_of_early_stopping(trainer: pl.Trainer, epoch: int | None, step: int | None, when: str) -> None:
@@ -107,13 +108,31 @@ def warn_of_manual_steps(trainer: pl.Trainer, epoch: int | None, step: int | Non
         )
 
 
-def last_epoch(trainer: pl.Trainer) -> int:
-    """Return, in ``on_train_end``, the epoch, counted from 0, in which training ended; the Trainer has counted on."""
+def warn_of_dense_end(trainer: pl.Trainer, when: str, remedy: str) -> None:
+    """Warn, in ``on_train_end``, that training ended before the warm-up did."""
+    rank_zero_warn(
+        f"Training ended in epoch {_last_epoch(trainer)}, after {trainer.global_step} steps{_reason(trainer)}, before"
+        f" the warm-up was over: the network is dense. It would have been pruned {when}. {remedy}"
+    )
+
+
+def warn_of_open_cycles(trainer: pl.Trainer, cycles: Cycles, cycle: int, sparsity: float, goal: float) -> None:
+    """Warn, in ``on_train_end``, that training ended before the last cycle of IMP did."""
+    rank_zero_warn(
+        f"Training ended in epoch {_last_epoch(trainer)}{_reason(trainer)}, in cycle {cycle} (counted from 0) of"
+        f" {cycles.number}: the network has a sparsity of {sparsity:.4f}, not {goal}. The next cut would have been at"
+        f" the start of epoch {(cycle + 1) * cycles.epochs}. Let training run for more than {cycles.last_cut} epochs,"
+        " or lower `cycles` or `epochs_per_cycle`."
+    )
+
+
+def _last_epoch(trainer: pl.Trainer) -> int:
+    """Return the epoch, counted from 0, in which training ended; the Trainer has counted on."""
     return max(trainer.current_epoch - 1, 0)
 
 
-def reason(trainer: pl.Trainer) -> str:
-    """Return, in ``on_train_end``, why training ended, to be put behind "Training ended"; empty if it is not known."""
+def _reason(trainer: pl.Trainer) -> str:
+    """Return why training ended, to be put behind "Training ended"; empty if it is not known."""
     if 0 <= trainer.max_steps <= trainer.global_step:
         return f" by max_steps={trainer.max_steps}"
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:

@@ -23,7 +23,7 @@ from lightning_drive import (
     SNIPPruningCallback,
     find_masks,
 )
-from lightning_drive.callbacks.base import Pruning
+from lightning_drive.callbacks.hooks import Pruning
 
 
 class Diary(pl.Callback):

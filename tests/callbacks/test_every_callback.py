@@ -22,8 +22,8 @@ from lightning_drive import (
     SNIPPruningCallback,
     SynFlowPruningCallback,
 )
-from lightning_drive.callbacks.base import PruningCallback
-from lightning_drive.callbacks.warmup import WarmupPruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
+from lightning_drive.callbacks.warmup_base import WarmupPruningCallback
 
 SIZES = {"features.0.weight": 54, "features.4.weight": 432, "head.weight": 512}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, SynFlowPruningCallback
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 
 EPOCHS = 3
 

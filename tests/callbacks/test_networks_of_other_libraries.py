@@ -28,7 +28,7 @@ from lightning_drive import (
     SynFlowPruningCallback,
     find_masks,
 )
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 
 SPARSITY = 0.8
 

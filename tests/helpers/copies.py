@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_drive import DRIVEPruningCallback, IMPPruningCallback
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 
 
 def mlp(width: int = 24) -> nn.Sequential:

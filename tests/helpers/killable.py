@@ -24,7 +24,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_drive import IMPPruningCallback
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 from lightning_drive.warmup import WarmupPruningCallback
 
 # What goes on inside a phase is what these call; within the commit, scoring is a phase of its own.

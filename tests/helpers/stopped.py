@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 
 from lightning_drive import DRIVEPruningCallback, IMPPruningCallback
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 
 LAST_CUT, EPOCHS, ROUNDS = 2, 4, 5
 METHODS = ("drive", "imp")

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, SNIPPruningCallback, SynFlowPruningCallback
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 from lightning_drive.report.plan import PruningPlan, plan
 
 

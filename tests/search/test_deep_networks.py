@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision.models import densenet121, resnet50, resnet101
 
 from lightning_drive import DRIVEPruningCallback, SNIPPruningCallback, SynFlow, SynFlowPruningCallback, find_masks
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 
 pytestmark = pytest.mark.slow
 

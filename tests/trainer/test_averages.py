@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWei
 from torch import Tensor, nn
 
 from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, SNIPPruningCallback
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 
 each_method = pytest.mark.parametrize("method", METHODS)
 

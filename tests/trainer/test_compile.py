@@ -24,7 +24,7 @@ from lightning_drive import (
     SynFlowPruningCallback,
     find_masks,
 )
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 
 EPOCHS, STEPS_PER_EPOCH = 3, 3
 

@@ -12,7 +12,7 @@ from copies import METHODS, Ema, MeanTeacher, Student
 from torch import nn
 
 from lightning_drive import DRIVEPruningCallback, SNIPPruningCallback, SynFlowPruningCallback
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 
 # Copies that stay dense.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, SNIPPruningCallback, SynFlowPruningCallback
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 
 STEPS = 3  # per epoch
 LAST_CUT = 3  # epoch

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import default_collate
 from wandb.proto.wandb_internal_pb2 import Record
 
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 
 History: TypeAlias = dict[str, list[tuple[int, float]]]
 """Metric to its steps and values, as they were written."""

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_drive import Masks, SNIPPruningCallback, SynFlowPruningCallback
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 
 EACH = pytest.mark.parametrize("method", CALLBACKS)
 NUM_CUTS = {"DRIVE": 1, "IMP": 2}

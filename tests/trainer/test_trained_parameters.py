@@ -22,7 +22,7 @@ from lightning_drive import (
     SNIPPruningCallback,
     SynFlowPruningCallback,
 )
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 from lightning_drive.trainer import trained_parameters
 
 

@@ -7,7 +7,7 @@ import fits
 import lightning.pytorch as pl
 import pytest
 
-from lightning_drive.trainer import resuming
+from lightning_drive.trainer import loop_counts
 
 SETTINGS: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 0}
 
@@ -34,11 +34,11 @@ class Stopping(pl.Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self.mends and not self.stops:
-            resuming.begin_saved_epoch_again(checkpoint)
+            loop_counts.begin_saved_epoch_again(checkpoint)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self.mends:
-            resuming.begin_epoch_again(trainer)
+            loop_counts.begin_epoch_again(trainer)
         trainer.save_checkpoint(self.file)
 
 
@@ -48,7 +48,7 @@ class Resumed(pl.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.mends:
-            resuming.begin_batch_again(trainer)
+            loop_counts.begin_batch_again(trainer)
 
 
 def batches_after_resume(tmp_path: Path, batch_idx: int | None, *, mends: bool, stops: bool) -> list[list[float]]:

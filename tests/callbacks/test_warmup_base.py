@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_drive import DRIVEPruningCallback, SNIPPruningCallback, SynFlowPruningCallback
-from lightning_drive.callbacks.warmup import WarmupPruningCallback
+from lightning_drive.callbacks.warmup_base import WarmupPruningCallback
 
 STEPS = 3  # per epoch
 MAKE: dict[str, Callable[..., WarmupPruningCallback]] = {

@@ -9,11 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_drive.callbacks.base import PruningCallback
+from lightning_drive.callbacks.hooks import PruningCallback
 from lightning_drive.core import arguments
 from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.core.masks import Masks
@@ -98,11 +97,7 @@ class WarmupPruningCallback(PruningCallback):
             remedy = f"Lower `{self._warmup[0]}`, or let training run longer."
             if self.warmup_steps is None and math.isinf(trainer.num_training_batches):
                 remedy = self._remedy_for_unknown_length
-            rank_zero_warn(
-                f"Training ended in epoch {end_of_training.last_epoch(trainer)}, after {trainer.global_step} steps"
-                f"{end_of_training.reason(trainer)}, before the warm-up was over: the network is dense. It would have"
-                f" been pruned {self._when}. {remedy}"
-            )
+            end_of_training.warn_of_dense_end(trainer, self._when, remedy)
 
     @property
     @override

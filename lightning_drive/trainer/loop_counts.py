@@ -1,4 +1,4 @@
-"""Have a run that is saved or stopped while masks are searched for resume at the epoch or batch that was to begin."""
+"""Correct Lightning's counts of epochs and batches for runs that are saved or stopped while masks are searched for."""
 
 from typing import Any
 

@@ -20,9 +20,9 @@ from lightning_drive.trainer import (
     checks,
     end_of_training,
     lightning_internals,
+    loop_counts,
     other_callbacks,
     restored_masks,
-    resuming,
     saved_state,
     step_counts,
     terminal,
@@ -140,7 +140,7 @@ class PruningCallback(PruningActions):
         """Put restored masks on, now that weights and optimizers are restored too."""
         self._fit.phase_start = time.monotonic() if trainer.global_step == 0 else None
         self._fit.is_resuming_epoch = True  # unless ``on_train_epoch_start`` comes first
-        resuming.begin_batch_again(trainer)
+        loop_counts.begin_batch_again(trainer)
         if not self._finished:
             self._check_training(trainer, pl_module)
         if self.pruned:
@@ -232,7 +232,7 @@ class PruningCallback(PruningActions):
             with suppress(ValueError):  # from masks that do not fit: they caused the exception
                 self.masks.apply_(pl_module)
         other_callbacks.hold_off_early_stopping(trainer, False)
-        resuming.begin_epoch_again(trainer)
+        loop_counts.begin_epoch_again(trainer)
         self._handover.discard()
         self._release()
 
@@ -272,7 +272,7 @@ class PruningCallback(PruningActions):
     ) -> None:
         """Note a search for a learning rate or batch size, which saves before training to return to it."""
         self._fit.is_probing = not self._fit.has_begun
-        resuming.begin_saved_epoch_again(checkpoint)
+        loop_counts.begin_saved_epoch_again(checkpoint)
         if self._fit.enforcement is not None and self._pruning.unfinished is None:  # else masks are just being put on
             self._fit.enforcement.renew(checkpoint.get("state_dict"))
         if self._fit.has_begun and threading.get_ident() != self._fit.thread:
