@@ -13,14 +13,19 @@ from torch import Tensor
 
 def operation(node: Any) -> str:
     """Return the name of an operation of torch, such as ``"Relu"``; a custom one is ``""``, whatever it is called."""
-    if isinstance(node, torch.autograd.function.BackwardCFunction):
+    if is_custom(node):
         return ""
     return node.name().rpartition("::")[-1].rstrip("0123456789").removesuffix("Backward")  # type: ignore[no-any-return]
 
 
+def is_custom(node: Any) -> bool:
+    """Whether an operation is a ``torch.autograd.Function`` of somebody's own."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
 def output_shape(node: Any) -> tuple[int, ...]:
-    """Return the shape of an operation's first output."""
-    return tuple(node._input_metadata[0].shape)
+    """Return the shape of an operation's first output; an empty one if it is custom: reading that crashes torch 2.6."""
+    return () if is_custom(node) else tuple(node._input_metadata[0].shape)
 
 
 def concatenated_dimension(node: Any, ndim: int) -> int:
