@@ -62,7 +62,7 @@ def batches_after_resume(tmp_path: Path, batch_idx: int | None, *, mends: bool, 
         trainer.fit(fits.ConvModule(), fits.loader())
     module = fits.ConvModule()
     trainer = fits.trainer(tmp_path, Resumed(mends=mends), **SETTINGS)
-    trainer.fit(module, fits.loader(), ckpt_path=tmp_path / "saved.ckpt", weights_only=True)
+    trainer.fit(module, fits.loader(), ckpt_path=tmp_path / "saved.ckpt")
     assert trainer.current_epoch == 2
     return [batch.tolist() for batch in module.calls]
 
