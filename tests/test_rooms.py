@@ -170,7 +170,7 @@ def test_public_names() -> None:
 
 
 def test_public_names__for_type_checkers() -> None:
-    """What a type checker and an editor see is what there is."""
+    """Type checkers and editors see the public names, and no others."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     [block] = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     seen = imported_modules(ast.unparse(block))

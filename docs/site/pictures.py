@@ -34,7 +34,7 @@ class Validated(DigitClassifier):
 
 
 def pruned(callback: DRIVEPruningCallback | IMPPruningCallback, max_epochs: int) -> PruningReport:
-    """Train and prune, and give what there is to draw."""
+    """Train and prune, and return the report to draw."""
     pl.seed_everything(0, verbose=False)
     train, test = load_data()
     trainer = pl.Trainer(

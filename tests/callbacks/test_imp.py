@@ -738,7 +738,7 @@ def test_early_stopping_waits_for_the_ticket__turned_off(tmp_path: Path) -> None
 
 
 def test_training_that_ends_in_a_cycle(tmp_path: Path) -> None:
-    """It is said, with what there is."""
+    """A warning names the sparsity that was reached."""
 
     class Stop(pl.Callback):
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -223,7 +223,7 @@ def train(
     others: tuple[pl.Callback, ...] = (),
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train, and give what there is to compare."""
+    """Train, and return what the tests compare."""
     watch = Watch(pruning, folder if save else None)
     kwargs = {"max_epochs": EPOCHS, "strategy": strategy, "devices": 2} | settings
     trainer = fits.trainer(folder, pruning, *others, watch, **kwargs)

@@ -83,7 +83,7 @@ class Watched:
         return whole and any(line.startswith(message[:30]) for line in self.text.splitlines())
 
     def bars(self) -> list[list[str]]:
-        """Give the lines with bars that were to be seen at once, the last two of each moment."""
+        """Return the lines with bars that were visible at once, the last two of each moment."""
         lines = [[line for line in moment.splitlines() if BAR.match(line)][-2:] for moment in self.moments]
         return [list(each) for each in dict.fromkeys(map(tuple, lines)) if each]
 
