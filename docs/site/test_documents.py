@@ -173,4 +173,6 @@ def test_named_tests_exist(page: Path) -> None:
     files = {
         path.stem for folder in ("tests", "examples/tests", "docs/site") for path in (ROOT / folder).rglob("test_*.py")
     }
-    assert set(re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))) <= files
+    named = set(re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")))
+    assert named <= files
+    assert len(named) > 20 or page.name != "compatibility.md"

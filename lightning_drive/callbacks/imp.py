@@ -326,6 +326,7 @@ class IMPPruningCallback(PruningCallback):
     def _release(self) -> None:
         if self._schedules is not None:
             self._schedules.end()
+        self._schedules = None
         super()._release()
 
     # Checks before training starts.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
+from lightning_drive.network.parameter_names import is_bias
 from lightning_drive.search import unscored_parameters
 from lightning_drive.search.methods import Method
 from lightning_drive.search.scored_network import Network
@@ -172,7 +173,7 @@ def _is_tiny(name: str, parameter: Tensor) -> bool:
     return (
         parameter.is_floating_point()
         and parameter.numel() > 0
-        and "bias" not in name.rpartition(".")[-1]
+        and not is_bias(name)
         and parameter.detach().abs().max().item() <= TINY
     )
 

@@ -17,7 +17,7 @@ from lightning_drive.trainer import other_callbacks
 
 def check_namespace(pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Raise if the Trainer or a callback is of ``pytorch_lightning``, whose classes ``isinstance`` would not know."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = other_callbacks.callbacks_of(trainer)
     strangers = [thing for thing in (trainer, *callbacks) if _is_of_pytorch_lightning(thing)]
     if not strangers:
         return

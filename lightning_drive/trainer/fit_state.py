@@ -43,12 +43,16 @@ class Fit:
     ) -> None:
         """Put masks on a module and its averages, in place of earlier ones; no warning is repeated."""
         warned = self.enforcement is not None and self.enforcement.warned
-        self.release()
+        self._end_enforcement()
         self.enforcement = Enforcement(pl_module, masks, averages, warned=warned)
         self.enforcement.begin(pruning, trainer, pl_module)
 
     def release(self) -> None:
-        """Release the module and its optimizers."""
+        """Release the module, its Trainer and its optimizers."""
+        self._end_enforcement()
+        self.unmasked = None
+
+    def _end_enforcement(self) -> None:
         if self.enforcement is not None:
             self.enforcement.end()
         self.enforcement = None

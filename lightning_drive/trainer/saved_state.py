@@ -14,7 +14,7 @@ from lightning_drive.core.messages import listed, shown
 from lightning_drive.export import checkpoints
 from lightning_drive.network.rewinding import RewindPoint
 from lightning_drive.report.pruning_report import PruningReport
-from lightning_drive.trainer import restored_masks
+from lightning_drive.trainer import other_callbacks, restored_masks
 
 _VERSION = 1
 
@@ -86,7 +86,7 @@ def of_renamed(
     """
     states = checkpoint.get("callbacks") or {}
     own = [states[name] for name in own_names if name in states]
-    taken = {other.state_key for other in trainer.callbacks}  # type: ignore[attr-defined]
+    taken = {other.state_key for other in other_callbacks.callbacks_of(trainer)}
     others = {name: states[name] for name in checkpoints.pruning_states(checkpoint) if name not in taken}
     pruned = [name for name, state in others.items() if state["report"] is not None]
     if own and (not pruned or saved_values.check(dict[str, object], own[0], "the callback state").get("report")):
