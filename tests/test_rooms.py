@@ -18,7 +18,8 @@ BELOW: dict[str, set[str]] = {
     "search": {"network"},
     "compaction": {"network"},
     "report": {"export"},
-    "trainer": {"report", "search"},
+    "acceleration": {"report", "network"},
+    "trainer": {"acceleration", "search"},
     "callbacks": {"trainer"},
     "": {"callbacks", "compaction"},
 }

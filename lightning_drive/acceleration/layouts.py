@@ -1,0 +1,321 @@
+"""How a layer with sparse weights reads its input: as columns of a dense matrix that its weights are multiplied with.
+
+A layer is computed block by block. For each block, a table is made of the input; the outputs are a sparse matrix times
+the table, and are written to where they belong. For gradients the same ways are gone back.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_drive.acceleration.pattern import Pattern
+
+_COLUMNS = 128
+"""About how many columns a block has: enough for wide registers, few enough for the cache."""
+
+
+class Layout(ABC):
+    """The tables of a layer for inputs of one size."""
+
+    @abstractmethod
+    def pattern(self, places: Tensor, shape: torch.Size) -> Pattern:
+        """Return the pattern of the sparse matrix; the kept weights are at ``places`` of a flattened weight."""
+
+    def arranged(self, tensor: Tensor) -> Tensor:
+        """Return an input or output in the memory format that its blocks are views of; as it is, wherever possible."""
+        return tensor
+
+    @abstractmethod
+    def empty_output(self, input: Tensor, num_outputs: int) -> Tensor:
+        """Return a tensor to write the outputs to."""
+
+    @abstractmethod
+    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Return views of the blocks of an input or output."""
+
+    @abstractmethod
+    def table(self, block: Tensor) -> Tensor:
+        """Return the table of a block of inputs."""
+
+    @abstractmethod
+    def add_table_(self, block: Tensor, table: Tensor) -> None:
+        """Add gradients of a table to those of its block of inputs: the adjoint of :meth:`table`."""
+
+    @abstractmethod
+    def outputs(self, product: Tensor, block: Tensor) -> Tensor:
+        """Return a view of the product of a block in the shape of its block of outputs."""
+
+    @abstractmethod
+    def product(self, block: Tensor) -> Tensor:
+        """Return a contiguous copy of a block of outputs in the shape of a product."""
+
+    @property
+    @abstractmethod
+    def bias_shape(self) -> tuple[int, ...]:
+        """The shape that a bias needs to be added to outputs; -1 for the channels."""
+
+
+class Tokens(Layout):
+    """A linear layer: the table has a column for each vector of the input."""
+
+    bias_shape = (-1,)
+
+    def arranged(self, tensor: Tensor) -> Tensor:
+        """Return a contiguous tensor."""
+        return tensor.contiguous()
+
+    def pattern(self, places: Tensor, shape: torch.Size) -> Pattern:
+        """Return the pattern of the weight itself."""
+        num_columns = shape[1:].numel()
+        rows, columns = places // num_columns, places % num_columns
+        return Pattern.of(rows, columns, num_rows=shape[0], num_columns=num_columns)
+
+    def empty_output(self, input: Tensor, num_outputs: int) -> Tensor:
+        """Return a tensor of vectors of outputs."""
+        return input.new_empty(*input.shape[:-1], num_outputs)
+
+    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Return blocks of vectors."""
+        yield from torch.split(tensor.view(-1, tensor.shape[-1]), _COLUMNS)
+
+    def table(self, block: Tensor) -> Tensor:
+        """Return the transposed block."""
+        return block.t().contiguous()
+
+    def add_table_(self, block: Tensor, table: Tensor) -> None:
+        """Add the transposed table."""
+        block.add_(table.t())
+
+    def outputs(self, product: Tensor, block: Tensor) -> Tensor:
+        """Return the transposed product."""
+        return product.t()
+
+    def product(self, block: Tensor) -> Tensor:
+        """Return the transposed block."""
+        return block.t().contiguous()
+
+
+class PixelTokens(Tokens):
+    """A convolution that computes each pixel by itself, as a linear layer over pixels with their channels last."""
+
+    def arranged(self, tensor: Tensor) -> Tensor:
+        """Return images with their channels last in memory."""
+        return tensor.contiguous(memory_format=torch.channels_last)
+
+    def empty_output(self, input: Tensor, num_outputs: int) -> Tensor:
+        """Return images with their channels last in memory."""
+        output = input.new_empty(len(input), *input.shape[2:], num_outputs)
+        return output.permute(0, 3, 1, 2)
+
+    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Return blocks of pixels."""
+        yield from super().blocks(tensor.permute(0, 2, 3, 1))
+
+
+class Axis(NamedTuple):
+    """One spatial dimension of a convolution."""
+
+    inputs: int
+    kernel: int
+    stride: int
+    dilation: int
+    padding: int
+    """Zeros before the first input."""
+    outputs: int
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each output reads the one input at its place."""
+        return self.kernel == self.stride == 1 and self.inputs == self.outputs
+
+    def read(self, place: int) -> tuple[slice, slice]:
+        """Return which outputs read an input, not a zero beside them, at a place of the kernel; and which inputs."""
+        shift = place * self.dilation - self.padding
+        first = max(0, -(shift // self.stride))
+        last = min(self.outputs - 1, (self.inputs - 1 - shift) // self.stride)
+        if last < first:
+            return slice(0, 0), slice(0, 0)
+        begin = first * self.stride + shift
+        return slice(first, last + 1), slice(begin, begin + (last - first) * self.stride + 1, self.stride)
+
+
+class Convolution(Layout):
+    """A convolution over images: blocks of images, each with all of their channels."""
+
+    bias_shape = (-1, 1, 1)
+
+    def __init__(self, height: Axis, width: Axis) -> None:
+        self.height, self.width = height, width
+
+    def empty_output(self, input: Tensor, num_outputs: int) -> Tensor:
+        """Return a tensor of images in the memory format of the input."""
+        is_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+        return torch.empty(
+            (len(input), num_outputs, self.height.outputs, self.width.outputs),
+            dtype=input.dtype,
+            device=input.device,
+            memory_format=torch.channels_last if is_last else torch.contiguous_format,
+        )
+
+    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Return blocks of images."""
+        yield from torch.split(tensor, max(1, _COLUMNS // self._columns_per_image))
+
+    def table(self, block: Tensor) -> Tensor:
+        """Return shifted copies of the images, one below the other."""
+        copies = list(self._copies(block))
+        if len(copies) == 1 and copies[0].is_whole:
+            return copies[0].source.reshape(self._num_rows(block.shape[1]), -1)
+        table = block.new_zeros(self._table_shape(block))
+        for copy in copies:
+            table[copy.target] = copy.source
+        return table.view(self._num_rows(block.shape[1]), -1)
+
+    def add_table_(self, block: Tensor, table: Tensor) -> None:
+        """Add the shifted copies up."""
+        parts = table.view(self._table_shape(block))
+        for copy in self._copies(block):
+            copy.source.add_(parts[copy.target])
+
+    @property
+    @abstractmethod
+    def _columns_per_image(self) -> int: ...
+
+    @abstractmethod
+    def _num_rows(self, channels: int) -> int: ...
+
+    @abstractmethod
+    def _table_shape(self, block: Tensor) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def _copies(self, block: Tensor) -> Iterator["_Copy"]:
+        """Return which part of the table each part of a block is copied to."""
+
+
+class _Copy(NamedTuple):
+    target: tuple[int | slice, ...]
+    source: Tensor
+    is_whole: bool
+    """Whether the source is all of the table."""
+
+
+class Windows(Convolution):
+    """A convolution whose table has a column for each output pixel, with all pixels in its window.
+
+    Rows go by place in the kernel, then channel.
+    """
+
+    def pattern(self, places: Tensor, shape: torch.Size) -> Pattern:
+        """Return the pattern of the weight, its columns in the order of the table's rows."""
+        area = shape[2:].numel()
+        channels, spots = places // area % shape[1], places % area
+        columns = spots * shape[1] + channels
+        rows = places // shape[1:].numel()
+        return Pattern.of(rows, columns, num_rows=shape[0], num_columns=shape[1:].numel())
+
+    def outputs(self, product: Tensor, block: Tensor) -> Tensor:
+        """Return the product with the images first."""
+        return product.view(-1, len(block), self.height.outputs, self.width.outputs).transpose(0, 1)
+
+    def product(self, block: Tensor) -> Tensor:
+        """Return the outputs with the channels first."""
+        return block.transpose(0, 1).reshape(block.shape[1], -1)
+
+    @property
+    def _columns_per_image(self) -> int:
+        return self.height.outputs * self.width.outputs
+
+    def _num_rows(self, channels: int) -> int:
+        return self.height.kernel * self.width.kernel * channels
+
+    def _table_shape(self, block: Tensor) -> tuple[int, ...]:
+        kernel = (self.height.kernel, self.width.kernel)
+        return (*kernel, block.shape[1], len(block), self.height.outputs, self.width.outputs)
+
+    def _copies(self, block: Tensor) -> Iterator[_Copy]:
+        images = block.transpose(0, 1)
+        is_whole = self.height.is_pointwise and self.width.is_pointwise
+        for y in range(self.height.kernel):
+            to_rows, from_rows = self.height.read(y)
+            for x in range(self.width.kernel):
+                to_columns, from_columns = self.width.read(x)
+                target = (y, x, slice(None), slice(None), to_rows, to_columns)
+                yield _Copy(target, images[:, :, from_rows, from_columns], is_whole)
+
+
+class Lines(Convolution):
+    """A convolution whose table has a row for each line of pixels, so that windows above one another share its rows.
+
+    The table has as many copies of the images as the kernel is wide. The sparse matrix has a copy of the weight for
+    each line of outputs instead. Rows go by place in the kernel's width, then channel, then line.
+    """
+
+    def pattern(self, places: Tensor, shape: torch.Size) -> Pattern:
+        """Return the pattern of the weight for all lines of outputs."""
+        num_outputs, channels, _, width = shape
+        x, y = places % width, places // width % self.height.kernel
+        channel, output = places // shape[2:].numel() % channels, places // shape[1:].numel()
+        columns = (x * channels + channel) * self._lines + y * self.height.dilation
+        first = Pattern.of(output, columns, num_rows=num_outputs, num_columns=self._num_rows(channels))
+        return first.repeated(self.height.outputs, self.height.stride)
+
+    def outputs(self, product: Tensor, block: Tensor) -> Tensor:
+        """Return the product with images and channels first."""
+        return product.view(self.height.outputs, -1, len(block), self.width.outputs).permute(2, 1, 0, 3)
+
+    def product(self, block: Tensor) -> Tensor:
+        """Return the outputs with lines and channels first."""
+        return block.permute(2, 1, 0, 3).reshape(self.height.outputs * block.shape[1], -1)
+
+    @property
+    def _lines(self) -> int:
+        """The lines that windows reach, zeros above and below included."""
+        reach = (self.height.outputs - 1) * self.height.stride + (self.height.kernel - 1) * self.height.dilation + 1
+        return max(reach, self.height.padding + self.height.inputs)
+
+    @property
+    def _columns_per_image(self) -> int:
+        return self.width.outputs
+
+    def _num_rows(self, channels: int) -> int:
+        return self.width.kernel * channels * self._lines
+
+    def _table_shape(self, block: Tensor) -> tuple[int, ...]:
+        return (self.width.kernel, block.shape[1], self._lines, len(block), self.width.outputs)
+
+    def _copies(self, block: Tensor) -> Iterator[_Copy]:
+        images = block.permute(1, 2, 0, 3)
+        lines = slice(self.height.padding, self.height.padding + self.height.inputs)
+        is_whole = self._lines == self.height.inputs and self.width.is_pointwise
+        for x in range(self.width.kernel):
+            to_columns, from_columns = self.width.read(x)
+            yield _Copy((x, slice(None), lines, slice(None), to_columns), images[..., from_columns], is_whole)
+
+
+class Pixels(Lines):
+    """A convolution that computes each pixel by itself, on lines of pixels of a length that suits the cache."""
+
+    def __init__(self, num_pixels: int) -> None:
+        width = max(width for width in range(1, _COLUMNS * 3 // 2) if num_pixels % width == 0)
+        if width < _COLUMNS // 3:
+            width = num_pixels
+        super().__init__(_pointwise(num_pixels // width), _pointwise(width))
+
+    def arranged(self, tensor: Tensor) -> Tensor:
+        """Return contiguous images."""
+        return tensor.contiguous()
+
+    def empty_output(self, input: Tensor, num_outputs: int) -> Tensor:
+        """Return contiguous images."""
+        return input.new_empty(len(input), num_outputs, *input.shape[2:])
+
+    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Return blocks of images, their pixels in other lines."""
+        yield from super().blocks(tensor.view(*tensor.shape[:2], self.height.outputs, self.width.outputs))
+
+
+def _pointwise(size: int) -> Axis:
+    return Axis(size, kernel=1, stride=1, dilation=1, padding=0, outputs=size)

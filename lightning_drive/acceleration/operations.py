@@ -1,0 +1,174 @@
+"""Linear layers and convolutions with a sparse weight: which forms there are for them, outputs and gradients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_drive.acceleration.layouts import Axis, Layout, Lines, Pixels, PixelTokens, Tokens, Windows
+from lightning_drive.acceleration.pattern import Pattern
+
+Pair: TypeAlias = tuple[int, int]
+
+KINDS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Linear: F.linear,
+    nn.Conv1d: torch.conv1d,
+    nn.Conv2d: torch.conv2d,
+}
+"""The layers that have a sparse form, and the functions of torch that they call."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A linear layer or a convolution, without its values.
+
+    Args:
+        shape: The shape of the weight: outputs and inputs, and the kernel of a convolution.
+        stride: The stride of a convolution in each dimension; empty for a linear layer.
+        padding: The zeros before and after each dimension.
+        dilation: The dilation in each dimension.
+
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[Pair, ...] = ()
+    dilation: tuple[int, ...] = ()
+
+    @classmethod
+    def of_layer(cls, layer: nn.Module) -> "Operation | None":
+        """Return the operation of a layer, or nothing if it has no sparse form."""
+        if type(layer) is nn.Linear:
+            return cls.of_call(F.linear, tuple(layer.weight.shape))
+        if type(layer) in KINDS and layer.padding_mode == "zeros":
+            settings = layer.stride, layer.padding, layer.dilation, layer.groups
+            return cls.of_call(KINDS[type(layer)], tuple(layer.weight.shape), *settings)  # type: ignore[arg-type]
+        return None
+
+    @classmethod
+    def of_call(
+        cls,
+        function: Callable[..., Tensor],
+        shape: tuple[int, ...],
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> "Operation | None":
+        """Return the operation of a call of ``F.linear`` or ``torch.conv2d``, or nothing if it has no sparse form."""
+        kernel = shape[2:]
+        if function is F.linear:
+            return cls(shape) if len(shape) == 2 else None
+        if groups != 1:
+            return None
+        dilations = _each(dilation, kernel)
+        reach = tuple(spacing * (size - 1) for spacing, size in zip(dilations, kernel, strict=True))
+        if padding == "same":
+            paddings = tuple((total // 2, total - total // 2) for total in reach)
+        else:
+            paddings = tuple((size, size) for size in _each(0 if padding == "valid" else padding, kernel))
+        return cls(shape, _each(stride, kernel), paddings, dilations)
+
+    @property
+    def num_outputs(self) -> int:
+        """How many features or channels come out."""
+        return self.shape[0]
+
+    def batch(self, input: Tensor) -> Tensor:
+        """Return an input as its layouts expect it: that of a convolution as a batch of images."""
+        if not self.stride:
+            return input
+        input = input if input.ndim == len(self.shape) else input[None]
+        return input if len(self.stride) == 2 else input[:, :, None]
+
+    def unbatch(self, output: Tensor, input: Tensor) -> Tensor:
+        """Return an output in the form of the input: the way back from :meth:`batch`."""
+        if not self.stride:
+            return output
+        output = output if len(self.stride) == 2 else output[:, :, 0]
+        return output if input.ndim == len(self.shape) else output[0]
+
+    def layouts(self, images: Tensor) -> dict[str, Layout]:
+        """Return the layouts for inputs of this shape, with their names."""
+        if not self.stride:
+            return {"tokens": Tokens()}
+        axes = self._axes(images.shape[2:])
+        if all(axis.is_pointwise for axis in axes):
+            if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
+                return {"tokens": PixelTokens()}
+            return {"pixels": Pixels(images.shape[2:].numel())}
+        return {"lines": Lines(*axes), "windows": Windows(*axes)}
+
+    def layout(self, name: str, images: Tensor) -> Layout:
+        """Return the layout of this name for inputs of this shape; in another memory format it may be another one."""
+        layouts = self.layouts(images)
+        return layouts.get(name) or next(iter(layouts.values()))
+
+    def pattern(self, layout: Layout, places: Tensor) -> Pattern:
+        """Return the pattern of the weights that are kept, at ``places`` of the flattened weight, for a layout."""
+        shape = self.shape if len(self.stride) != 1 else (*self.shape[:2], 1, *self.shape[2:])
+        return layout.pattern(places, torch.Size(shape))
+
+    def _axes(self, sizes: torch.Size) -> tuple[Axis, Axis]:
+        axes = [
+            _axis(*settings)
+            for settings in zip(
+                sizes[-len(self.stride) :], self.shape[2:], self.stride, self.dilation, self.padding, strict=True
+            )
+        ]
+        return (axes[0], axes[1]) if len(axes) == 2 else (_axis(1, 1, 1, 1, (0, 0)), axes[0])
+
+
+def output(
+    operation: Operation, layout: Layout, pattern: Pattern, entries: Tensor, bias: Tensor | None, images: Tensor
+) -> Tensor:
+    """Return the outputs of an operation for a batch.
+
+    Args:
+        operation: The operation.
+        layout: A layout for inputs of this shape.
+        pattern: Its pattern.
+        entries: The entries of the sparse matrix, :meth:`Pattern.values` of the kept weights.
+        bias: One number for each output, or none.
+        images: The batch, of the type of the entries.
+
+    """
+    images = layout.arranged(images)
+    result = layout.empty_output(images, operation.num_outputs)
+    for block, target in zip(layout.blocks(images), layout.blocks(result), strict=True):
+        product = layout.outputs(pattern.product(entries, layout.table(block)), target)
+        if bias is None:
+            target.copy_(product)
+        else:
+            torch.add(product, bias.view(layout.bias_shape), out=target)
+    return result
+
+
+def gradients(
+    layout: Layout, pattern: Pattern, entries: Tensor, images: Tensor, gradient: Tensor, needs_input: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Return the gradients of a batch, if needed, and of the kept weights, for a gradient of the outputs."""
+    images, gradient = layout.arranged(images), layout.arranged(gradient)
+    of_images = torch.zeros_like(images) if needs_input else None
+    of_entries = torch.zeros_like(entries)
+    targets = layout.blocks(images if of_images is None else of_images)
+    for block, of_outputs, target in zip(layout.blocks(images), layout.blocks(gradient), targets, strict=True):
+        product = layout.product(of_outputs)
+        of_entries = pattern.add_outer_products(of_entries, product, layout.table(block))
+        if needs_input:
+            layout.add_table_(target, pattern.transposed_product(entries, product))
+    return of_images, pattern.gathered(of_entries)
+
+
+def _each(setting: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """Return one number for each dimension of a kernel; torch also takes a single one for all of them."""
+    numbers = (setting,) if isinstance(setting, int) else tuple(setting)
+    return numbers * len(kernel) if len(numbers) == 1 else numbers
+
+
+def _axis(inputs: int, kernel: int, stride: int, dilation: int, padding: Pair) -> Axis:
+    outputs = (inputs + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
+    return Axis(inputs, kernel, stride, dilation, padding[0], outputs)
