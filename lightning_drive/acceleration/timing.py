@@ -13,8 +13,10 @@ _MARGIN = 0.95
 """A sparse form is taken if it needs less than this part of the dense time: what is closer is noise."""
 
 
-def least_seconds(works: Mapping[Name, Callable[[], object]]) -> dict[Name, float]:
+def least_seconds(works: Mapping[Name, Callable[[], object]], runs: int | None = None) -> dict[Name, float]:
     """Return the least seconds of several runs of each piece of work, in turn; the first run of each does not count.
+
+    With ``runs`` each is run so often, as several processes at once must do; else as often as there is time.
 
     They are compared on a machine that others use too: what another process slows down is slow once, not each time.
     What took twice as long as another one is not run again.
@@ -23,14 +25,14 @@ def least_seconds(works: Mapping[Name, Callable[[], object]]) -> dict[Name, floa
         work()
     seconds = dict.fromkeys(works, float("inf"))
     begin = time.perf_counter()
-    for repetition in range(_MOST):
+    for repetition in range(runs or _MOST):
         fastest = min(seconds.values())
         for name, work in works.items():
-            if seconds[name] <= 2 * fastest:
+            if runs or seconds[name] <= 2 * fastest:
                 start = time.perf_counter()
                 work()
                 seconds[name] = min(seconds[name], time.perf_counter() - start)
-        if repetition and time.perf_counter() - begin > _SECONDS:
+        if not runs and repetition and time.perf_counter() - begin > _SECONDS:
             break
     return seconds
 
