@@ -6,6 +6,7 @@ the table, and are written to where they belong. For gradients the same ways are
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -37,8 +38,12 @@ class Layout(ABC):
         """Return views of the blocks of an input or output."""
 
     @abstractmethod
-    def table(self, block: Tensor) -> Tensor:
-        """Return the table of a block of inputs."""
+    def table(self, block: Tensor, used: Tensor | None = None) -> Tensor:
+        """Return the table of a block of inputs, in place of that of another block, which is used no more."""
+
+    def new_gradient(self, input: Tensor) -> Tensor:
+        """Return the gradient of an input, to which :meth:`add_table_` adds all: zeros, unless it only writes."""
+        return torch.zeros_like(input)
 
     @abstractmethod
     def add_table_(self, block: Tensor, table: Tensor) -> None:
@@ -52,16 +57,9 @@ class Layout(ABC):
     def product(self, block: Tensor) -> Tensor:
         """Return a contiguous copy of a block of outputs in the shape of a product."""
 
-    @property
-    @abstractmethod
-    def bias_shape(self) -> tuple[int, ...]:
-        """The shape that a bias needs to be added to outputs; -1 for the channels."""
-
 
 class Tokens(Layout):
     """A linear layer: the table has a column for each vector of the input."""
-
-    bias_shape = (-1,)
 
     def arranged(self, tensor: Tensor) -> Tensor:
         """Return a contiguous tensor."""
@@ -81,13 +79,17 @@ class Tokens(Layout):
         """Return blocks of vectors."""
         yield from torch.split(tensor.view(-1, tensor.shape[-1]), _COLUMNS)
 
-    def table(self, block: Tensor) -> Tensor:
+    def table(self, block: Tensor, used: Tensor | None = None) -> Tensor:
         """Return the transposed block."""
         return block.t().contiguous()
 
+    def new_gradient(self, input: Tensor) -> Tensor:
+        """Return a tensor to write to."""
+        return torch.empty_like(input)
+
     def add_table_(self, block: Tensor, table: Tensor) -> None:
-        """Add the transposed table."""
-        block.add_(table.t())
+        """Write the transposed table."""
+        block.copy_(table.t())
 
     def outputs(self, product: Tensor, block: Tensor) -> Tensor:
         """Return the transposed product."""
@@ -145,8 +147,6 @@ class Axis(NamedTuple):
 class Convolution(Layout):
     """A convolution over images: blocks of images, each with all of their channels."""
 
-    bias_shape = (-1, 1, 1)
-
     def __init__(self, height: Axis, width: Axis) -> None:
         self.height, self.width = height, width
 
@@ -164,12 +164,13 @@ class Convolution(Layout):
         """Return blocks of images."""
         yield from torch.split(tensor, max(1, _COLUMNS // self._columns_per_image))
 
-    def table(self, block: Tensor) -> Tensor:
-        """Return shifted copies of the images, one below the other."""
+    def table(self, block: Tensor, used: Tensor | None = None) -> Tensor:
+        """Return shifted copies of the images, one below the other; what lies beside images is zero in all tables."""
         copies = list(self._copies(block))
         if len(copies) == 1 and copies[0].is_whole:
             return copies[0].source.reshape(self._num_rows(block.shape[1]), -1)
-        table = block.new_zeros(self._table_shape(block))
+        shape = self._table_shape(block)
+        table = block.new_zeros(shape) if used is None or used.numel() != prod(shape) else used.view(shape)
         for copy in copies:
             table[copy.target] = copy.source
         return table.view(self._num_rows(block.shape[1]), -1)
