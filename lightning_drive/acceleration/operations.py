@@ -77,8 +77,18 @@ class Operation:
         """How many features or channels come out."""
         return self.shape[0]
 
+    def check(self, input: Tensor) -> None:
+        """Raise a ``ValueError`` if an input has another number of features or channels, or of dimensions."""
+        channel_dim, dims = -1 - len(self.stride), len(self.shape)
+        takes = (dims - 1, dims) if self.stride else range(1, input.ndim + 1)
+        if input.ndim not in takes or input.shape[channel_dim] != self.shape[1]:
+            raise ValueError(
+                f"An input must have {self.shape[1]} features or channels in dimension {channel_dim}, got one of shape"
+                f" {tuple(input.shape)}."
+            )
+
     def batch(self, input: Tensor) -> Tensor:
-        """Return an input as its layouts expect it: that of a convolution as a batch of images."""
+        """Return an input or output as layouts expect it: that of a convolution as a batch of images."""
         if not self.stride:
             return input
         input = input if input.ndim == len(self.shape) else input[None]
@@ -139,11 +149,10 @@ def output(
     images = layout.arranged(images)
     result = layout.empty_output(images, operation.num_outputs)
     for block, target in zip(layout.blocks(images), layout.blocks(result), strict=True):
-        product = layout.outputs(pattern.product(entries, layout.table(block)), target)
-        if bias is None:
-            target.copy_(product)
-        else:
-            torch.add(product, bias.view(layout.bias_shape), out=target)
+        product = pattern.product(entries, layout.table(block))
+        if bias is not None:
+            product.view(-1, len(bias), product.shape[1]).add_(bias[:, None])
+        layout.write_(target, product)
     return result
 
 
