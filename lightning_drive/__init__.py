@@ -18,6 +18,7 @@ __all__ = [
     "SNIPPruningCallback",
     "SynFlow",
     "SynFlowPruningCallback",
+    "accelerate",
     "compact",
     "find_masks",
     "load_sparse",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from lightning_drive.acceleration.accelerate import accelerate
     from lightning_drive.callbacks.drive import DRIVEPruningCallback
     from lightning_drive.callbacks.imp import IMPPruningCallback
     from lightning_drive.callbacks.snip import SNIPPruningCallback
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from lightning_drive.search.methods import DRIVE, SNIP, Magnitude, Random, SynFlow
 
 _HOMES = {
+    "acceleration.accelerate": ("accelerate",),
     "callbacks.drive": ("DRIVEPruningCallback",),
     "callbacks.imp": ("IMPPruningCallback",),
     "callbacks.snip": ("SNIPPruningCallback",),

@@ -50,8 +50,8 @@ class Layout(ABC):
         """Add gradients of a table to those of its block of inputs: the adjoint of :meth:`table`."""
 
     @abstractmethod
-    def outputs(self, product: Tensor, block: Tensor) -> Tensor:
-        """Return a view of the product of a block in the shape of its block of outputs."""
+    def write_(self, block: Tensor, product: Tensor) -> None:
+        """Write the product of a block to its block of outputs; the rows of a product end with the outputs."""
 
     @abstractmethod
     def product(self, block: Tensor) -> Tensor:
@@ -91,9 +91,9 @@ class Tokens(Layout):
         """Write the transposed table."""
         block.copy_(table.t())
 
-    def outputs(self, product: Tensor, block: Tensor) -> Tensor:
-        """Return the transposed product."""
-        return product.t()
+    def write_(self, block: Tensor, product: Tensor) -> None:
+        """Write the transposed product."""
+        block.copy_(product.t())
 
     def product(self, block: Tensor) -> Tensor:
         """Return the transposed block."""
@@ -152,13 +152,8 @@ class Convolution(Layout):
 
     def empty_output(self, input: Tensor, num_outputs: int) -> Tensor:
         """Return a tensor of images in the memory format of the input."""
-        is_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-        return torch.empty(
-            (len(input), num_outputs, self.height.outputs, self.width.outputs),
-            dtype=input.dtype,
-            device=input.device,
-            memory_format=torch.channels_last if is_last else torch.contiguous_format,
-        )
+        output = input.new_empty(len(input), num_outputs, self.height.outputs, self.width.outputs)
+        return output.contiguous(memory_format=torch.channels_last) if _is_channels_last(input) else output
 
     def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
         """Return blocks of images."""
@@ -166,7 +161,7 @@ class Convolution(Layout):
 
     def table(self, block: Tensor, used: Tensor | None = None) -> Tensor:
         """Return shifted copies of the images, one below the other; what lies beside images is zero in all tables."""
-        copies = list(self._copies(block))
+        copies = list(self._copies(_by_channel(block)))
         if len(copies) == 1 and copies[0].is_whole:
             return copies[0].source.reshape(self._num_rows(block.shape[1]), -1)
         shape = self._table_shape(block)
@@ -178,7 +173,7 @@ class Convolution(Layout):
     def add_table_(self, block: Tensor, table: Tensor) -> None:
         """Add the shifted copies up."""
         parts = table.view(self._table_shape(block))
-        for copy in self._copies(block):
+        for copy in self._copies(block.transpose(0, 1)):
             copy.source.add_(parts[copy.target])
 
     @property
@@ -192,8 +187,8 @@ class Convolution(Layout):
     def _table_shape(self, block: Tensor) -> tuple[int, ...]: ...
 
     @abstractmethod
-    def _copies(self, block: Tensor) -> Iterator["_Copy"]:
-        """Return which part of the table each part of a block is copied to."""
+    def _copies(self, images: Tensor) -> Iterator["_Copy"]:
+        """Return which part of the table each part of a block, its channels first, is copied to."""
 
 
 class _Copy(NamedTuple):
@@ -217,9 +212,12 @@ class Windows(Convolution):
         rows = places // shape[1:].numel()
         return Pattern.of(rows, columns, num_rows=shape[0], num_columns=shape[1:].numel())
 
-    def outputs(self, product: Tensor, block: Tensor) -> Tensor:
-        """Return the product with the images first."""
-        return product.view(-1, len(block), self.height.outputs, self.width.outputs).transpose(0, 1)
+    def write_(self, block: Tensor, product: Tensor) -> None:
+        """Write the product with the images first."""
+        if _is_channels_last(block):
+            block.permute(0, 2, 3, 1).view(-1, block.shape[1]).copy_(product.t())
+        else:
+            block.transpose(0, 1).copy_(product.view(block.shape[1], len(block), *block.shape[2:]))
 
     def product(self, block: Tensor) -> Tensor:
         """Return the outputs with the channels first."""
@@ -236,8 +234,7 @@ class Windows(Convolution):
         kernel = (self.height.kernel, self.width.kernel)
         return (*kernel, block.shape[1], len(block), self.height.outputs, self.width.outputs)
 
-    def _copies(self, block: Tensor) -> Iterator[_Copy]:
-        images = block.transpose(0, 1)
+    def _copies(self, images: Tensor) -> Iterator[_Copy]:
         is_whole = self.height.is_pointwise and self.width.is_pointwise
         for y in range(self.height.kernel):
             to_rows, from_rows = self.height.read(y)
@@ -263,9 +260,10 @@ class Lines(Convolution):
         first = Pattern.of(output, columns, num_rows=num_outputs, num_columns=self._num_rows(channels))
         return first.repeated(self.height.outputs, self.height.stride)
 
-    def outputs(self, product: Tensor, block: Tensor) -> Tensor:
-        """Return the product with images and channels first."""
-        return product.view(self.height.outputs, -1, len(block), self.width.outputs).permute(2, 1, 0, 3)
+    def write_(self, block: Tensor, product: Tensor) -> None:
+        """Write the product with images and channels first."""
+        lines = product.view(self.height.outputs, -1, len(block), self.width.outputs)
+        block.copy_(lines.permute(2, 1, 0, 3))
 
     def product(self, block: Tensor) -> Tensor:
         """Return the outputs with lines and channels first."""
@@ -287,8 +285,8 @@ class Lines(Convolution):
     def _table_shape(self, block: Tensor) -> tuple[int, ...]:
         return (self.width.kernel, block.shape[1], self._lines, len(block), self.width.outputs)
 
-    def _copies(self, block: Tensor) -> Iterator[_Copy]:
-        images = block.permute(1, 2, 0, 3)
+    def _copies(self, images: Tensor) -> Iterator[_Copy]:
+        images = images.transpose(1, 2)
         lines = slice(self.height.padding, self.height.padding + self.height.inputs)
         is_whole = self._lines == self.height.inputs and self.width.is_pointwise
         for x in range(self.width.kernel):
@@ -316,6 +314,18 @@ class Pixels(Lines):
     def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
         """Return blocks of images, their pixels in other lines."""
         yield from super().blocks(tensor.view(*tensor.shape[:2], self.height.outputs, self.width.outputs))
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    return images.stride(1) == 1 and not images.is_contiguous()
+
+
+def _by_channel(images: Tensor) -> Tensor:
+    """Return images with their channels first: a view, or, if channels are last in memory, a copy made at once."""
+    if not _is_channels_last(images):
+        return images.transpose(0, 1)
+    number, channels, *sizes = images.shape
+    return images.permute(0, 2, 3, 1).reshape(-1, channels).t().contiguous().view(channels, number, *sizes)
 
 
 def _pointwise(size: int) -> Axis:

@@ -13,12 +13,18 @@ from lightning_drive.acceleration.pattern import Pattern
 
 Pair: TypeAlias = tuple[int, int]
 
+_INPUTS_FIRST = {"transformers.pytorch_utils.Conv1D", "transformers.modeling_utils.Conv1D"}
+"""Linear layers of other libraries whose weight has the inputs first."""
+
 KINDS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Linear: F.linear,
     nn.Conv1d: torch.conv1d,
     nn.Conv2d: torch.conv2d,
 }
-"""The layers that have a sparse form, and the functions of torch that they call."""
+"""The layers that have a sparse form, with subclasses that inherit ``forward``, and the functions that they call."""
+
+_LINEAR = {"torch_geometric.nn.dense.linear.Linear", *_INPUTS_FIRST}
+"""Linear layers of other libraries."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,18 @@ class Operation:
     @classmethod
     def of_layer(cls, layer: nn.Module) -> "Operation | None":
         """Return the operation of a layer, or nothing if it has no sparse form."""
-        if type(layer) is nn.Linear:
-            return cls.of_call(F.linear, tuple(layer.weight.shape))
-        if type(layer) in KINDS and layer.padding_mode == "zeros":
-            settings = layer.stride, layer.padding, layer.dilation, layer.groups
-            return cls.of_call(KINDS[type(layer)], tuple(layer.weight.shape), *settings)  # type: ignore[arg-type]
+        if layer._parameters.get("weight") is None:  # it may be computed
+            return None
+        shape = tuple(weight_of(layer).shape)
+        if _qualified_name(layer) in _LINEAR:
+            return cls.of_call(F.linear, shape)
+        for kind, function in KINDS.items():
+            if isinstance(layer, kind) and _computes_like(layer, kind):
+                if kind is nn.Linear:
+                    return cls.of_call(function, shape)
+                given: Any = layer
+                if given.padding_mode == "zeros":
+                    return cls.of_call(function, shape, given.stride, given.padding, given.dilation, given.groups)
         return None
 
     @classmethod
@@ -77,8 +90,18 @@ class Operation:
         """How many features or channels come out."""
         return self.shape[0]
 
+    def check(self, input: Tensor) -> None:
+        """Raise a ``ValueError`` if an input has another number of features or channels, or of dimensions."""
+        channel_dim, dims = -1 - len(self.stride), len(self.shape)
+        takes = (dims - 1, dims) if self.stride else range(1, input.ndim + 1)
+        if input.ndim not in takes or input.shape[channel_dim] != self.shape[1]:
+            raise ValueError(
+                f"An input must have {self.shape[1]} features or channels in dimension {channel_dim}, got one of shape"
+                f" {tuple(input.shape)}."
+            )
+
     def batch(self, input: Tensor) -> Tensor:
-        """Return an input as its layouts expect it: that of a convolution as a batch of images."""
+        """Return an input or output as layouts expect it: that of a convolution as a batch of images."""
         if not self.stride:
             return input
         input = input if input.ndim == len(self.shape) else input[None]
@@ -122,6 +145,12 @@ class Operation:
         return (axes[0], axes[1]) if len(axes) == 2 else (_axis(1, 1, 1, 1, (0, 0)), axes[0])
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """Return the weight of a layer, its outputs first."""
+    weight: Any = layer.weight
+    return weight.t() if _qualified_name(layer) in _INPUTS_FIRST else weight  # type: ignore[no-any-return]
+
+
 def output(
     operation: Operation, layout: Layout, pattern: Pattern, entries: Tensor, bias: Tensor | None, images: Tensor
 ) -> Tensor:
@@ -141,9 +170,9 @@ def output(
     for block, target in zip(layout.blocks(images), layout.blocks(result), strict=True):
         table = layout.table(block, table)
         product = pattern.product(entries, table)
-        if bias is not None:  # before it is transposed, which is several times as fast
-            product.view(-1, operation.num_outputs, product.shape[1]).add_(bias[:, None])
-        target.copy_(layout.outputs(product, target))
+        if bias is not None:
+            product.view(-1, len(bias), product.shape[1]).add_(bias[:, None])
+        layout.write_(target, product)
     return result
 
 
@@ -173,3 +202,12 @@ def _each(setting: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
 def _axis(inputs: int, kernel: int, stride: int, dilation: int, padding: Pair) -> Axis:
     outputs = (inputs + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
     return Axis(inputs, kernel, stride, dilation, padding[0], outputs)
+
+
+def _qualified_name(layer: nn.Module) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
+
+
+def _computes_like(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    methods = ("forward", "_conv_forward")
+    return all(getattr(type(layer), method, None) is getattr(kind, method, None) for method in methods)

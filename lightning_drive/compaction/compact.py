@@ -1,19 +1,13 @@
 """Make a smaller dense network of the same function: take out the channels that pruning has cut off."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from lightning_drive.compaction import comparison, dependency_graph
+from lightning_drive.compaction import dependency_graph
 from lightning_drive.compaction.removal import shrunk
-from lightning_drive.core import containers, shards, tensor_kinds
-from lightning_drive.core.messages import listed
-from lightning_drive.network.random_state import preserved_rng
+from lightning_drive.network import comparison, given_modules
 
 
 def compact(module: nn.Module, example_input: Any) -> nn.Module:
@@ -66,9 +60,9 @@ def compact(module: nn.Module, example_input: Any) -> nn.Module:
 
     """
     dependency_graph.library()
-    _check(module, example_input)
-    with preserved_rng(), _no_autocast(example_input):
-        given = _copied(module).eval()
+    given_modules.check(module, example_input, "Compact")
+    with given_modules.undisturbed_run(example_input):
+        given = given_modules.copied(module).eval()
         example = comparison.example_of(given, example_input)
         small = shrunk(*(comparison.in_float64(given, example.inputs) or (copy.deepcopy(given), example)))
         _restore_(small, module)
@@ -79,62 +73,6 @@ def compact(module: nn.Module, example_input: Any) -> nn.Module:
             )
     _restore_modes_(small, module)
     return small
-
-
-def _check(module: nn.Module, example_input: Any) -> None:
-    """Raise if a module or its example cannot be compacted."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"`module` must be a torch module, got {type(module).__name__}.")
-    for name, part in module.named_modules():
-        place = f"`module.{name}`" if name else "`module`"
-        if hasattr(part, "_orig_mod"):
-            raise TypeError(f"{place} is compiled. Compact what was compiled, its `_orig_mod`, and compile the result.")
-        if isinstance(part, torch.jit.ScriptModule):
-            raise TypeError(f"{place} is scripted, which cannot be changed. Compact it first, and script the result.")
-        if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise TypeError(f"{place} is wrapped for several devices. Compact what it wraps, its `module`.")
-    for name, value in (*module.named_parameters(), *module.named_buffers()):
-        if is_lazy(value):
-            raise ValueError(f"{name!r} has no shape yet. Let the module see a batch first.")
-        if shards.is_sharded(value):
-            raise ValueError(
-                f"{name!r} is split over ranks. Load the joined weights into a plain module and compact that."
-            )
-        if value.is_meta:
-            raise ValueError(f"{name!r} is on the meta device and has no values. Load the weights first.")
-        if tensor_kinds.is_own_kind(value):
-            raise TypeError(
-                f"{name!r} is {tensor_kinds.described(value)}, whose rows and columns cannot be taken out. Compact the"
-                " module before its weights are quantised or converted."
-            )
-    if not any(parameter.is_floating_point() for parameter in module.parameters()):
-        raise ValueError("`module` must have parameters, and has none.")
-    tensors = containers.leaves(example_input)
-    if not tensors:
-        raise ValueError(f"`example_input` must hold a tensor, got {type(example_input).__name__}.")
-    devices = {parameter.device for parameter in module.parameters()}
-    apart = {tensor.device for tensor in tensors} - devices
-    if apart:
-        raise ValueError(
-            f"`example_input` must be on the module's device, {listed(sorted(map(str, devices)))}, got"
-            f" {listed(sorted(map(str, apart)))}. Move one of them with `to`."
-        )
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    """Copy a module, without the Trainer that a LightningModule may be attached to."""
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        for name in ("_trainer", "_fabric"):
-            attached = vars(part).get(name)
-            if attached is not None:
-                memo[id(attached)] = None
-    try:
-        return copy.deepcopy(module, memo)
-    except Exception as error:
-        raise ValueError(
-            f"The module must be one that `copy.deepcopy` can copy, and is not: {error} Remove such attributes first."
-        ) from error
 
 
 def _restore_(small: nn.Module, module: nn.Module) -> None:
@@ -157,13 +95,3 @@ def _restore_modes_(small: nn.Module, module: nn.Module) -> None:
     """Restore train and eval mode, part by part."""
     for part, given in zip(small.modules(), module.modules(), strict=True):
         part.training = given.training
-
-
-@contextmanager
-def _no_autocast(example_input: Any) -> Iterator[None]:
-    """Switch autocast off where the example is."""
-    with ExitStack() as stack:
-        for device in {leaf.device.type for leaf in containers.leaves(example_input)} | {"cpu"}:
-            if torch.amp.is_autocast_available(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_drive.compaction import group_search, layers
-from lightning_drive.compaction.comparison import Example
 from lightning_drive.compaction.folding import fold_
 from lightning_drive.compaction.groups import Group
 from lightning_drive.compaction.tracing import trace
+from lightning_drive.network.comparison import Example
 
 
 def shrunk(module: nn.Module, example: Example) -> nn.Module:

@@ -13,6 +13,7 @@ from lightning_drive.compaction import autograd_nodes, layers, operations
 from lightning_drive.compaction.dependency_graph import DependencyGraph, Node
 from lightning_drive.core import containers
 from lightning_drive.core.messages import listed
+from lightning_drive.network.comparison import call
 
 _UNIFORM = {torch.float64: 1e-12, torch.float32: 1e-6}
 """How far values of one channel may be apart to be one constant; in no other precision are constants told."""
@@ -124,12 +125,6 @@ def trace(module: nn.Module, inputs: Sequence[Any]) -> tuple[DependencyGraph, Tr
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
     return graph, traced
-
-
-def call(module: nn.Module, given: Any) -> Any:
-    """Run a module as Lightning does with its ``example_input_array``: an argument, a tuple or a mapping of them."""
-    args, kwargs = containers.arguments(given)
-    return module(*args, **kwargs)
 
 
 def _begin(value: Tensor) -> Tensor:

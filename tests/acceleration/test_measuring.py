@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import sparse_layers
 import torch
+from chosen_forms import IN_TRAINING, prefer
 from torch import Tensor, nn
 
 from lightning_drive.acceleration import choice, measuring, timing
@@ -57,7 +58,7 @@ def steps_of(module: nn.Module) -> Callable[[], bool]:
 
 
 def test_measure__reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    sparse_layers.take_sparse_forms(monkeypatch)
+    prefer(monkeypatch, *IN_TRAINING)
     module = Network()
     result = measuring.measure(pruned(module), steps_of(module))
     assert result is not None
@@ -107,8 +108,8 @@ def test_measure__first_call_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.5, "tokens"), (0.99, DENSE), (2.0, DENSE)])
 def test_measure__whole_step_decides(monkeypatch: pytest.MonkeyPatch, seconds: float, expected: str) -> None:
-    sparse_layers.take_sparse_forms(monkeypatch)
-    monkeypatch.setattr(timing, "least_seconds", lambda works, runs=None: {DENSE: 1.0, "sparse": seconds})
+    times = {DENSE: 1.0, "tokens": 0.5, "sparse": seconds}
+    monkeypatch.setattr(timing, "least_seconds", lambda works, runs=None: {name: times[name] for name in works})
     module = nn.Linear(16, 3)
     images = torch.randn(4, 16)
 

@@ -7,9 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_drive.acceleration import choice, timing
-from lightning_drive.report.acceleration_report import DENSE, LayerForm
-
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear_of_a_vector": (lambda: nn.Linear(7, 5), (7,)),
     "linear": (lambda: nn.Linear(7, 5), (3, 7)),
@@ -66,20 +63,3 @@ def prune_(weight: Any, places: Tensor) -> None:
 def mask_of(weight: Tensor, places: Tensor) -> Tensor:
     """Return ones at the kept weights, and zeros."""
     return torch.zeros(weight.numel(), dtype=weight.dtype).index_fill(0, places, 1).view(weight.shape)
-
-
-def take_sparse_forms(monkeypatch: pytest.MonkeyPatch, form: int = -1) -> None:
-    """Make every layer take one of its sparse forms, by its number; no clock is read."""
-
-    def fastest(name: str, sparsity: float, dense: Any, forms: Any) -> LayerForm:
-        names = [*forms]
-        dense()
-        return LayerForm(name, sparsity, names[form % len(names)], dense_seconds=1.0, sparse_seconds=0.5)
-
-    def least_seconds(works: Any, runs: int | None = None) -> dict[Any, float]:
-        for work in works.values():
-            work()
-        return {name: 1.0 if name == DENSE else 0.5 for name in works}
-
-    monkeypatch.setattr(choice, "fastest", fastest)
-    monkeypatch.setattr(timing, "least_seconds", least_seconds)

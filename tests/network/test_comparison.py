@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_drive import compact
 from lightning_drive.compaction import compact as compact_module
-from lightning_drive.compaction import comparison
+from lightning_drive.network import comparison
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_drive.compaction.tracing import call
 from lightning_drive.core import containers
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -16,6 +15,12 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, tor
 
 _ROUGH = {**_TOLERANCE, torch.float32: 0.01}
 """The same for what agrees in float64 already: other shapes are computed in another order, and maybe in TF32."""
+
+
+def call(module: nn.Module, given: Any) -> Any:
+    """Run a module as Lightning does with its ``example_input_array``: an argument, a tuple or a mapping of them."""
+    args, kwargs = containers.arguments(given)
+    return module(*args, **kwargs)
 
 
 class Example(NamedTuple):
@@ -111,10 +116,11 @@ def _finite(outputs: Iterable[Tensor]) -> bool:
 
 def _close(outputs: Sequence[Tensor], expected: Sequence[Tensor], is_rough: bool = False) -> bool:
     pairs = zip(outputs, expected, strict=False)
-    return len(outputs) == len(expected) and all(_close_pair(*pair, is_rough) for pair in pairs)
+    return len(outputs) == len(expected) and all(is_close(*pair, is_rough) for pair in pairs)
 
 
-def _close_pair(output: Tensor, expected: Tensor, is_rough: bool) -> bool:
+def is_close(output: Tensor, expected: Tensor, is_rough: bool = False) -> bool:
+    """Whether a tensor equals another one up to rounding."""
     if output.shape != expected.shape or output.dtype != expected.dtype:
         return False
     if not expected.is_floating_point() or not expected.numel():
