@@ -5,7 +5,7 @@ the table, and are written to where they belong. For gradients the same ways are
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ class Layout(ABC):
         """Return a tensor to write the outputs to."""
 
     @abstractmethod
-    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+    def blocks(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return views of the blocks of an input or output."""
 
     @abstractmethod
@@ -70,9 +70,9 @@ class Tokens(Layout):
         """Return a tensor of vectors of outputs."""
         return input.new_empty(*input.shape[:-1], num_outputs)
 
-    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+    def blocks(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return blocks of vectors."""
-        yield from torch.split(tensor.view(-1, tensor.shape[-1]), _COLUMNS)
+        return _split(tensor.view(-1, tensor.shape[-1]), _COLUMNS)
 
     def table(self, block: Tensor) -> Tensor:
         """Return the transposed block."""
@@ -103,9 +103,9 @@ class PixelTokens(Tokens):
         output = input.new_empty(len(input), *input.shape[2:], num_outputs)
         return output.permute(0, 3, 1, 2)
 
-    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+    def blocks(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return blocks of pixels."""
-        yield from super().blocks(tensor.permute(0, 2, 3, 1))
+        return super().blocks(tensor.permute(0, 2, 3, 1))
 
 
 class Axis(NamedTuple):
@@ -146,9 +146,9 @@ class Convolution(Layout):
         output = input.new_empty(len(input), num_outputs, self.height.outputs, self.width.outputs)
         return output.contiguous(memory_format=torch.channels_last) if _is_channels_last(input) else output
 
-    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+    def blocks(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return blocks of images."""
-        yield from torch.split(tensor, max(1, _COLUMNS // self._columns_per_image))
+        return _split(tensor, max(1, _COLUMNS // self._columns_per_image))
 
     def table(self, block: Tensor) -> Tensor:
         """Return shifted copies of the images, one below the other."""
@@ -301,9 +301,14 @@ class Pixels(Lines):
         """Return contiguous images."""
         return input.new_empty(len(input), num_outputs, *input.shape[2:])
 
-    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+    def blocks(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return blocks of images, their pixels in other lines."""
-        yield from super().blocks(tensor.view(*tensor.shape[:2], self.height.outputs, self.width.outputs))
+        return super().blocks(tensor.view(*tensor.shape[:2], self.height.outputs, self.width.outputs))
+
+
+def _split(tensor: Tensor, size: int) -> Sequence[Tensor]:
+    """Return views of parts of a tensor, without the time that ``torch.split`` takes where one part is all of it."""
+    return (tensor,) if len(tensor) <= size else torch.split(tensor, size)
 
 
 def _is_channels_last(images: Tensor) -> bool:
