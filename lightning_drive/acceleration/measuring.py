@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_drive.acceleration import choice, timing
 from lightning_drive.acceleration.operations import Operation
@@ -103,15 +104,17 @@ class _Measuring(WeightCalls):
         if obstacle or operation is None:
             return LayerForm(known.name, known.sparsity, reason=obstacle)
         self.operations[known.name] = operation
+        needs_input = call.input.requires_grad or not torch.is_grad_enabled()  # a checkpoint, which comes to it later
         own = call._replace(
-            input=call.input.detach().requires_grad_(call.input.requires_grad),
+            input=call.input.detach().requires_grad_(needs_input),
             bias=None if call.bias is None else call.bias.detach().requires_grad_(call.bias.requires_grad),
         )
         names = operation.layouts(operation.batch(own.input))
         weights = {name: SparseWeight(call.weight, known.places, operation, name) for name in names}
         forms = {name: _step(own, _in_form(weight, own)) for name, weight in weights.items() if weight.fits(own)}
         dense = _step(own, lambda: own.dense(own.input, own.weight, own.bias))
-        return choice.fastest(known.name, known.sparsity, dense, forms)
+        with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # else a checkpoint takes these for its own
+            return choice.fastest(known.name, known.sparsity, dense, forms)
 
 
 def _in_form(weight: SparseWeight, call: Call) -> Callable[[], Tensor]:
@@ -119,13 +122,17 @@ def _in_form(weight: SparseWeight, call: Call) -> Callable[[], Tensor]:
 
 
 def _step(call: Call, forward: Callable[[], Tensor]) -> Callable[[], object]:
-    """Return the forward pass, and the backward pass where there is one."""
+    """Return the forward and the backward pass, as far as there is one."""
     tensors = [tensor for tensor in (call.input, call.weight, call.bias) if tensor is not None and tensor.requires_grad]
-    if not torch.is_grad_enabled() or not tensors:
+    if not tensors:
         return forward
-    gradient = torch.ones_like(forward().detach())
 
     def step() -> object:
-        return torch.autograd.grad(forward(), tensors, gradient)
+        output = forward()
+        return torch.autograd.grad(output, tensors, torch.ones_like(output))
 
     return step
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -166,9 +166,10 @@ def output(
 
     """
     images = layout.arranged(images)
-    result = layout.empty_output(images, operation.num_outputs)
+    result, table = layout.empty_output(images, operation.num_outputs), None
     for block, target in zip(layout.blocks(images), layout.blocks(result), strict=True):
-        product = pattern.product(entries, layout.table(block))
+        table = layout.table(block, table)
+        product = pattern.product(entries, table)
         if bias is not None:
             product.view(-1, len(bias), product.shape[1]).add_(bias[:, None])
         layout.write_(target, product)
@@ -180,12 +181,13 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor]:
     """Return the gradients of a batch, if needed, and of the kept weights, for a gradient of the outputs."""
     images, gradient = layout.arranged(images), layout.arranged(gradient)
-    of_images = torch.zeros_like(images) if needs_input else None
-    of_entries = torch.zeros_like(entries)
+    of_images = layout.new_gradient(images) if needs_input else None
+    of_entries, table = torch.zeros_like(entries), None
     targets = layout.blocks(images if of_images is None else of_images)
     for block, of_outputs, target in zip(layout.blocks(images), layout.blocks(gradient), targets, strict=True):
         product = layout.product(of_outputs)
-        of_entries = pattern.add_outer_products(of_entries, product, layout.table(block))
+        table = layout.table(block, table)
+        of_entries = pattern.add_outer_products(of_entries, product, table)
         if needs_input:
             layout.add_table_(target, pattern.transposed_product(entries, product))
     return of_images, pattern.gathered(of_entries)

@@ -120,21 +120,13 @@ class _Product(torch.autograd.Function):
                 pattern,
                 pattern.values(kept),
                 images,
-                _batched(operation, gradient),
+                operation.batch(gradient),
                 ctx.needs_input_grad[0],
             )
             of_input = None if of_images is None else operation.unbatch(of_images, input)
             of_weight = sparse.gradient(weight, of_kept) if ctx.needs_input_grad[1] else None
             of_bias = _sum_to_bias(operation, gradient) if ctx.needs_input_grad[2] else None
         return of_input, of_weight, of_bias, None, None
-
-
-def _batched(operation: Operation, gradient: Tensor) -> Tensor:
-    """Return a gradient of outputs as a batch of images."""
-    if not operation.stride:
-        return gradient
-    gradient = gradient if gradient.ndim == len(operation.shape) else gradient[None]
-    return gradient if len(operation.stride) == 2 else gradient[:, :, None]
 
 
 def _sum_to_bias(operation: Operation, gradient: Tensor) -> Tensor:

@@ -61,8 +61,8 @@ class Call(NamedTuple):
         if self.operation is None:
             return "there is no sparse form for its settings (groups, say)"
         channel_dim = -1 - len(self.operation.stride)
-        dims = self.weight.ndim - self.input.ndim
-        is_odd = self.operation.stride and dims not in (0, 1)
+        dims = self.input.ndim
+        is_odd = self.weight.ndim - dims not in (0, 1) if self.operation.stride else dims == 0
         if is_odd or self.input.shape[channel_dim] != self.weight.shape[1] or not self.input.numel():
             return "its input is empty or has an unexpected shape"
         if self.bias is not None and tuple(self.bias.shape) != (self.weight.shape[0],):

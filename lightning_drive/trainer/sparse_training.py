@@ -157,8 +157,6 @@ def _obstacles(trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Masks)
             yield name, "mixed precision (autocast) computes with it in another type"
         elif id(parameter) in compiled:
             yield name, "`torch.compile` compiles it"
-        elif ".parametrizations." in f".{name}":
-            yield name, "its layer computes the weight from it anew in every pass (parametrized)"
 
 
 def _compiled(pl_module: pl.LightningModule) -> set[int]:
