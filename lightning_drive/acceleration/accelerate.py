@@ -1,20 +1,16 @@
 """Make a faster network of the same function: layers compute with their nonzero weights only, where that is faster."""
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_drive.acceleration import batch_norm_folding, choice, timing
-from lightning_drive.acceleration.operations import Operation
-from lightning_drive.acceleration.sparse_layer import SparseLayer
+from lightning_drive.acceleration import batch_norm_folding, timing, trials
 from lightning_drive.core.messages import listed
-from lightning_drive.network import comparison, given_modules, prunable_layers
+from lightning_drive.network import comparison, given_modules
 from lightning_drive.network.comparison import Example
 from lightning_drive.report.acceleration_report import DENSE, AccelerationReport, LayerForm
 
@@ -31,9 +27,10 @@ def accelerate(module: nn.Module, example_input: Any) -> nn.Module:
     faster so. If nothing makes the whole faster, all layers stay as they are.
 
     The copy takes batches of any size, and its outputs are those of ``module`` in eval mode up to rounding. They are
-    compared on ``example_input``, on random numbers of its shape, and on both in one batch. Grouped, transposed and
-    three-dimensional convolutions, recurrent layers and `nn.MultiheadAttention` stay dense, and so do layers with hooks
-    or parametrisations, layers with a `forward` of their own, and layers that do not run on the example.
+    compared on ``example_input``, on random numbers of its shape, and on both in one batch. The projections of
+    ``nn.MultiheadAttention`` count as linear layers. Grouped, transposed and three-dimensional convolutions and
+    recurrent layers stay dense, and so do layers with hooks or parametrisations, layers with a ``forward`` of their
+    own, and layers that do not run on the example.
 
     The copy is for inference: it has no gradients and no ``state_dict`` (asking for one is an error), and is saved
     whole, by ``torch.save``, copied or pickled. The module itself is only read. A LightningModule is copied without its
@@ -70,11 +67,10 @@ def accelerate(module: nn.Module, example_input: Any) -> nn.Module:
         dense = given_modules.copied(module).eval().requires_grad_(False)
         example = comparison.example_of(dense, example_input)
         folded = batch_norm_folding.folded(dense, example)
-        variants = [_with_sparse_layers(folded, memory_format, example) for memory_format in _memory_formats(folded)]
-        candidates = [(dense, _all_dense(variants[0][1])), *(tried for tried in variants if _is_right(*tried, example))]
-        seconds = timing.least_seconds(
-            {index: partial(comparison.call, tried, example.inputs[0]) for index, (tried, _) in enumerate(candidates)}
-        )
+        tried = [trials.with_sparse_layers(folded, form, example) for form in _memory_formats(folded)]
+        candidates = [(dense, _all_dense(tried[0][1])), *(variant for variant in tried if _is_right(*variant, example))]
+        works = [partial(comparison.call, variant, example.inputs[0]) for variant, _ in candidates]
+        seconds = timing.least_seconds(dict(enumerate(works)))
     fastest = min(seconds, key=lambda index: seconds[index])
     chosen = fastest if timing.is_faster(seconds[fastest], seconds[0]) else 0
     result, forms = candidates[chosen]
@@ -96,7 +92,7 @@ def _check(module: nn.Module, example_input: Any) -> None:
                 f"{name!r} is in {parameter.dtype}, but sparse forms compute in float32 or float64. Accelerate"
                 " `module.float()`."
             )
-    layers = _layers(module)
+    layers = trials.layers_of(module)
     if not layers:
         raise ValueError("`module` must have linear layers or convolutions, and has none.")
     if not any(sparsity for _, sparsity in layers.values()):
@@ -105,18 +101,6 @@ def _check(module: nn.Module, example_input: Any) -> None:
             f"Some weights must be 0, but those of {names} have no zeros: there is nothing to skip. Apply the masks"
             " first (`masks.apply_(module)`), or load a checkpoint of the pruned network."
         )
-
-
-def _layers(module: nn.Module) -> dict[str, tuple[nn.Module, float]]:
-    """Return the layers that multiply by weights, by their names in the module, and the sparsity of each."""
-    layers = {}
-    for name, layer in module.named_modules():
-        weights = [layer._parameters.get(weight) for weight in prunable_layers.weight_names(layer)]
-        sizes = [weight.numel() for weight in weights if weight is not None]
-        if sum(sizes):
-            kept = sum(int(weight.count_nonzero()) for weight in weights if weight is not None)
-            layers[name] = (layer, 1 - kept / sum(sizes))
-    return layers
 
 
 def _all_dense(forms: Iterable[LayerForm]) -> tuple[LayerForm, ...]:
@@ -133,77 +117,6 @@ def _memory_formats(module: nn.Module) -> Iterator[torch.memory_format]:
     yield torch.contiguous_format
     if any(isinstance(layer, nn.Conv2d) for layer in module.modules()):
         yield torch.channels_last
-
-
-def _with_sparse_layers(
-    module: nn.Module, memory_format: torch.memory_format, example: Example
-) -> tuple[nn.Module, tuple[LayerForm, ...]]:
-    """Return a copy in which every layer that is faster so is sparse, and the forms of all layers with zeros."""
-    variant = copy.deepcopy(module)
-    for layer in variant.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.to(memory_format=memory_format)
-    forms: dict[str, LayerForm] = {}
-    sparse: dict[nn.Module, SparseLayer] = {}
-    with ExitStack() as stack:
-        for name, (layer, sparsity) in _layers(variant).items():
-            if not sparsity:
-                continue
-            operation = Operation.of_layer(layer)
-            forms[name] = LayerForm(name, sparsity, reason=_NO_FORM if operation is None else _NOT_RUN)
-            if given_modules.has_hooks(layer):
-                forms[name] = LayerForm(name, sparsity, reason=_HOOKS)
-            elif operation is not None:
-                trial = _Trial(name, layer, operation, sparsity, forms, sparse)
-                layer.forward = trial.run
-                stack.callback(delattr, layer, "forward")
-        comparison.call(variant, example.inputs[0])
-    for name, layer in list(variant.named_modules(remove_duplicate=False)):
-        if layer in sparse:
-            if not name:
-                return sparse[layer], tuple(forms.values())
-            variant.set_submodule(name, sparse[layer])
-    return variant, tuple(forms.values())
-
-
-_NO_FORM = "there is no sparse form for such a layer"
-_HOOKS = "it has hooks, or a `forward` of its own"
-_NOT_RUN = "it did not run on the example"
-
-
-class _Trial:
-    """The first run of a layer on the example: there its forms are timed, and the fastest is noted."""
-
-    def __init__(
-        self,
-        name: str,
-        layer: nn.Module,
-        operation: Operation,
-        sparsity: float,
-        forms: dict[str, LayerForm],
-        sparse: dict[nn.Module, SparseLayer],
-    ) -> None:
-        self._name, self._layer, self._operation, self._sparsity = name, layer, operation, sparsity
-        self._forms, self._sparse = forms, sparse
-
-    def run(self, input: Tensor) -> Tensor:
-        """Return the outputs of the layer, after the choice of its form."""
-        dense = partial(type(self._layer).forward, self._layer)
-        output: Tensor = dense(input)
-        if self._forms[self._name].reason:
-            self._choose(partial(dense, input), input, output)
-        return output
-
-    def _choose(self, dense: Callable[[], Tensor], input: Tensor, expected: Tensor) -> None:
-        layers: dict[str, SparseLayer] = {}
-        for form in self._operation.layouts(self._operation.batch(input)):
-            sparse = SparseLayer(self._layer, self._operation, form)
-            if comparison.is_close(sparse(input), expected):
-                layers[form] = sparse
-        works = {form: partial(sparse, input) for form, sparse in layers.items()}
-        self._forms[self._name] = choice.fastest(self._name, self._sparsity, dense, works)
-        if self._forms[self._name].is_sparse:
-            self._sparse[self._layer] = layers[self._forms[self._name].form]
 
 
 def _finished(module: nn.Module, report: AccelerationReport) -> nn.Module:

@@ -221,6 +221,56 @@ def test_accelerate__leaves_other_layers_alone(monkeypatch: pytest.MonkeyPatch) 
     }
 
 
+class Encoder(nn.Module):
+    """Torch's own transformer, an encoder of which torch computes with a fused kernel in eval mode, and a decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        settings: Any = {"dim_feedforward": 12, "batch_first": True}
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, **settings), 2)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, norm_first=True, **settings), 1)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.decoder(tokens, self.encoder(tokens, mask=mask))
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_accelerate__attention(monkeypatch: pytest.MonkeyPatch, is_masked: bool) -> None:
+    """Attention has sparse projections, and the fused kernel of a whole layer makes way for its sparse layers."""
+    prefer(monkeypatch, *ALWAYS_SPARSE)
+    given = thinned(Encoder(), density=0.4)
+    mask = (nn.Transformer.generate_square_subsequent_mask(5),) if is_masked else ()
+    fast = accelerate(given, (numbers(4, 5, 8), *mask) if is_masked else numbers(4, 5, 8))
+    assert set(forms(fast)) == {
+        *(f"encoder.layers.{n}.{part}" for n in (0, 1) for part in ("self_attn", "linear1", "linear2")),
+        *(f"decoder.layers.0.{part}" for part in ("self_attn", "multihead_attn", "linear1", "linear2")),
+    }
+    assert set(forms(fast).values()) == {"tokens"}
+    for twin in (fast, pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast)):
+        assert difference(given, twin, numbers(70, 5, 8), *mask) < 1e-5
+
+
+def test_accelerate__attention_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All results and arguments of attention are those of torch; keys and values of other sizes, too."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.other = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2, kdim=6, vdim=4, bias=False)
+
+        def forward(self, x: Tensor, keys: Tensor, values: Tensor, ignored: Tensor) -> tuple[Tensor, ...]:
+            own = self.own(x, x, x, key_padding_mask=ignored, average_attn_weights=False)
+            return *own, *self.other(query=x, key=keys, value=values)
+
+    prefer(monkeypatch, *ALWAYS_SPARSE)
+    given = thinned(Attends(), density=0.4).eval()
+    ignored = torch.tensor([[False, False, True], [False, True, True]])
+    inputs = (numbers(3, 2, 8), numbers(5, 2, 6), numbers(5, 2, 4), ignored)
+    fast = accelerate(given, inputs)
+    assert forms(fast) == {"own": "tokens", "other": "tokens"}
+    torch.testing.assert_close(fast(*inputs), given(*inputs))
+
+
 def test_accelerate__subclasses_and_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """A subclass that inherits `forward` is the same layer; a layer under two names is sparse under both."""
 
