@@ -147,7 +147,7 @@ def _obstacles(trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Masks)
     """Yield the parameters that cannot be computed with in sparse forms in this ``fit``, with the reason."""
     compiled = _compiled(pl_module)
     with trainer.precision_plugin.forward_context():
-        is_mixed = torch.is_autocast_enabled(pl_module.device.type)
+        is_mixed = torch.is_autocast_enabled("cpu")
     for name, parameter in masks.parameters_of(pl_module).items():
         if shards.is_sharded(parameter):
             yield name, "it is sharded over ranks"
