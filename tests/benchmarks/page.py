@@ -274,7 +274,8 @@ def amount(value: float, unit: str) -> str:
 
 def sentence(figure: Figure) -> str:
     peers = "; ".join(f"{ratio(figure, peer)} of {peer}" for peer in figure.peers)
-    return f"{figure.case}: {amount(median(figure.ours), figure.unit)}, {peers} {goal(figure)}"
+    case = f"{figure.case}, {figure.column}" if figure.column else figure.case
+    return f"{case}: {amount(median(figure.ours), figure.unit)}, {peers} {goal(figure)}"
 
 
 def merged(results: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
