@@ -17,8 +17,8 @@ import lightning_drive
 PACKAGE = Path(lightning_drive.__file__).parent
 STORED = {"get_extra_results", "epoch_progress", "batch_progress", "epoch_loop.batch_progress"}
 """What has no underscore, but is of a private class or stands in checkpoints."""
-ELSEWHERE = {("compaction/compact.py", name) for name in ("_trainer", "_fabric")}
-"""`compaction` knows no Lightning, and leaves these out of copies; see the tests of `lightning_internals`."""
+ELSEWHERE = {("network/given_modules.py", name) for name in ("_trainer", "_fabric")}
+"""`network` knows no Lightning, and leaves these out of copies; see the tests of `lightning_internals`."""
 
 
 def private_names_of_lightning() -> set[str]:

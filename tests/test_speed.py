@@ -6,7 +6,9 @@ thread of an AMD EPYC); `tests/benchmarks` measures the rest, and `docs/performa
 """
 
 import copy
+import random
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from benchmarks.measure import in_turn, peak_of_tensors, rounds_and_passes, scores, seconds
 from torch import Tensor, nn
 
-from lightning_drive import DRIVE, Magnitude, Masks
+from lightning_drive import DRIVE, Magnitude, Masks, accelerate
 from lightning_drive.network import paths
 from lightning_drive.network.masked_parameters import MaskedParameters
 
@@ -93,3 +95,34 @@ def test_memory() -> None:
     with peak_of_tensors() as found:
         paths.active_masks(module, masks, torch.zeros(1, 128))
     assert found[0] <= 1.5 * sum(weight.nbytes for weight in module.parameters())
+
+
+def random_layers(count: int) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Draw layers, sparsities and inputs of which some gain much by a sparse form and others would lose."""
+    draw = random.Random(0)
+    for index in range(count):
+        sparsity, batch_size = draw.choice((0.3, 0.7, 0.9, 0.98)), draw.choice((1, 8, 64))
+        if index % 2:
+            inputs, outputs = draw.choice((256, 1024)), draw.choice((64, 1024))
+            layer, example = nn.Linear(inputs, outputs), torch.randn(batch_size, inputs)
+        else:
+            channels, kernel, size = draw.choice((16, 128)), draw.choice((1, 3)), draw.choice((4, 16))
+            layer = nn.Conv2d(channels, 2 * channels, kernel, stride=draw.choice((1, 2)), padding=kernel // 2)
+            example = torch.randn(batch_size, channels, size, size)
+        layer.weight.data[torch.rand_like(layer.weight) < sparsity] = 0
+        yield layer.eval(), example
+
+
+def test_accelerate__choice_is_right() -> None:
+    """No layer is slower in the form that was chosen for it than as a dense layer."""
+    torch.manual_seed(0)
+    for layer, example in random_layers(12):
+        fast = accelerate(layer, example)
+        with torch.inference_mode():
+            runs = {
+                "": lambda fast=fast, x=example: [fast(x) for _ in range(20)],
+                "dense": lambda layer=layer, x=example: [layer(x) for _ in range(20)],
+            }
+            measures = {name: seconds(run, time.process_time) for name, run in runs.items()}
+            ours, peers = in_turn(measures.pop(""), measures, 5)
+        assert min(ours) <= 1.4 * min(peers["dense"]), f"{layer}, {fast.report}"

@@ -1,21 +1,18 @@
 """Make a faster network of the same function: layers compute with their nonzero weights only, where that is faster."""
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_drive.acceleration import batch_norm_folding, choice, timing
-from lightning_drive.acceleration.operations import Operation
-from lightning_drive.acceleration.sparse_layer import SparseLayer
+from lightning_drive.acceleration import batch_norm_folding, timing, trials
 from lightning_drive.core.messages import listed
-from lightning_drive.network import comparison, given_modules, prunable_layers
+from lightning_drive.network import comparison, given_modules
 from lightning_drive.network.comparison import Example
-from lightning_drive.report.acceleration_report import AccelerationReport, LayerForm
+from lightning_drive.report.acceleration_report import DENSE, AccelerationReport, LayerForm
 
 _TYPES = (torch.float32, torch.float64)
 
@@ -30,9 +27,10 @@ def accelerate(module: nn.Module, example_input: Any) -> nn.Module:
     faster so. If nothing makes the whole faster, all layers stay as they are.
 
     The copy takes batches of any size, and its outputs are those of ``module`` in eval mode up to rounding. They are
-    compared on ``example_input``, on random numbers of its shape, and on both in one batch. Grouped, transposed and
-    three-dimensional convolutions, recurrent layers and attention stay dense, and so do layers with hooks or
-    parametrisations, subclasses of layers, and layers that do not run on the example.
+    compared on ``example_input``, on random numbers of its shape, and on both in one batch. The projections of
+    ``nn.MultiheadAttention`` count as linear layers. Grouped, transposed and three-dimensional convolutions and
+    recurrent layers stay dense, and so do layers with hooks or parametrisations, layers with a ``forward`` of their
+    own, and layers that do not run on the example.
 
     The copy is for inference: it has no gradients and no ``state_dict`` (asking for one is an error), and is saved
     whole, by ``torch.save``, copied or pickled. The module itself is only read. A LightningModule is copied without its
@@ -68,20 +66,16 @@ def accelerate(module: nn.Module, example_input: Any) -> nn.Module:
     with given_modules.undisturbed_run(example_input), torch.no_grad():
         dense = given_modules.copied(module).eval().requires_grad_(False)
         example = comparison.example_of(dense, example_input)
-        variants = {"dense": (dense, _all_dense(dense))}
         folded = batch_norm_folding.folded(dense, example)
-        for memory_format in _memory_formats(folded):
-            variant, forms = _with_sparse_layers(folded, memory_format, example)
-            if example.agrees(variant):
-                variants[str(memory_format)] = variant, forms
-        seconds = timing.least_seconds(
-            {name: partial(comparison.call, variant, example.inputs[0]) for name, (variant, _) in variants.items()}
-        )
-    fastest = min(seconds, key=lambda name: seconds[name])
-    if not timing.is_faster(seconds[fastest], seconds["dense"]):
-        fastest = "dense"
-    result, forms = variants[fastest]
-    return _finished(result, forms, seconds["dense"], seconds[fastest])
+        tried = [trials.with_sparse_layers(folded, form, example) for form in _memory_formats(folded)]
+        candidates = [(dense, _all_dense(tried[0][1])), *(variant for variant in tried if _is_right(*variant, example))]
+        works = [partial(comparison.call, variant, example.inputs[0]) for variant, _ in candidates]
+        seconds = timing.least_seconds(dict(enumerate(works)))
+    fastest = min(seconds, key=lambda index: seconds[index])
+    chosen = fastest if timing.is_faster(seconds[fastest], seconds[0]) else 0
+    result, forms = candidates[chosen]
+    report = AccelerationReport("inference", forms, torch.get_num_threads(), seconds[0], seconds[chosen])
+    return _finished(result, report)
 
 
 def _check(module: nn.Module, example_input: Any) -> None:
@@ -98,7 +92,7 @@ def _check(module: nn.Module, example_input: Any) -> None:
                 f"{name!r} is in {parameter.dtype}, but sparse forms compute in float32 or float64. Accelerate"
                 " `module.float()`."
             )
-    layers = _layers(module)
+    layers = trials.layers_of(module)
     if not layers:
         raise ValueError("`module` must have linear layers or convolutions, and has none.")
     if not any(sparsity for _, sparsity in layers.values()):
@@ -109,20 +103,13 @@ def _check(module: nn.Module, example_input: Any) -> None:
         )
 
 
-def _layers(module: nn.Module) -> dict[str, tuple[nn.Module, float]]:
-    """Return the layers that multiply by weights, by their names in the module, and the sparsity of each."""
-    layers = {}
-    for name, layer in module.named_modules():
-        weights = [layer._parameters.get(weight) for weight in prunable_layers.weight_names(layer)]
-        sizes = [weight.numel() for weight in weights if weight is not None]
-        if sum(sizes):
-            kept = sum(int(weight.count_nonzero()) for weight in weights if weight is not None)
-            layers[name] = (layer, 1 - kept / sum(sizes))
-    return layers
+def _all_dense(forms: Iterable[LayerForm]) -> tuple[LayerForm, ...]:
+    return tuple(replace(form, form=DENSE) for form in forms)
 
 
-def _all_dense(module: nn.Module) -> dict[str, LayerForm]:
-    return {name: LayerForm(name, sparsity) for name, (_, sparsity) in _layers(module).items() if sparsity}
+def _is_right(variant: nn.Module, forms: Iterable[LayerForm], example: Example) -> bool:
+    """Whether a variant has a sparse layer, and returns what it must."""
+    return any(form.is_sparse for form in forms) and example.agrees(variant)
 
 
 def _memory_formats(module: nn.Module) -> Iterator[torch.memory_format]:
@@ -132,79 +119,8 @@ def _memory_formats(module: nn.Module) -> Iterator[torch.memory_format]:
         yield torch.channels_last
 
 
-def _with_sparse_layers(
-    module: nn.Module, memory_format: torch.memory_format, example: Example
-) -> tuple[nn.Module, dict[str, LayerForm]]:
-    """Return a copy in which every layer that is faster so is sparse, and the forms of all layers with zeros."""
-    variant: nn.Module = copy.deepcopy(module).to(memory_format=memory_format)
-    forms: dict[str, LayerForm] = {}
-    sparse: dict[nn.Module, SparseLayer] = {}
-    with ExitStack() as stack:
-        for name, (layer, sparsity) in _layers(variant).items():
-            if not sparsity:
-                continue
-            operation = _operation(layer)
-            forms[name] = LayerForm(name, sparsity, reason=_NO_FORM if operation is None else _NOT_RUN)
-            if operation is not None:
-                trial = _Trial(name, layer, operation, sparsity, forms, sparse)
-                layer.forward = trial.run
-                stack.callback(delattr, layer, "forward")
-        comparison.call(variant, example.inputs[0])
-    for name, layer in list(variant.named_modules(remove_duplicate=False)):
-        if layer in sparse:
-            if not name:
-                return sparse[layer], forms
-            variant.set_submodule(name, sparse[layer])
-    return variant, forms
-
-
-_NO_FORM = "there is no sparse form for such a layer"
-_NOT_RUN = "it did not run on the example"
-
-
-def _operation(layer: nn.Module) -> Operation | None:
-    """Return the operation of a layer that a sparse layer can take the place of."""
-    return None if given_modules.has_hooks(layer) else Operation.of_layer(layer)
-
-
-class _Trial:
-    """The first run of a layer on the example: there its forms are timed, and the fastest is noted."""
-
-    def __init__(
-        self,
-        name: str,
-        layer: nn.Module,
-        operation: Operation,
-        sparsity: float,
-        forms: dict[str, LayerForm],
-        sparse: dict[nn.Module, SparseLayer],
-    ) -> None:
-        self._name, self._layer, self._operation, self._sparsity = name, layer, operation, sparsity
-        self._forms, self._sparse = forms, sparse
-
-    def run(self, input: Tensor) -> Tensor:
-        """Return the outputs of the layer, after the choice of its form."""
-        dense = partial(type(self._layer).forward, self._layer)
-        output: Tensor = dense(input)
-        if self._forms[self._name].reason:
-            self._choose(partial(dense, input), input, output)
-        return output
-
-    def _choose(self, dense: Callable[[], Tensor], input: Tensor, expected: Tensor) -> None:
-        layers: dict[str, SparseLayer] = {}
-        for form in self._operation.layouts(self._operation.batch(input)):
-            sparse = SparseLayer(self._operation, form, self._layer.weight, self._layer.bias)  # type: ignore[arg-type]
-            if comparison.is_close(sparse(input), expected):
-                layers[form] = sparse
-        works = {form: partial(sparse, input) for form, sparse in layers.items()}
-        self._forms[self._name] = choice.fastest(self._name, self._sparsity, dense, works)
-        if self._forms[self._name].is_sparse:
-            self._sparse[self._layer] = layers[self._forms[self._name].form]
-
-
-def _finished(module: nn.Module, forms: dict[str, LayerForm], dense_seconds: float, seconds: float) -> nn.Module:
-    """Return the result with its report, without what it has no use for."""
-    report = AccelerationReport("inference", tuple(forms.values()), torch.get_num_threads(), dense_seconds, seconds)
+def _finished(module: nn.Module, report: AccelerationReport) -> nn.Module:
+    """Attach the report to a result, which has no ``state_dict`` from then on."""
     result: Any = module
     result.report = report
     result.register_state_dict_pre_hook(_refuse_state_dict)

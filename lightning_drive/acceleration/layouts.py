@@ -5,7 +5,8 @@ the table, and are written to where they belong. For gradients the same ways are
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -33,12 +34,16 @@ class Layout(ABC):
         """Return a tensor to write the outputs to."""
 
     @abstractmethod
-    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+    def blocks(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return views of the blocks of an input or output."""
 
     @abstractmethod
-    def table(self, block: Tensor) -> Tensor:
-        """Return the table of a block of inputs."""
+    def table(self, block: Tensor, used: Tensor | None = None) -> Tensor:
+        """Return the table of a block of inputs, in place of that of another block, which is used no more."""
+
+    def new_gradient(self, input: Tensor) -> Tensor:
+        """Return the gradient of an input, to which :meth:`add_table_` adds all: zeros, unless it only writes."""
+        return torch.zeros_like(input)
 
     @abstractmethod
     def add_table_(self, block: Tensor, table: Tensor) -> None:
@@ -70,17 +75,21 @@ class Tokens(Layout):
         """Return a tensor of vectors of outputs."""
         return input.new_empty(*input.shape[:-1], num_outputs)
 
-    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+    def blocks(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return blocks of vectors."""
-        yield from torch.split(tensor.view(-1, tensor.shape[-1]), _COLUMNS)
+        return _split(tensor.view(-1, tensor.shape[-1]), _COLUMNS)
 
-    def table(self, block: Tensor) -> Tensor:
+    def table(self, block: Tensor, used: Tensor | None = None) -> Tensor:
         """Return the transposed block."""
         return block.t().contiguous()
 
+    def new_gradient(self, input: Tensor) -> Tensor:
+        """Return a tensor to write to."""
+        return torch.empty_like(input)
+
     def add_table_(self, block: Tensor, table: Tensor) -> None:
-        """Add the transposed table."""
-        block.add_(table.t())
+        """Write the transposed table."""
+        block.copy_(table.t())
 
     def write_(self, block: Tensor, product: Tensor) -> None:
         """Write the transposed product."""
@@ -103,9 +112,9 @@ class PixelTokens(Tokens):
         output = input.new_empty(len(input), *input.shape[2:], num_outputs)
         return output.permute(0, 3, 1, 2)
 
-    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+    def blocks(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return blocks of pixels."""
-        yield from super().blocks(tensor.permute(0, 2, 3, 1))
+        return super().blocks(tensor.permute(0, 2, 3, 1))
 
 
 class Axis(NamedTuple):
@@ -146,16 +155,17 @@ class Convolution(Layout):
         output = input.new_empty(len(input), num_outputs, self.height.outputs, self.width.outputs)
         return output.contiguous(memory_format=torch.channels_last) if _is_channels_last(input) else output
 
-    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+    def blocks(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return blocks of images."""
-        yield from torch.split(tensor, max(1, _COLUMNS // self._columns_per_image))
+        return _split(tensor, max(1, _COLUMNS // self._columns_per_image))
 
-    def table(self, block: Tensor) -> Tensor:
-        """Return shifted copies of the images, one below the other."""
+    def table(self, block: Tensor, used: Tensor | None = None) -> Tensor:
+        """Return shifted copies of the images, one below the other; what lies beside images is zero in all tables."""
         copies = list(self._copies(_by_channel(block)))
         if len(copies) == 1 and copies[0].is_whole:
             return copies[0].source.reshape(self._num_rows(block.shape[1]), -1)
-        table = block.new_zeros(self._table_shape(block))
+        shape = self._table_shape(block)
+        table = block.new_zeros(shape) if used is None or used.numel() != prod(shape) else used.view(shape)
         for copy in copies:
             table[copy.target] = copy.source
         return table.view(self._num_rows(block.shape[1]), -1)
@@ -165,6 +175,12 @@ class Convolution(Layout):
         parts = table.view(self._table_shape(block))
         for copy in self._copies(block.transpose(0, 1)):
             copy.source.add_(parts[copy.target])
+
+    @property
+    def _lines(self) -> int:
+        """The lines that windows reach, zeros above and below included."""
+        reach = (self.height.outputs - 1) * self.height.stride + (self.height.kernel - 1) * self.height.dilation + 1
+        return max(reach, self.height.padding + self.height.inputs)
 
     @property
     @abstractmethod
@@ -201,6 +217,24 @@ class Windows(Convolution):
         columns = spots * shape[1] + channels
         rows = places // shape[1:].numel()
         return Pattern.of(rows, columns, num_rows=shape[0], num_columns=shape[1:].numel())
+
+    def table(self, block: Tensor, used: Tensor | None = None) -> Tensor:
+        """Return the windows: first copies of all lines, shifted by columns, of which each is then shifted by lines."""
+        images = _by_channel(block)
+        if self.height.is_pointwise and self.width.is_pointwise:
+            return images.reshape(len(images), -1)
+        lines = block.new_zeros(self.width.kernel, *images.shape[:2], self._lines, self.width.outputs)
+        inside = slice(self.height.padding, self.height.padding + self.height.inputs)
+        for x in range(self.width.kernel):
+            to_columns, from_columns = self.width.read(x)
+            lines[x, :, :, inside, to_columns] = images[..., from_columns]
+        shape = self._table_shape(block)
+        table = block.new_empty(shape) if used is None or used.numel() != prod(shape) else used.view(shape)
+        reach = (self.height.outputs - 1) * self.height.stride + 1
+        for y in range(self.height.kernel):
+            begin = y * self.height.dilation
+            table[y] = lines[:, :, :, begin : begin + reach : self.height.stride]
+        return table.view(self._num_rows(block.shape[1]), -1)
 
     def write_(self, block: Tensor, product: Tensor) -> None:
         """Write the product with the images first."""
@@ -260,12 +294,6 @@ class Lines(Convolution):
         return block.permute(2, 1, 0, 3).reshape(self.height.outputs * block.shape[1], -1)
 
     @property
-    def _lines(self) -> int:
-        """The lines that windows reach, zeros above and below included."""
-        reach = (self.height.outputs - 1) * self.height.stride + (self.height.kernel - 1) * self.height.dilation + 1
-        return max(reach, self.height.padding + self.height.inputs)
-
-    @property
     def _columns_per_image(self) -> int:
         return self.width.outputs
 
@@ -301,9 +329,14 @@ class Pixels(Lines):
         """Return contiguous images."""
         return input.new_empty(len(input), num_outputs, *input.shape[2:])
 
-    def blocks(self, tensor: Tensor) -> Iterator[Tensor]:
+    def blocks(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return blocks of images, their pixels in other lines."""
-        yield from super().blocks(tensor.view(*tensor.shape[:2], self.height.outputs, self.width.outputs))
+        return super().blocks(tensor.view(*tensor.shape[:2], self.height.outputs, self.width.outputs))
+
+
+def _split(tensor: Tensor, size: int) -> Sequence[Tensor]:
+    """Return views of parts of a tensor, without the time that ``torch.split`` takes where one part is all of it."""
+    return (tensor,) if len(tensor) <= size else torch.split(tensor, size)
 
 
 def _is_channels_last(images: Tensor) -> bool:

@@ -13,12 +13,18 @@ from lightning_drive.acceleration.pattern import Pattern
 
 Pair: TypeAlias = tuple[int, int]
 
+_INPUTS_FIRST = {"transformers.pytorch_utils.Conv1D", "transformers.modeling_utils.Conv1D"}
+"""Linear layers of other libraries whose weight has the inputs first."""
+
 KINDS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Linear: F.linear,
     nn.Conv1d: torch.conv1d,
     nn.Conv2d: torch.conv2d,
 }
-"""The layers that have a sparse form, and the functions of torch that they call."""
+"""The layers that have a sparse form, with subclasses that inherit ``forward``, and the functions that they call."""
+
+_LINEAR = {"torch_geometric.nn.dense.linear.Linear", *_INPUTS_FIRST}
+"""Linear layers of other libraries."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,18 @@ class Operation:
     @classmethod
     def of_layer(cls, layer: nn.Module) -> "Operation | None":
         """Return the operation of a layer, or nothing if it has no sparse form."""
-        if type(layer) is nn.Linear:
-            return cls.of_call(F.linear, tuple(layer.weight.shape))
-        if type(layer) in KINDS and layer.padding_mode == "zeros":
-            settings = layer.stride, layer.padding, layer.dilation, layer.groups
-            return cls.of_call(KINDS[type(layer)], tuple(layer.weight.shape), *settings)  # type: ignore[arg-type]
+        if layer._parameters.get("weight") is None:  # it may be computed
+            return None
+        shape = tuple(weight_of(layer).shape)
+        if _qualified_name(layer) in _LINEAR:
+            return cls.of_call(F.linear, shape)
+        for kind, function in KINDS.items():
+            if isinstance(layer, kind) and _computes_like(layer, kind):
+                if kind is nn.Linear:
+                    return cls.of_call(function, shape)
+                given: Any = layer
+                if given.padding_mode == "zeros":
+                    return cls.of_call(function, shape, given.stride, given.padding, given.dilation, given.groups)
         return None
 
     @classmethod
@@ -132,6 +145,12 @@ class Operation:
         return (axes[0], axes[1]) if len(axes) == 2 else (_axis(1, 1, 1, 1, (0, 0)), axes[0])
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """Return the weight of a layer, its outputs first."""
+    weight: Any = layer.weight
+    return weight.t() if _qualified_name(layer) in _INPUTS_FIRST else weight  # type: ignore[no-any-return]
+
+
 def output(
     operation: Operation, layout: Layout, pattern: Pattern, entries: Tensor, bias: Tensor | None, images: Tensor
 ) -> Tensor:
@@ -147,9 +166,10 @@ def output(
 
     """
     images = layout.arranged(images)
-    result = layout.empty_output(images, operation.num_outputs)
+    result, table = layout.empty_output(images, operation.num_outputs), None
     for block, target in zip(layout.blocks(images), layout.blocks(result), strict=True):
-        product = pattern.product(entries, layout.table(block))
+        table = layout.table(block, table)
+        product = pattern.product(entries, table)
         if bias is not None:
             product.view(-1, len(bias), product.shape[1]).add_(bias[:, None])
         layout.write_(target, product)
@@ -161,12 +181,13 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor]:
     """Return the gradients of a batch, if needed, and of the kept weights, for a gradient of the outputs."""
     images, gradient = layout.arranged(images), layout.arranged(gradient)
-    of_images = torch.zeros_like(images) if needs_input else None
-    of_entries = torch.zeros_like(entries)
+    of_images = layout.new_gradient(images) if needs_input else None
+    of_entries, table = torch.zeros_like(entries), None
     targets = layout.blocks(images if of_images is None else of_images)
     for block, of_outputs, target in zip(layout.blocks(images), layout.blocks(gradient), targets, strict=True):
         product = layout.product(of_outputs)
-        of_entries = pattern.add_outer_products(of_entries, product, layout.table(block))
+        table = layout.table(block, table)
+        of_entries = pattern.add_outer_products(of_entries, product, table)
         if needs_input:
             layout.add_table_(target, pattern.transposed_product(entries, product))
     return of_images, pattern.gathered(of_entries)
@@ -181,3 +202,12 @@ def _each(setting: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
 def _axis(inputs: int, kernel: int, stride: int, dilation: int, padding: Pair) -> Axis:
     outputs = (inputs + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
     return Axis(inputs, kernel, stride, dilation, padding[0], outputs)
+
+
+def _qualified_name(layer: nn.Module) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
+
+
+def _computes_like(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    methods = ("forward", "_conv_forward")
+    return all(getattr(type(layer), method, None) is getattr(kind, method, None) for method in methods)

@@ -27,10 +27,9 @@ class SparseLayer(nn.Module):
     parameters, and no gradient runs through it.
 
     Args:
-        operation: The operation of the dense layer.
+        layer: The dense layer, whose public attributes are taken over.
+        operation: Its operation.
         form: The name of a layout, see :meth:`Operation.layouts`.
-        weight: The dense weight.
-        bias: The bias, if there is one.
 
     """
 
@@ -38,10 +37,13 @@ class SparseLayer(nn.Module):
     kept: Tensor
     bias: Tensor | None
 
-    def __init__(self, operation: Operation, form: str, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, layer: nn.Module, operation: Operation, form: str) -> None:
         super().__init__()
+        self.__dict__.update({name: value for name, value in vars(layer).items() if not name.startswith("_")})
+        self.__dict__.pop("forward", None)
         self.operation, self.form = operation, form
-        flat = weight.detach().flatten()
+        flat = operations.weight_of(layer).detach().flatten()
+        bias = layer._parameters.get("bias")
         places = flat.nonzero()[:, 0]
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("kept", flat[places], persistent=False)

@@ -52,6 +52,7 @@ class PruningActions(pl.Callback):
         reset_best: Whether ModelCheckpoint and EarlyStopping forget their results from before pruning; until then,
             EarlyStopping is held off.
         control: ``"none"``, ``"shuffle"`` or ``"reinit"``, see :class:`lightning_drive.PruningReport`.
+        accelerate: Whether the pruned network trains in sparse forms, where they are faster on this machine.
         remember_epoch: The epoch at whose start weights and optimizers are stored, to return to them; ``None``: never.
 
     """
@@ -66,6 +67,7 @@ class PruningActions(pl.Callback):
         exclude: list[str] | None,
         reset_best: bool,
         control: Control,
+        accelerate: bool = False,
         remember_epoch: int | None,
     ) -> None:
         super().__init__()
@@ -75,6 +77,7 @@ class PruningActions(pl.Callback):
         self.exclude = arguments.check_patterns("exclude", exclude)
         self.control: Control = arguments.check_choice("control", control, Control)
         self.reset_best = arguments.check_flag("reset_best", reset_best)
+        self.accelerate = arguments.check_flag("accelerate", accelerate)
         self._pruning = Pruning()
         self._start: RewindPoint | None = None
         self._remember_epoch = remember_epoch

@@ -36,6 +36,9 @@ class DRIVEPruningCallback(WarmupPruningCallback):
             then, EarlyStopping is held off.
         control: For comparison: ``shuffle`` shuffles the masks within each parameter; ``reinit`` keeps the masks, and
             trains from new initial values of the survivors. Default: neither.
+        accelerate: Whether the pruned network trains in sparse forms: layers whose forward and backward pass is faster
+            so on this machine, measured at the first batch after pruning (on a CPU). Sums come in another order, so
+            weights agree with those of a dense run, or of a run that is resumed, within rounding, not bit for bit.
 
     Attributes:
         masks: The masks (:class:`lightning_drive.Masks`), on the CPU; empty before pruning.
@@ -70,6 +73,7 @@ class DRIVEPruningCallback(WarmupPruningCallback):
         bn_batches: int = 20,
         reset_best: bool = True,
         control: Control = "none",
+        accelerate: bool = False,
     ) -> None:
         super().__init__(
             DRIVE(rounds=rounds, batches_per_round=batches_per_round, mode=mode),
@@ -84,4 +88,5 @@ class DRIVEPruningCallback(WarmupPruningCallback):
             bn_batches=bn_batches,
             reset_best=reset_best,
             control=control,
+            accelerate=accelerate,
         )

@@ -181,10 +181,14 @@ class PruningCallback(PruningActions):
                 self._fit.enforcement.check(pl_module)
         if self._fit.unmasked is not None:
             self._fit.unmasked.at_batch_start(self.masks, batch_idx)
+        if self.accelerate and self.pruned:
+            loss_fn = getattr(self, "loss_fn", None)
+            self._pruning = self._fit.sparse.begin_batch(trainer, pl_module, self._pruning, batch, loss_fn)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise if pruned layers were replaced; mask again weights that other code wrote."""
+        self._fit.sparse.end_batch()
         if self._fit.unmasked is not None:
             self._fit.unmasked.at_epoch_end(self.masks)
         if self._fit.enforcement is not None:
@@ -196,6 +200,7 @@ class PruningCallback(PruningActions):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Mask again weights that other code wrote, such as a callback that has just swapped averages in."""
+        self._fit.sparse.end_batch()
         if batch_idx == dataloader_idx == 0 and self._fit.enforcement is not None:
             self._fit.enforcement.renew()
 
@@ -212,6 +217,7 @@ class PruningCallback(PruningActions):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Mask the weights if changes to them may come without a hook."""
+        self._fit.sparse.end_batch()
         if self._fit.enforcement is not None:
             self._fit.enforcement.after_batch(trainer, pl_module)
 
@@ -225,6 +231,7 @@ class PruningCallback(PruningActions):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Finish an interrupted commit or step, for a checkpoint at the exception, and release the module."""
+        self._fit.sparse.end_batch()
         if self._fit.has_begun and self.pruned:
             with suppress(Exception):  # the exception may come from the commit itself; a resume repeats it
                 if self._pruning.unfinished is not None and trainer.world_size == 1:

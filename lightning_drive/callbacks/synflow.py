@@ -31,6 +31,9 @@ class SynFlowPruningCallback(WarmupPruningCallback):
             then, EarlyStopping is held off.
         control: For comparison: ``shuffle`` shuffles the masks within each parameter; ``reinit`` keeps the masks, and
             trains from new initial values of the survivors. Default: neither.
+        accelerate: Whether the pruned network trains in sparse forms: layers whose forward and backward pass is faster
+            so on this machine, measured at the first batch after pruning (on a CPU). Sums come in another order, so
+            weights agree with those of a dense run, or of a run that is resumed, within rounding, not bit for bit.
 
     Attributes:
         masks: The masks (:class:`lightning_drive.Masks`), on the CPU; empty before pruning.
@@ -62,6 +65,7 @@ class SynFlowPruningCallback(WarmupPruningCallback):
         bn_batches: int = 20,
         reset_best: bool = True,
         control: Control = "none",
+        accelerate: bool = False,
     ) -> None:
         super().__init__(
             SynFlow(rounds=rounds),
@@ -76,4 +80,5 @@ class SynFlowPruningCallback(WarmupPruningCallback):
             bn_batches=bn_batches,
             reset_best=reset_best,
             control=control,
+            accelerate=accelerate,
         )

@@ -49,6 +49,7 @@ class WarmupPruningCallback(PruningCallback):
             as they are.
         reset_best: See there.
         control: See there.
+        accelerate: See there.
 
     """
 
@@ -67,6 +68,7 @@ class WarmupPruningCallback(PruningCallback):
         bn_batches: int = 20,
         reset_best: bool = True,
         control: Control = "none",
+        accelerate: bool = False,
     ) -> None:
         super().__init__(
             sparsity=sparsity,
@@ -76,6 +78,7 @@ class WarmupPruningCallback(PruningCallback):
             exclude=exclude,
             reset_best=reset_best,
             control=control,
+            accelerate=accelerate,
             remember_epoch=0 if control == "reinit" else None,
         )
         methods.check_method(method)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import _make_grads
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -91,14 +92,66 @@ def set_aside() -> Generator[None]:
             torch._C._push_on_torch_function_stack(mode)
 
 
-def backward(loss: Tensor) -> None:
-    """Run the backward pass of a loss, a tensor of one number, under the modes that are on.
+@contextmanager
+def on_again(mode: FunctionMode) -> Generator[None]:
+    """Put a mode on the stack again while it runs a function, so that it sees what this calls, too."""
+    depth = torch._C._len_torch_function_stack()
+    torch._C._push_on_torch_function_stack(mode)
+    try:
+        yield
+    finally:
+        if torch._C._len_torch_function_stack() > depth:
+            torch._C._pop_torch_function_stack()
+
+
+BACKWARD = frozenset({Tensor.backward, torch.autograd.backward, torch.autograd.grad})
+"""The functions that run a backward pass."""
+
+
+def run_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a function of :data:`BACKWARD` under the modes that are on.
 
     Like any function of torch, ``loss.backward()`` runs without the innermost mode, so a checkpoint
     (``torch.utils.checkpoint``) would compute something else in it than in the forward pass.
     """
-    if type(loss) in (Tensor, nn.Parameter):
-        ones = (torch.ones_like(loss),)
-        _engine_run_backward((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
-    else:
-        loss.backward()  # type: ignore[no-untyped-call]
+    is_grad = func is torch.autograd.grad
+    given = dict(zip(_GRAD if is_grad else _BACKWARD, args, strict=False)) | kwargs
+    given = {("tensors" if name == "self" else name): value for name, value in given.items()}
+    outputs = _together(given.pop("outputs" if is_grad else "tensors"))
+    gradients = given.pop("grad_outputs", given.pop("grad_tensors", given.pop("gradient", None)))
+    create_graph, retain_graph = given.pop("create_graph", False), given.pop("retain_graph", None)
+    inputs, may_be_unused = _together(given.pop("inputs", None)), given.pop("allow_unused", None)
+    given.pop("only_inputs", None)
+    plain = (*outputs, *inputs)
+    is_odd = any(given.values()) or len(args) > len(_GRAD if is_grad else _BACKWARD)
+    if is_odd or not all(type(tensor) in (Tensor, nn.Parameter) for tensor in plain):
+        with set_aside():  # something unusual, such as batches of gradients
+            return func(*args, **kwargs)
+    gradients = (None,) * len(outputs) if gradients is None else _together(gradients)
+    with set_aside():
+        ones = _make_grads(outputs, gradients, is_grads_batched=False)
+    retain_graph = create_graph if retain_graph is None else retain_graph
+    return _engine_run_backward(
+        outputs,
+        ones,
+        retain_graph,
+        create_graph,
+        inputs,
+        allow_unreachable=bool(may_be_unused) if is_grad else True,
+        accumulate_grad=not is_grad,
+    )
+
+
+_BACKWARD = ("tensors", "grad_tensors", "retain_graph", "create_graph")
+_GRAD = ("outputs", "inputs", "grad_outputs", "retain_graph", "create_graph")
+
+
+def _together(tensors: Any) -> tuple[Any, ...]:
+    if tensors is None:
+        return ()
+    return tuple(tensors) if isinstance(tensors, list | tuple) else (tensors,)
+
+
+def backward(loss: Tensor) -> None:
+    """Run the backward pass of a loss, a tensor of one number, under the modes that are on."""
+    run_backward(Tensor.backward, (loss,), {})

@@ -35,7 +35,7 @@ class Example(NamedTuple):
         """Whether a module returns these outputs, up to rounding; one that cannot run does not."""
         try:
             return all(
-                _close(_outputs(module, given), expected, self.is_rough)
+                are_close(_outputs(module, given), expected, self.is_rough)
                 for given, expected in zip(self.inputs, self.outputs, strict=True)
             )
         except Exception:  # whatever a size that is written down in `forward` leads to
@@ -51,7 +51,7 @@ def example_of(module: nn.Module, example_input: Any) -> Example:
     outputs = [_outputs(module, given) for given in inputs]
     if not all(map(_finite, outputs)):
         raise ValueError("The outputs must be finite to be compared, but some are NaN or infinite.")
-    if not all(_close(_outputs(module, given), expected) for given, expected in zip(inputs, outputs, strict=True)):
+    if not all(are_close(_outputs(module, given), expected) for given, expected in zip(inputs, outputs, strict=True)):
         raise ValueError(
             "In eval mode, outputs must be the same for the same input, but they change from call to call. Take out"
             " what draws random numbers, or keeps a state."
@@ -114,13 +114,13 @@ def _finite(outputs: Iterable[Tensor]) -> bool:
     return all(bool(output.isfinite().all()) for output in outputs)
 
 
-def _close(outputs: Sequence[Tensor], expected: Sequence[Tensor], is_rough: bool = False) -> bool:
+def are_close(outputs: Sequence[Tensor], expected: Sequence[Tensor], is_rough: bool = False) -> bool:
+    """Whether tensors equal others, one by one, up to rounding."""
     pairs = zip(outputs, expected, strict=False)
-    return len(outputs) == len(expected) and all(is_close(*pair, is_rough) for pair in pairs)
+    return len(outputs) == len(expected) and all(_is_close(*pair, is_rough) for pair in pairs)
 
 
-def is_close(output: Tensor, expected: Tensor, is_rough: bool = False) -> bool:
-    """Whether a tensor equals another one up to rounding."""
+def _is_close(output: Tensor, expected: Tensor, is_rough: bool) -> bool:
     if output.shape != expected.shape or output.dtype != expected.dtype:
         return False
     if not expected.is_floating_point() or not expected.numel():

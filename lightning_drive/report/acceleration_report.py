@@ -1,7 +1,7 @@
 """AccelerationReport, the record of which form every layer computes in, and of the times that decided it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lightning_drive.core.messages import listed
@@ -74,6 +74,11 @@ class AccelerationReport:
         return sum(layer.is_sparse for layer in self.layers)
 
     @property
+    def sparse_names(self) -> list[str]:
+        """The names of the layers that compute in a sparse form."""
+        return [layer.name for layer in self.layers if layer.is_sparse]
+
+    @property
     def speedup(self) -> float | None:
         """The dense time of the whole over that with these forms; ``None`` if they were not measured."""
         if self.dense_seconds is None or not self.seconds:
@@ -87,6 +92,20 @@ class AccelerationReport:
         faster = "" if self.speedup is None else f", {self.speedup:.2f} times as fast as dense"
         layers = f"{self.num_sparse} of {len(self.layers)} layers with zeros in a sparse form"
         return f"{self.work}: {layers}{faster} ({threads})"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for each reason for which layers were not measured."""
+        return tuple(self._below())
+
+    def with_layers(self, layers: tuple[LayerForm, ...]) -> "AccelerationReport":
+        """Return the report with other layers.
+
+        Args:
+            layers: One entry for each layer with zeros.
+
+        """
+        return replace(self, layers=layers)
 
     def __str__(self) -> str:
         return "\n".join([self.headline, *tables.plain(self._rows()), *self._below()])

@@ -11,6 +11,7 @@ from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.core.rounds import Round, ScoreHistogram
 from lightning_drive.report import columns, figures, parts, saved_reports, sentences, tables
+from lightning_drive.report.acceleration_report import AccelerationReport
 from lightning_drive.report.figures import Picture
 from lightning_drive.report.parts import CycleReport, LayerReport
 
@@ -45,6 +46,8 @@ class PruningReport:
             attention and of layers that were left out; ``None`` if they could not be counted.
         num_parameters: How many weights the module has in all, prunable or not: biases, norms, embeddings and frozen
             ones, too; ``None`` in reports of earlier versions.
+        acceleration: Which layers train in a sparse form, measured last; ``None`` if that was not asked for. It stands
+            in no text of this report: ``print(report.acceleration)``.
 
     Example:
         >>> layer = LayerReport("fc.weight", (2, 4), num_weights=8, num_kept=2, num_active=1)
@@ -77,6 +80,7 @@ class PruningReport:
     cycles: tuple[CycleReport, ...] = field(default=(), hash=False)
     other_multiply_adds: int | None = None
     num_parameters: int | None = None
+    acceleration: AccelerationReport | None = None
 
     @classmethod
     def of(
@@ -159,6 +163,8 @@ class PruningReport:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain types that JSON and ``torch.load(weights_only=True)`` know."""
         values: dict[str, Any] = saved_reports.plain(asdict(self))
+        if self.acceleration is None:
+            del values["acceleration"]  # which earlier versions do not know
         return values
 
     @classmethod

@@ -1,6 +1,6 @@
 """The state of a pruning callback during one ``fit``: made in ``setup``, dropped in ``teardown``, never saved."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import lightning.pytorch as pl
 
@@ -8,6 +8,7 @@ from lightning_drive.core.masks import Masks
 from lightning_drive.trainer.averages import Averages
 from lightning_drive.trainer.dense_copies import UnmaskedWeights
 from lightning_drive.trainer.enforcement import Enforcement
+from lightning_drive.trainer.sparse_training import SparseTraining
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Fit:
     """Keeps pruned weights at zero; ``None`` before pruning."""
     unmasked: UnmaskedWeights | None = None
     """Warns of weights that the masks do not reach."""
+    sparse: SparseTraining = field(default_factory=SparseTraining, compare=False)
+    """Trains in sparse forms, where the callback is to accelerate."""
 
     def enforce(
         self,
@@ -49,6 +52,7 @@ class Fit:
 
     def release(self) -> None:
         """Release the module, its Trainer and its optimizers."""
+        self.sparse.end()
         self._end_enforcement()
         self.unmasked = None
 

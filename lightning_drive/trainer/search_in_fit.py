@@ -78,7 +78,7 @@ def search(
         ):
             bars.append(advance)
             parameters = prunable.parameters_by_name(scored.module, names)
-            loss = _loss(scored, loss_fn, pl_module)
+            loss = loss_function(scored, loss_fn, pl_module)
             example = scored.module.example_input_array
             yield Network(scored.module, parameters, batches, loss, example, processes.ranks_of(trainer))
 
@@ -116,7 +116,7 @@ def batch_norm_statistics(
     ranks = processes.ranks_of(trainer)
     with _scored(trainer, pl_module) as (scored, batches), ranks.together():
         masks.apply_(scored.module)
-        loss = _loss(scored, loss_fn, pl_module)
+        loss = loss_function(scored, loss_fn, pl_module)
         own = batch_norm.batch_norm_statistics(scored.module, loss, islice(batches, num_batches))
     statistics = _of_all_ranks(own, pl_module, ranks)
     values = (value for layer in statistics.values() for value in layer.values())
@@ -124,7 +124,7 @@ def batch_norm_statistics(
     return statistics
 
 
-def _loss(scored: Sandbox, loss_fn: LossFunction | None, pl_module: pl.LightningModule) -> LossFunction:
+def loss_function(scored: Sandbox, loss_fn: LossFunction | None, pl_module: pl.LightningModule) -> LossFunction:
     """Return the loss function for the replica: the user's, or one made of ``training_step``."""
     own = training_step.loss_of(scored) if loss_fn is None else scored.replica_of(loss_fn)
     return gradients.on_replica_only(own, pl_module)

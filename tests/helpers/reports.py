@@ -8,6 +8,7 @@ import torch
 
 from lightning_drive import Masks, PruningReport
 from lightning_drive.core.rounds import Round, ScoreHistogram
+from lightning_drive.report.acceleration_report import AccelerationReport, LayerForm
 from lightning_drive.report.parts import CycleReport, LayerReport
 
 CONV = torch.zeros(8, 4, 3, 3, dtype=torch.bool)
@@ -16,6 +17,17 @@ FC = torch.zeros(10, 130, dtype=torch.bool)
 MASKS = Masks({"conv.weight": CONV, "fc.weight": FC})
 ACTIVE = Masks({"conv.weight": CONV & (torch.arange(3) < 2), "fc.weight": FC})
 HISTOGRAM = ScoreHistogram(-4.0, -1.0, (0,) * 30 + (1, 5) * 15, (0, 3) * 15 + (0,) * 30, kept_below=0, pruned_below=2)
+
+ACCELERATION = AccelerationReport(
+    "training step",
+    (
+        LayerForm("conv.weight", 0.875, "windows", dense_seconds=0.5, sparse_seconds=0.25),
+        LayerForm("fc.weight", 1.0, reason="no linear layer or convolution of torch computes with it"),
+    ),
+    threads=2,
+    dense_seconds=0.75,
+    seconds=0.5,
+)
 
 
 def small_report(active: Masks | None = ACTIVE, warnings: Sequence[str] = ()) -> PruningReport:
@@ -40,6 +52,7 @@ def full_report(**others: Any) -> PruningReport:
             CycleReport(2, 36, {"training": 2.5}, {"val_loss": 0.75}),
         ),
         other_multiply_adds=2_000,
+        acceleration=ACCELERATION,
         **others,
     )
 

@@ -45,3 +45,4 @@ def clean_torch() -> Iterator[None]:
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()
     assert not torch.is_autocast_enabled("cpu")
+    assert torch._C._len_torch_function_stack() == 0

@@ -38,6 +38,7 @@ def test_to_dict__round_trip(active: Masks | None) -> None:
         {"layers": full_report().layers[::-1]},
         {"rounds": ()},
         {"scores": None},
+        {"acceleration": None},
     ],
     ids=lambda other: next(iter(other)),
 )
@@ -53,6 +54,18 @@ def test_to_dict__is_json() -> None:
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert PruningReport.from_dict(values) == full_report()
     assert set(values) == {field.name for field in fields(PruningReport)}
+
+
+def test_to_dict__earlier_versions_can_read_it_without_acceleration() -> None:
+    assert "acceleration" not in small_report().to_dict()
+
+
+def test_texts__without_acceleration() -> None:
+    """What was measured of training is printed by itself; a report of a pruning reads as ever."""
+    plain = replace(full_report(), acceleration=None)
+    assert str(full_report()) == str(plain)
+    assert full_report().to_markdown() == plain.to_markdown()
+    assert full_report().to_html() == plain.to_html()
 
 
 def test_from_dict__earlier_version() -> None:
