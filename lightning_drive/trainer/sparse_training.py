@@ -1,6 +1,6 @@
 """Train in sparse forms: choose them at the first batch after pruning, and compute in them batch by batch."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +59,11 @@ class SparseTraining:
             self._calls.__enter__()
             self._is_on = True
         return pruning
+
+    @property
+    def masked_gradients(self) -> Collection[Tensor]:
+        """The parameters whose gradients are zero already where they are pruned."""
+        return () if self._calls is None else self._calls.masked_gradients
 
     def end_batch(self) -> None:
         """Compute as torch does; a second call changes nothing."""
