@@ -17,7 +17,8 @@ from torchvision import transforms
 
 VARIABLE = "LIGHTNING_DRIVE_IMAGES"
 """Names a folder with `train/` and `test/`, and in each a folder of images for each of at most ten classes."""
-MOST = {"train": 5000, "test": 1000}
+TRAINED, TESTED = 5000, 1000
+"""The most images to train on and to test on."""
 PIXELS = 32
 
 
@@ -45,10 +46,11 @@ class Images:
 
 
 @cache
-def load() -> Images:
-    """Load the images of the folder, where there is one, or the digits."""
+def load(most: int = TRAINED) -> Images:
+    """Load the images of the folder, where there is one, or the digits; at most so many to train on."""
     folder = os.environ.get(VARIABLE)
-    parts = {part: of_folder(Path(folder), part) for part in MOST} if folder else digits()
+    sizes = {"train": most, "test": TESTED}
+    parts = {part: of_folder(Path(folder), part, size) for part, size in sizes.items()} if folder else digits()
     mean, std = (of(parts["train"][0], dim=(0, 2, 3), keepdim=True) for of in (torch.mean, torch.std))
     train, test = (((images - mean) / std, labels) for images, labels in (parts["train"], parts["test"]))
     return Images(f"images of {Path(folder).name}" if folder else "scikit-learn's digits", train, test)
@@ -63,15 +65,15 @@ def digits() -> dict[str, Batch]:
     return {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
 
 
-def of_folder(folder: Path, part: str) -> Batch:
+def of_folder(folder: Path, part: str, most: int) -> Batch:
     """Return some images of a folder, of all classes alike."""
     steps = [transforms.Resize(PIXELS), transforms.CenterCrop(PIXELS), transforms.ToTensor()]
     dataset: Dataset[tuple[Tensor, int]] = torchvision.datasets.ImageFolder(
         str(folder / part), transforms.Compose(steps)
     )
     size = len(dataset)  # type: ignore[arg-type]
-    chosen = torch.arange(0, size, max(1, size // MOST[part]))
-    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))][: MOST[part]]
+    chosen = torch.arange(0, size, max(1, size // most))
+    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))][:most]
     images, labels = zip(*(dataset[int(place)] for place in chosen), strict=True)
     return torch.stack(images), torch.tensor(labels)
 

@@ -55,18 +55,24 @@ RECIPES = {
 
 def pruned(name: str, sparsity: float, folder: Path) -> nn.Module:
     """Return a pruned network in eval mode, from the folder if it is there."""
-    data = images.load()
-    key = f"{name} {RECIPES[name]} {len(data.train[1])} {data.name}".replace(" ", "_")
-    path = folder / f"{key}_{sparsity}.safetensors"
+    path = _path(name, folder, f"_{sparsity}")
     if not path.exists():
-        save_sparse(_pruned(_dense(name, data, folder / f"{key}.safetensors"), name, sparsity, data), path)
+        save_sparse(_pruned(trained(name, folder), name, sparsity, images.load()), path)
     return _restored(name, path).eval()
 
 
-def _dense(name: str, data: Images, path: Path) -> nn.Module:
+def trained(name: str, folder: Path) -> nn.Module:
+    """Return a trained dense network, from the folder if it is there."""
+    path = _path(name, folder)
     if not path.exists():
-        save_sparse(_trained(name, data), path)
+        save_sparse(_trained(name, images.load()), path)
     return _restored(name, path)
+
+
+def _path(name: str, folder: Path, suffix: str = "") -> Path:
+    data = images.load()
+    key = f"{name} {RECIPES[name]} {len(data.train[1])} {data.name}".replace(" ", "_")
+    return folder / f"{key}{suffix}.safetensors"
 
 
 def _restored(name: str, path: Path) -> nn.Module:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_drive import DRIVEPruningCallback
 
 EPOCHS, DENSE_EPOCHS, SPARSITY, ROUNDS = 20, 5, 0.98, 20
-CASES = [(MLP, 128, 5000, 3), (TRANSFORMER, 32, 1280, 1)]
+CASES = [(MLP, 128, 10_000, 2), (TRANSFORMER, 16, 480, 1)]
 """Network, batch size, the most images to train on, and repeats."""
 DENSE, MASKED = "a dense run", "a sparse run without acceleration"
 
@@ -60,7 +60,7 @@ class Runs:
         self.accuracies: list[float] = []
 
     def run(self) -> None:
-        module, data = Classifier(self.name), images.load()
+        module, data = Classifier(self.name), images.load(self.size)
         dataset = TensorDataset(*(tensor[: self.size] for tensor in data.train))
         loader = DataLoader(dataset, self.batch_size, shuffle=True, drop_last=True)
         trainer = trainers.trainer(*self.make_callbacks(), max_epochs=EPOCHS)
@@ -92,7 +92,7 @@ def test_whole_run(figure: Callable[..., Figure], name: str, batch_size: int, si
         f"{100 * mean(runs.accuracies):.1f} % ({what})"
         for what, runs in {"accelerated": ours, "dense": peers[DENSE], "sparse": peers[MASKED]}.items()
     )
-    data = images.load()
+    data = images.load(size)
     figure(
         "whole runs",
         f"{name}, batches of {batch_size}",
