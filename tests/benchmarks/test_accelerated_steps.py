@@ -19,9 +19,9 @@ ROUNDS = 10
 DENSE, MASKED = "a dense step", "a step with masks alone"
 CASES = {
     MLP: (128, 40, 5, SPARSITIES),
-    TRANSFORMER: (16, 8, 3, SPARSITIES),
-    VGG: (128, 4, 2, SPARSITIES),
-    RESNET: (32, 6, 3, SPARSITIES),
+    TRANSFORMER: (16, 6, 2, SPARSITIES),
+    VGG: (64, 4, 1, SPARSITIES),
+    RESNET: (32, 4, 2, SPARSITIES),
     "ResNet-50": (16, 4, 1, (0.98,)),
     "ViT-small": (16, 4, 1, (0.98,)),
 }

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_drive import DRIVEPruningCallback
 
 EPOCHS, DENSE_EPOCHS, SPARSITY, ROUNDS = 20, 5, 0.98, 20
-CASES = [(MLP, 128, 10_000, 2), (TRANSFORMER, 16, 480, 1)]
+CASES = [(MLP, 128, 10_000, 2), (TRANSFORMER, 16, 320, 1)]
 """Network, batch size, the most images to train on, and repeats."""
 DENSE, MASKED = "a dense run", "a sparse run without acceleration"
 
