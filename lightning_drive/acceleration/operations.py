@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_drive.acceleration.layouts import Axis, Layout, Lines, Pixels, PixelTokens, Tokens, Windows
+from lightning_drive.acceleration.convolution_layouts import Axis, Lines, Pixels, PixelTokens, Windows
+from lightning_drive.acceleration.layouts import Layout, Tokens
 from lightning_drive.acceleration.pattern import Pattern
 
 Pair: TypeAlias = tuple[int, int]
