@@ -245,3 +245,18 @@ def test_cli__script(tmp_path: Path) -> None:
     assert [line for line in refused.stderr.splitlines() if "Seed set" not in line] == [
         "error: `sparsity` is the fraction removed and must be in [0, 1), got 90.0. For 90 % pass 0.9."
     ]
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    """The accelerated network is as good as the sparse one, and all layers are in the tables."""
+    done = run("accelerate.py", "--width", "128", "--epochs", "6", "--sparsity", "0.9", folder=tmp_path)
+    accuracies = re.findall(r"([\d.]+)% of the test images", done.stdout)
+    assert len(accuracies) == 3
+    assert float(accuracies[1]) > 80
+    assert accuracies[2] == accuracies[1]
+    assert re.findall(r"^(net\.\d(?:\.weight)?) ", done.stdout, re.MULTILINE) == [
+        *(f"net.{layer}.weight" for layer in (1, 3, 5)),
+        *(f"net.{layer}" for layer in (1, 3, 5)),
+        *(f"net.{layer}" for layer in (1, 3, 5)),
+    ]
+    assert "training step: " in done.stdout
