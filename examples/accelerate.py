@@ -83,7 +83,7 @@ def accuracy(model: nn.Module, data: TensorDataset) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train and predict faster with a pruned network.")
     parser.add_argument("--width", type=int, default=1024, help="neurons of the hidden layers (default: 1024)")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs in all, 3 of them dense (default: 20)")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs in all, 3 of them dense (default: 30)")
     parser.add_argument("--sparsity", type=float, default=0.98, help="fraction to remove (default: 0.98)")
     options = parser.parse_args(argv)
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_data, test_data = load_data()
 
     dense, dense_seconds = train(options.width, train_data, options.epochs, [])
-    callback = DRIVEPruningCallback(sparsity=options.sparsity, warmup_epochs=3, accelerate=True)
+    callback = DRIVEPruningCallback(sparsity=options.sparsity, warmup_epochs=3, rounds=20, accelerate=True)
     sparse, seconds = train(options.width, train_data, options.epochs, [callback])
     for name, model, took in (("dense", dense, dense_seconds), ("sparse", sparse, seconds)):
         print(f"{name}: trained in {took:.1f} s, {accuracy(model, test_data):.1%} of the test images are recognised")
