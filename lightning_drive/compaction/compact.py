@@ -48,6 +48,7 @@ def compact(module: nn.Module, example_input: Any) -> nn.Module:
         RuntimeError: If the smaller module does not agree with the given one in its own precision.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> with torch.no_grad():
         ...     _ = net[2].weight[:, 1].zero_()  # nothing reads the second neuron
