@@ -1,8 +1,8 @@
 """Find the k-th highest of many numbers digit by digit, from histograms: on any device, and over many processes.
 
-Non-negative floats sort like their bit patterns read as integers. So the k-th highest of any number of tensors is
-found by a radix select: two passes for float32, four for float64. Tensors are never joined into one, and of several
-processes only the histograms are exchanged.
+Floats without a sign sort like their bit patterns read as integers, and negative ones in the opposite order below them.
+So the k-th highest of any number of tensors is found by a radix select: two passes for float32, four for float64.
+Tensors are never joined into one, and of several processes only the histograms are exchanged.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +19,11 @@ _DIGIT = 16
 """Bits of a digit. The first one has the sign, the exponent and what fits of the mantissa."""
 
 _BINS = 1 << _DIGIT
-_FIRST_NON_FINITE = {torch.float32: 0x7F80, torch.float64: 0x7FF0}
-"""The lowest first digit of numbers that cannot be ranked: infinities, NaN and negative numbers."""
+_SIGN = _BINS >> 1
+"""The lowest first digit of negative numbers."""
+
+_NON_FINITE = {torch.float32: 0x7F80, torch.float64: 0x7FF0}
+"""The lowest first digit of infinities and NaN without a sign; with one it is higher by ``_SIGN``."""
 
 _FEW = 8
 """Entries are copied out where they are at most one in so many, so that copies take no more memory than the masks."""
@@ -39,12 +42,13 @@ def cut(parts: Sequence[Part], dtype: torch.dtype, num_kept: int, ranks: Ranks) 
         ranks: The processes that hold the numbers.
 
     Returns:
-        The number, or ``None`` if an alive one is NaN, infinite or negative.
+        The number, or ``None`` if an alive one is NaN or infinite.
 
     """
     key_dtype = torch.int64 if dtype == torch.float64 else torch.int32
     copies = [_survivors(part) for part in parts]
     first = dtype.itemsize * 8 - _DIGIT
+    from_top = torch.cat([torch.arange(_SIGN).flip(0), torch.arange(_SIGN, _BINS)])
     prefix = digit = 0
     remaining, own = num_kept, torch.zeros(_BINS, dtype=torch.int64)
     candidates: list[Tensor] = []
@@ -61,10 +65,14 @@ def cut(parts: Sequence[Part], dtype: torch.dtype, num_kept: int, ranks: Ranks) 
             marked = (part for part, copied in zip(parts, copies, strict=True) if not copied)
             own[_PRUNED] -= sum(len(part.flat) - part.num_alive for part in marked)
         histogram = ranks.sum(own)
-        if shift == first and histogram[_FIRST_NON_FINITE[dtype] :].any():
+        if shift == first and histogram.view(2, _SIGN)[:, _NON_FINITE[dtype] :].any():
             return None
-        digit, remaining = _digit(histogram, remaining)
-        prefix = prefix << _DIGIT | digit
+        digit, remaining = _digit(histogram, from_top, remaining)
+        if shift == first:
+            prefix = digit - _BINS * (digit >= _SIGN)  # as the integers that bit patterns are read as
+            from_top = torch.arange(_BINS) if prefix < 0 else torch.arange(_BINS).flip(0)
+        else:
+            prefix = prefix << _DIGIT | digit
     threshold = torch.tensor(prefix, dtype=key_dtype).view(dtype).item()
     return Cut(threshold, num_kept - remaining, int(histogram[digit]))
 
@@ -106,9 +114,12 @@ def _histogram(digits: Iterator[Tensor]) -> Tensor:
     return total.cpu()
 
 
-def _digit(histogram: Tensor, num_kept: int) -> tuple[int, int]:
-    """Find the bin that holds the ``num_kept``-th entry from the top, and that entry's place within the bin."""
-    from_top = histogram.flip(0).cumsum(0)
-    position = int((from_top < num_kept).count_nonzero())
-    above = int(from_top[position - 1]) if position else 0
-    return len(histogram) - 1 - position, num_kept - above
+def _digit(histogram: Tensor, from_top: Tensor, num_kept: int) -> tuple[int, int]:
+    """Find the bin that holds the ``num_kept``-th entry from the top, and that entry's place within the bin.
+
+    ``from_top`` has the bins in the order of the numbers in them, the highest first.
+    """
+    upto = histogram[from_top].cumsum(0)
+    position = int((upto < num_kept).count_nonzero())
+    above = int(upto[position - 1]) if position else 0
+    return int(from_top[position]), num_kept - above
