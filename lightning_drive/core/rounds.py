@@ -130,9 +130,7 @@ def score_histogram(
         place.add_(before.view(torch.int8) + after.view(torch.int8), alpha=NUM_BINS + 1)  # pruned before: 0, now: 1
         counts += torch.bincount(place, minlength=counts.numel()).view_as(counts).cpu()
     _, (pruned_below, *pruned), (kept_below, *kept_in_bins) = ranks.sum(counts).tolist()
-    return ScoreHistogram(
-        axis.low, axis.high, tuple(kept_in_bins), tuple(pruned), kept_below, pruned_below, axis.width
-    )
+    return ScoreHistogram(axis.low, axis.high, tuple(kept_in_bins), tuple(pruned), kept_below, pruned_below, axis.width)
 
 
 class _Range(NamedTuple):
