@@ -15,10 +15,6 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class OtherRankError(RuntimeError):
-    """The error of a rank that was waiting for one that failed."""
-
-
 @dataclass(frozen=True)
 class Ranks:
     """A group of processes that this one belongs to.
@@ -85,14 +81,12 @@ class Ranks:
     def together(self) -> Generator[None]:
         """Make an error of one rank an error of all, since the others would wait for it forever.
 
-        The rank whose work failed raises its own error, and the others a :class:`OtherRankError`. Inside, every rank
-        works by itself, but for other blocks of this kind: where one rank leaves the outer block with an error, the
-        others hear of it at the end of their next inner one. What else they exchange must come right after such an end.
+        The rank whose work failed raises its own error, and the others a ``RuntimeError``. Inside, every rank works by
+        itself, but for other blocks of this kind: where one rank leaves the outer block with an error, the others hear
+        of it at the end of their next inner one. What else they exchange must come right after such an end.
         """
         try:
             yield
-        except OtherRankError:
-            raise
         except BaseException as error:
             if not vars(error).get(_ALL_KNOW):
                 vars(error)[_ALL_KNOW] = True
@@ -100,10 +94,12 @@ class Ranks:
             raise
         failed = self.gather(torch.tensor(False)).tolist()
         if any(failed):
-            raise OtherRankError(
+            known = RuntimeError(
                 f"Pruning failed on rank {failed.index(True)} of {self.size}, whose own error has the reason. No"
                 " rank has pruned anything."
             )
+            vars(known)[_ALL_KNOW] = True
+            raise known
 
 
 _ALL_KNOW = "_all_ranks_know"

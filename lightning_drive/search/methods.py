@@ -42,10 +42,10 @@ class Method(Protocol):
             network: The network, with the masks of earlier rounds on it.
 
         Returns:
-            A dictionary with the scores of each parameter in ``network.weights`` by its name: a tensor in the shape
-            of the weights and on their device. Its numbers are finite and have any sign; -0 equals 0. They are
-            compared exactly: in float64 if any of them are float64, ``int32`` or ``int64``, else in float32.
-            Pruned weights may have any score: they do not return.
+            The scores of each parameter in ``network.weights`` by its name: a tensor in the shape of the weights and
+                on their device. Its numbers are finite and have any sign; -0 equals 0. They are compared exactly, in
+                float64 if any are float64, ``int32`` or ``int64`` (below 2**53 in size), else in float32. Pruned
+                weights may have any score: they do not return.
 
         """
 
@@ -225,6 +225,11 @@ def reads(method: Method) -> Reads:
         return "loss" if hasattr(method, "batches_per_round") else "weights"
     choice: Reads = check_choice("reads", declared, Reads)
     return choice
+
+
+def described(method: Method) -> str:
+    """Return a method as it prints; the name of its class if that would be an address in memory."""
+    return type(method).__name__ if type(method).__repr__ is object.__repr__ else str(method)
 
 
 def num_passes(method: Method) -> int:

@@ -26,10 +26,11 @@ _MOST_OF_ZERO = 100
 
 
 class Network:
-    """The network as a method sees it in one round: masked weights, and gradients on demand.
+    """The network as a method sees it in one round: masked weights, and gradients and losses on demand.
 
-    A search masks and runs the module, so it must be a replica, as in :meth:`of`. Parameters may be split over ranks
-    (FSDP2): every rank then scores and masks its own part, and only histograms of scores are exchanged.
+    A method gets it from the search. The module is a replica, as in :meth:`of`, which may be written to. Parameters may
+    be split over ranks (FSDP2): every rank then scores and masks its own part, and only histograms of scores are
+    exchanged.
 
     Args:
         module: The network.
@@ -54,6 +55,7 @@ class Network:
         ranks: Ranks = ALONE,
     ) -> None:
         self.module = module
+        """The replica of the network that is scored."""
         self.warnings: list[str] = []
         """Warnings for the user and the report; a method may append to them."""
         self.reached: set[str] = set()
@@ -91,7 +93,7 @@ class Network:
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """Parameter name to live weights: the parameter, or this rank's part of it."""
+        """Parameter name to live weights: the parameter, or this rank's part of it. Pruned ones are 0."""
         if not self.is_sharded:
             return self.parameters
         return {name: shards.local(parameter) for name, parameter in self.parameters.items()}
@@ -143,14 +145,14 @@ class Network:
             return {name: scores.in_full(gradient) for name, gradient in whole.items()}
 
     def batches(self, number: int | None = None) -> Iterator[Any]:
-        """Take the next batches, in order and on the device; a finite iterable is cycled.
+        """Take the next batches, in order; a finite iterable is cycled.
 
         Args:
             number: How many to take, at least 1. Default: one after the other without an end, for
                 :func:`itertools.islice` and ``next``.
 
         Returns:
-            An iterator over batches, as the loss takes them.
+            An iterator over batches, for :meth:`loss`.
 
         Raises:
             ValueError: If there are no batches.
@@ -202,7 +204,7 @@ class Network:
 
         Returns:
             The averages, the same to the bit on all processes, in float32 or float64 and without a graph; of one
-            process the tensors themselves.
+                process the tensors themselves.
 
         Raises:
             TypeError: If something else than tensors is given, such as a mapping to them.
@@ -226,7 +228,7 @@ class Network:
 
         Returns:
             The absolute weights and the gradients of the flow, both by parameter name and owned by the caller; and
-            the flow.
+                the flow.
 
         Raises:
             ValueError: If the flow is not defined for a large part of the network; a few layers are a warning.
