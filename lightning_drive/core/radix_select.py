@@ -48,8 +48,8 @@ def cut(parts: Sequence[Part], dtype: torch.dtype, num_kept: int, ranks: Ranks) 
     key_dtype = torch.int64 if dtype == torch.float64 else torch.int32
     copies = [_survivors(part) for part in parts]
     first = dtype.itemsize * 8 - _DIGIT
-    from_top = torch.cat([torch.arange(_SIGN).flip(0), torch.arange(_SIGN, _BINS)])
     prefix = digit = 0
+    is_negative = False
     remaining, own = num_kept, torch.zeros(_BINS, dtype=torch.int64)
     candidates: list[Tensor] = []
     for shift in range(first, -1, -_DIGIT):
@@ -65,13 +65,17 @@ def cut(parts: Sequence[Part], dtype: torch.dtype, num_kept: int, ranks: Ranks) 
             marked = (part for part, copied in zip(parts, copies, strict=True) if not copied)
             own[_PRUNED] -= sum(len(part.flat) - part.num_alive for part in marked)
         histogram = ranks.sum(own)
-        if shift == first and histogram.view(2, _SIGN)[:, _NON_FINITE[dtype] :].any():
-            return None
-        digit, remaining = _digit(histogram, from_top, remaining)
         if shift == first:
-            prefix = digit - _BINS * (digit >= _SIGN)  # as the integers that bit patterns are read as
-            from_top = torch.arange(_BINS) if prefix < 0 else torch.arange(_BINS).flip(0)
+            by_sign = histogram.view(2, _SIGN)
+            if by_sign[:, _NON_FINITE[dtype] :].any():
+                return None
+            num_others = int(by_sign[0].sum())
+            is_negative = remaining > num_others
+            digit, remaining = _digit(by_sign[int(is_negative)], remaining - num_others * is_negative, is_negative)
+            prefix = digit - _SIGN * is_negative  # as integers have it
+            digit += _SIGN * is_negative
         else:
+            digit, remaining = _digit(histogram, remaining, is_negative)
             prefix = prefix << _DIGIT | digit
     threshold = torch.tensor(prefix, dtype=key_dtype).view(dtype).item()
     return Cut(threshold, num_kept - remaining, int(histogram[digit]))
@@ -114,12 +118,12 @@ def _histogram(digits: Iterator[Tensor]) -> Tensor:
     return total.cpu()
 
 
-def _digit(histogram: Tensor, from_top: Tensor, num_kept: int) -> tuple[int, int]:
+def _digit(histogram: Tensor, num_kept: int, descends: bool) -> tuple[int, int]:
     """Find the bin that holds the ``num_kept``-th entry from the top, and that entry's place within the bin.
 
-    ``from_top`` has the bins in the order of the numbers in them, the highest first.
+    ``descends`` says that higher digits are of lower numbers, as those of negative ones are.
     """
-    upto = histogram[from_top].cumsum(0)
-    position = int((upto < num_kept).count_nonzero())
-    above = int(upto[position - 1]) if position else 0
-    return int(from_top[position]), num_kept - above
+    from_top = (histogram if descends else histogram.flip(0)).cumsum(0)
+    position = int((from_top < num_kept).count_nonzero())
+    above = int(from_top[position - 1]) if position else 0
+    return position if descends else len(histogram) - 1 - position, num_kept - above
