@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from lightning_drive.core import containers, function_modes, shards
 from lightning_drive.core.messages import listed
@@ -100,6 +101,17 @@ def on_replica_only(loss_fn: LossFunction, original: nn.Module) -> LossFunction:
 def leaves_of(loss: Tensor) -> Iterator[Tensor]:
     """Yield the tensors that a loss depends on and that have no history of their own, such as parameters."""
     return (node.variable for node in add_history(loss, set()) if hasattr(node, "variable"))
+
+
+def reached_by(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> tuple[list[str], bool]:
+    """Return the names of the parameters in the history of a loss, and whether these are surely all it depends on.
+
+    A function that is written in Python, such as a reentrant checkpoint, may depend on more.
+    """
+    history = add_history(loss, set())
+    leaves = {id(node.variable) for node in history if hasattr(node, "variable")}
+    names = [name for name, parameter in parameters.items() if id(parameter) in leaves]
+    return names, not any(isinstance(node, BackwardCFunction) for node in history)
 
 
 def add_history(tensor: Tensor, known: set[Any]) -> set[Any]:

@@ -14,6 +14,7 @@ from lightning_drive.search.scored_network import Network
 _MOST_EXACT = 1 << 53
 """The size below which float64 holds all integers."""
 
+_FULL = {torch.float32, torch.float64}
 _LONG = {torch.int64, torch.uint64}
 
 
@@ -62,7 +63,15 @@ def _checked(weights: Mapping[str, Tensor], given: object, what: str) -> dict[st
             f"{what} must return scores for exactly the prunable parameters, the names in `network.weights`, but it"
             f" {' and '.join(wrong)}. Which parameters these are is chosen by `include` and `exclude`."
         )
-    return {name: _checked_score(name, weight, given[name], what) for name, weight in weights.items()}
+    scores = {}
+    for name, weight in weights.items():
+        score = given[name]
+        is_usual = type(score) is Tensor and score.dtype in _FULL and not (score.requires_grad or score.is_nested)
+        if is_usual and (score.layout, score.device, score.shape) == (torch.strided, weight.device, weight.shape):
+            scores[name] = score  # as nearly all are, and there may be many
+        else:
+            scores[name] = _checked_score(name, weight, score, what)
+    return scores
 
 
 def _checked_score(name: str, weight: Tensor, score: Any, what: str) -> Tensor:
@@ -80,8 +89,9 @@ def _checked_score(name: str, weight: Tensor, score: Any, what: str) -> Tensor:
         )
     if score.is_complex():
         raise TypeError(f"{start} real numbers, got {score.dtype}. Return their `abs()`, or another order of them.")
-    is_short = score.dtype == torch.float32 or score.itemsize <= 2
-    exact = score.detach().to(torch.float32 if is_short else torch.float64)
+    exact = score.detach()
+    if score.dtype not in _FULL:
+        exact = exact.to(torch.float32 if score.itemsize <= 2 else torch.float64)
     if score.dtype in _LONG and exact.abs().ge(_MOST_EXACT).any():
         raise ValueError(f"{start} floating-point numbers or integers below 2**53 in size, got larger {score.dtype}.")
     return exact

@@ -185,13 +185,17 @@ class Network:
         self.reads.add("loss")
         loss = self._input.loss(self.module, gradients.batch_in_float32(batch))
         reason = gradients.no_loss(loss)
-        leaves = set() if reason or loss is None else {id(leaf) for leaf in gradients.leaves_of(loss)}
-        reached = [name for name, parameter in self.parameters.items() if id(parameter) in leaves]
-        if loss is None or not reached:
-            reason = reason or f"The loss does not depend on any prunable parameter ({listed(self.parameters)})."
-            raise ValueError(f"{reason} A method that calls `network.loss` needs one of every batch that it takes.")
+        if loss is not None and not reason:
+            reached, is_all = gradients.reached_by(loss, self.parameters)
+            self.reached.update(reached)
+            if is_all and not reached:
+                reason = f"The loss does not depend on any prunable parameter ({listed(self.parameters)})."
+        if loss is None or reason:
+            raise ValueError(
+                f"{reason} A method that calls `network.loss` cannot skip a batch: leave such batches out, or give them"
+                " a loss by `loss_fn`."
+            )
         gradients.check_finite([loss.item()])
-        self.reached.update(reached)
         return loss.reshape(())
 
     def mean(self, tensors: Iterable[Tensor]) -> list[Tensor]:
