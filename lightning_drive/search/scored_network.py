@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from lightning_drive.core import function_modes, schedules, scores, shards, zeroing
 from lightning_drive.core.arguments import Mode, check_count
 from lightning_drive.core.masks import Masks
-from lightning_drive.core.messages import listed, shown, shown_error
+from lightning_drive.core.messages import listed, shown
 from lightning_drive.core.processes import ALONE, Ranks
-from lightning_drive.network import gradients, prunable, synflow, synflow_breakers
+from lightning_drive.network import gradients, prunable, synflow
 from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.network.undisturbed import undisturbed
-from lightning_drive.search import rank_agreement
+from lightning_drive.search import flow_check, rank_agreement
 from lightning_drive.search.network_input import NetworkInput
 from lightning_drive.search.scoring_batches import ScoringBatches
 
@@ -244,7 +244,9 @@ class Network:
                 " ranks. Use DRIVE or SNIP, or find the masks before `fully_shard`."
             )
         if self._flow is None:
-            self._check_flow()
+            self.warnings.extend(
+                flow_check.warnings(self.module, self.parameters, self.forward_pass(), self._input.remedy())
+            )
             self._flow = synflow.SynapticFlow(self.module, self.parameters)
         flow_gradients, total = self._flow.gradients(self.forward_pass())
         self.reached |= self._flow.reached
@@ -344,24 +346,3 @@ class Network:
             if batches.num_in_pass is not None and number * num_batches >= batches.num_in_pass:
                 break
         return own
-
-    def _check_flow(self) -> None:
-        """Raise or warn if synaptic flow is not defined for a part of the network."""
-        forward_pass = self.forward_pass()
-        try:
-            layers = synflow_breakers.flow_breakers(self.module, forward_pass)
-        except Exception as error:  # from the module's own `forward`, which may not be made for this call
-            reason = f"{shown_error(error)}. {self._input.remedy()}"
-            raise ValueError(f"SynFlow could not run the network on {forward_pass.source}: {reason}") from error
-        named = listed([layer.layer for layer in layers], most=3)
-        text = (
-            f"SynFlow is not defined for {named}: saturating activations stop the flow and normalisation mixes its"
-            " signs."
-        )
-        without = {id(weight) for layer in layers for weight in layer.weights}
-        sizes = {id(parameter): parameter.numel() for parameter in self.parameters.values()}
-        share = sum(size for key, size in sizes.items() if key in without) / sum(sizes.values())
-        if share > 1 / 3 or len(layers) * 3 > len(self.parameters):
-            raise ValueError(f"{text} That is too much of this network; use another method, such as DRIVE.")
-        if layers:
-            self.warnings.append(f"{text} Their neighbours' scores mean little.")
