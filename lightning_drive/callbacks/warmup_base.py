@@ -118,7 +118,7 @@ class WarmupPruningCallback(PruningCallback):
         return plan.plan(
             module,
             selected,
-            method=str(self.method),
+            method=methods.described(self.method),
             kept=self._goal.kept([parameter.numel() for parameter in selected.values()], self.method.rounds),
             passes=methods.num_passes(self.method),
             pass_over=pass_over,
@@ -157,7 +157,7 @@ class WarmupPruningCallback(PruningCallback):
         outcome.found.warnings.extend(self._frozen_layers(trainer, pl_module, masks))
         outcome.found.warnings.extend(zeros_without_masks(self, pl_module, masks, masks))
         # Everything is computed: from here on only commit.
-        self._record(trainer, outcome, str(method), start, control=self.control, statistics=statistics)
+        self._record(trainer, outcome, methods.described(method), start, control=self.control, statistics=statistics)
         forgotten = self._commit(trainer, pl_module)
         self._announce(trainer, outcome, forgotten)
 

@@ -121,6 +121,7 @@ def run_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     gradients = given.pop("grad_outputs", given.pop("grad_tensors", given.pop("gradient", None)))
     create_graph, retain_graph = given.pop("create_graph", False), given.pop("retain_graph", None)
     inputs, may_be_unused = _together(given.pop("inputs", None)), given.pop("allow_unused", None)
+    with_zeros = may_be_unused is not False and given.pop("materialize_grads", False)
     given.pop("only_inputs", None)
     plain = (*outputs, *inputs)
     is_odd = any(given.values()) or len(args) > len(_GRAD if is_grad else _BACKWARD)
@@ -131,15 +132,19 @@ def run_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     with set_aside():
         ones = _make_grads(outputs, gradients, is_grads_batched=False)
     retain_graph = create_graph if retain_graph is None else retain_graph
-    return _engine_run_backward(
+    found = _engine_run_backward(
         outputs,
         ones,
         retain_graph,
         create_graph,
         inputs,
-        allow_unreachable=bool(may_be_unused) if is_grad else True,
+        allow_unreachable=bool(may_be_unused or with_zeros) if is_grad else True,
         accumulate_grad=not is_grad,
     )
+    if not with_zeros:
+        return found
+    pairs = zip(found, inputs, strict=True)
+    return tuple(torch.zeros_like(of, requires_grad=create_graph) if one is None else one for one, of in pairs)
 
 
 _BACKWARD = ("tensors", "grad_tensors", "retain_graph", "create_graph")

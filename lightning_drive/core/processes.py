@@ -81,23 +81,29 @@ class Ranks:
     def together(self) -> Generator[None]:
         """Make an error of one rank an error of all, since the others would wait for it forever.
 
-        Inside, every rank works by itself. The rank whose work failed raises its own error, and the others a
-        ``RuntimeError``.
+        The rank whose work failed raises its own error, and the others a ``RuntimeError``. Inside, every rank works by
+        itself, but for other blocks of this kind: where one rank leaves the outer block with an error, the others hear
+        of it at the end of their next inner one. What else they exchange must come right after such an end.
         """
-        error: BaseException | None = None
         try:
             yield
-        except BaseException as raised:
-            error = raised
+        except BaseException as error:
+            if not vars(error).get(_ALL_KNOW):
+                vars(error)[_ALL_KNOW] = True
+                self.gather(torch.tensor(True))
             raise
-        finally:
-            failed = self.gather(torch.tensor(error is not None)).tolist()
-            if error is None and any(failed):
-                raise RuntimeError(
-                    f"Pruning failed on rank {failed.index(True)} of {self.size}, whose own error has the reason. No"
-                    " rank has pruned anything."
-                )
+        failed = self.gather(torch.tensor(False)).tolist()
+        if any(failed):
+            known = RuntimeError(
+                f"Pruning failed on rank {failed.index(True)} of {self.size}, whose own error has the reason. No"
+                " rank has pruned anything."
+            )
+            vars(known)[_ALL_KNOW] = True
+            raise known
 
+
+_ALL_KNOW = "_all_ranks_know"
+"""The attribute of an error that all ranks have heard of."""
 
 ALONE = Ranks()
 """This process by itself."""

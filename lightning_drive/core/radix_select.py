@@ -1,8 +1,8 @@
 """Find the k-th highest of many numbers digit by digit, from histograms: on any device, and over many processes.
 
-Non-negative floats sort like their bit patterns read as integers. So the k-th highest of any number of tensors is
-found by a radix select: two passes for float32, four for float64. Tensors are never joined into one, and of several
-processes only the histograms are exchanged.
+Floats without a sign sort like their bit patterns read as integers, and negative ones in the opposite order below them.
+So the k-th highest of any number of tensors is found by a radix select: two passes for float32, four for float64.
+Tensors are never joined into one, and of several processes only the histograms are exchanged.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +19,11 @@ _DIGIT = 16
 """Bits of a digit. The first one has the sign, the exponent and what fits of the mantissa."""
 
 _BINS = 1 << _DIGIT
-_FIRST_NON_FINITE = {torch.float32: 0x7F80, torch.float64: 0x7FF0}
-"""The lowest first digit of numbers that cannot be ranked: infinities, NaN and negative numbers."""
+_SIGN = _BINS >> 1
+"""The lowest first digit of negative numbers."""
+
+_NON_FINITE = {torch.float32: 0x7F80, torch.float64: 0x7FF0}
+"""The lowest first digit of infinities and NaN without a sign; with one it is higher by ``_SIGN``."""
 
 _FEW = 8
 """Entries are copied out where they are at most one in so many, so that copies take no more memory than the masks."""
@@ -39,13 +42,14 @@ def cut(parts: Sequence[Part], dtype: torch.dtype, num_kept: int, ranks: Ranks) 
         ranks: The processes that hold the numbers.
 
     Returns:
-        The number, or ``None`` if an alive one is NaN, infinite or negative.
+        The number, or ``None`` if an alive one is NaN or infinite.
 
     """
     key_dtype = torch.int64 if dtype == torch.float64 else torch.int32
     copies = [_survivors(part) for part in parts]
     first = dtype.itemsize * 8 - _DIGIT
     prefix = digit = 0
+    is_negative = False
     remaining, own = num_kept, torch.zeros(_BINS, dtype=torch.int64)
     candidates: list[Tensor] = []
     for shift in range(first, -1, -_DIGIT):
@@ -61,10 +65,18 @@ def cut(parts: Sequence[Part], dtype: torch.dtype, num_kept: int, ranks: Ranks) 
             marked = (part for part, copied in zip(parts, copies, strict=True) if not copied)
             own[_PRUNED] -= sum(len(part.flat) - part.num_alive for part in marked)
         histogram = ranks.sum(own)
-        if shift == first and histogram[_FIRST_NON_FINITE[dtype] :].any():
-            return None
-        digit, remaining = _digit(histogram, remaining)
-        prefix = prefix << _DIGIT | digit
+        if shift == first:
+            by_sign = histogram.view(2, _SIGN)
+            if by_sign[:, _NON_FINITE[dtype] :].any():
+                return None
+            num_others = int(by_sign[0].sum())
+            is_negative = remaining > num_others
+            digit, remaining = _digit(by_sign[int(is_negative)], remaining - num_others * is_negative, is_negative)
+            prefix = digit - _SIGN * is_negative  # as integers have it
+            digit += _SIGN * is_negative
+        else:
+            digit, remaining = _digit(histogram, remaining, is_negative)
+            prefix = prefix << _DIGIT | digit
     threshold = torch.tensor(prefix, dtype=key_dtype).view(dtype).item()
     return Cut(threshold, num_kept - remaining, int(histogram[digit]))
 
@@ -106,9 +118,12 @@ def _histogram(digits: Iterator[Tensor]) -> Tensor:
     return total.cpu()
 
 
-def _digit(histogram: Tensor, num_kept: int) -> tuple[int, int]:
-    """Find the bin that holds the ``num_kept``-th entry from the top, and that entry's place within the bin."""
-    from_top = histogram.flip(0).cumsum(0)
+def _digit(histogram: Tensor, num_kept: int, descends: bool) -> tuple[int, int]:
+    """Find the bin that holds the ``num_kept``-th entry from the top, and that entry's place within the bin.
+
+    ``descends`` says that higher digits are of lower numbers, as those of negative ones are.
+    """
+    from_top = (histogram if descends else histogram.flip(0)).cumsum(0)
     position = int((from_top < num_kept).count_nonzero())
     above = int(from_top[position - 1]) if position else 0
-    return len(histogram) - 1 - position, num_kept - above
+    return position if descends else len(histogram) - 1 - position, num_kept - above

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ _SAMPLE = 1 << 15
 _MARGIN = 1e-3
 """Decades between the edges and what lies just within them: more than a logarithm is rounded by."""
 
+_MOST_DECADES = 30
+"""How far below the largest score the linear part of an axis for scores of both signs begins at the most."""
+
 
 @dataclass(frozen=True)
 class Round:
@@ -42,17 +46,19 @@ class Round:
 
 @dataclass(frozen=True)
 class ScoreHistogram:
-    """The distribution of the scores of one round, in bins of equal width on a logarithmic axis.
+    """The distribution of the scores of one round, in bins of equal width on an axis for many orders of magnitude.
 
-    Only weights that earlier rounds had left have a score here.
+    Only weights that earlier rounds had left have a score here. The axis is logarithmic, or, where scores are negative,
+    that of the inverse hyperbolic sine: linear around 0 and logarithmic to both sides.
 
     Args:
-        low: log10 of the lowest edge.
-        high: log10 of the highest edge; no score is higher.
+        low: The place of the lowest edge on the axis: its log10, or asinh of its ratio to ``width``.
+        high: The place of the highest edge; no score is higher.
         kept: How many scores in each bin were kept.
         pruned: How many scores in each bin were pruned.
         kept_below: How many scores lower than the lowest edge, zeros included, were kept.
         pruned_below: How many of them were pruned.
+        width: The score up to which, on both sides of 0, the axis is about linear; ``None`` if it is logarithmic.
 
     """
 
@@ -62,6 +68,14 @@ class ScoreHistogram:
     pruned: tuple[int, ...]
     kept_below: int
     pruned_below: int
+    width: float | None = None
+
+    @property
+    def edges(self) -> list[float]:
+        """The edges of the bins, as scores."""
+        step = (self.high - self.low) / len(self.kept)
+        places = [self.low + step * index for index in range(len(self.kept) + 1)]
+        return [10**place if self.width is None else self.width * math.sinh(place) for place in places]
 
 
 def removed_by_round(
@@ -92,48 +106,92 @@ def score_histogram(
     thresholds: Iterable[float],
     ranks: Ranks = ALONE,
 ) -> ScoreHistogram | None:
-    """Count the scores that one round kept, and those that it pruned, in bins; ``None`` if no score is above zero.
+    """Count the scores that one round kept, and those that it pruned, in bins; ``None`` if all scores are zero.
 
     All counts are exact, and over all ranks. It takes two passes over the scores, and memory for some chunks of them.
 
     Args:
-        scores: Parameter name to scores; those that are alive are finite and not negative.
+        scores: Parameter name to scores; those that are alive are finite.
         alive: Parameter name to the mask before the round.
         kept: Parameter name to the mask after it.
         thresholds: The lowest score that each ranking of the round kept: the axis goes down to them.
         ranks: Processes that each hold a part of every tensor.
 
     """
-    lowest, highest = _range(scores, alive, ranks)
-    if not highest > 0:
+    ends = _range(scores, alive, ranks)
+    if not (ends.highest > 0 or ends.least < 0):
         return None
-    lowest = min(lowest, highest, *(threshold for threshold in thresholds if threshold > 0))
-    low, high = math.log10(lowest) - _MARGIN, math.log10(highest) + _MARGIN
+    axis = _logarithmic(ends, thresholds) if ends.least >= 0 else _of_both_signs(ends)
     counts = torch.zeros(3, NUM_BINS + 1, dtype=torch.int64)
     for score, before, after in _chunks(scores, alive, kept):
-        place = score.clamp(lowest / 2, highest).log10_()  # of 0 it would be slow, and below the lowest edge as well
-        place = place.sub_(low).mul_(NUM_BINS / (high - low)).add_(1).nan_to_num_(0).clamp_(0).to(torch.int32)
+        place = axis.places(score)
+        place = place.sub_(axis.low).mul_(NUM_BINS / (axis.high - axis.low)).add_(1)
+        place = place.nan_to_num_(0).clamp_(0).to(torch.int32)
         place.add_(before.view(torch.int8) + after.view(torch.int8), alpha=NUM_BINS + 1)  # pruned before: 0, now: 1
         counts += torch.bincount(place, minlength=counts.numel()).view_as(counts).cpu()
     _, (pruned_below, *pruned), (kept_below, *kept_in_bins) = ranks.sum(counts).tolist()
-    return ScoreHistogram(low, high, tuple(kept_in_bins), tuple(pruned), kept_below, pruned_below)
+    return ScoreHistogram(axis.low, axis.high, tuple(kept_in_bins), tuple(pruned), kept_below, pruned_below, axis.width)
 
 
-def _range(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], ranks: Ranks) -> tuple[float, float]:
-    """Return the highest of the scores that are alive, and below it the lowest one above zero but for outliers.
+class _Range(NamedTuple):
+    """The range of the scores that are alive, the same on all ranks."""
 
-    The latter is estimated from a sample, if there are many scores. Both are the same on all ranks.
-    """
-    highest, sampled = 0.0, [torch.zeros(0)]
+    lowest: float
+    """The lowest one above zero but for outliers, estimated from a sample if there are many scores."""
+    highest: float
+    """The highest one, or 0."""
+    least: float
+    """The lowest one of any sign, or 0."""
+    typical: float
+    """The size of the median one that is not 0, estimated likewise."""
+
+
+class _Axis(NamedTuple):
+    """An axis from ``low`` to ``high``, as in a :class:`ScoreHistogram`."""
+
+    low: float
+    high: float
+    width: float | None
+    ends: tuple[float, float]
+    """Scores are moved to between these before their places are computed."""
+
+    def places(self, score: Tensor) -> Tensor:
+        """Return the places of scores on the axis, in new memory."""
+        if self.width is None:
+            return score.clamp(*self.ends).log10_()
+        return score.double().clamp(*self.ends).div_(self.width).asinh_()
+
+
+def _logarithmic(ends: _Range, thresholds: Iterable[float]) -> _Axis:
+    """Return an axis down to the thresholds."""
+    lowest = min(ends.lowest, ends.highest, *(threshold for threshold in thresholds if threshold > 0))
+    low, high = math.log10(lowest) - _MARGIN, math.log10(ends.highest) + _MARGIN
+    return _Axis(low, high, None, (lowest / 2, ends.highest))  # log10 of 0 would be slow, and is below `low` as well
+
+
+def _of_both_signs(ends: _Range) -> _Axis:
+    """Return an axis that is linear up to about the median score, with all scores on it."""
+    largest = max(ends.highest, -ends.least)
+    width = min(max(ends.typical, largest * 10.0**-_MOST_DECADES), largest)
+    low, high = math.asinh(ends.least / width) - _MARGIN, math.asinh(ends.highest / width) + _MARGIN
+    return _Axis(low, high, width, (ends.least, ends.highest))
+
+
+def _range(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], ranks: Ranks) -> _Range:
+    """Return the range of the scores that are alive, over all ranks."""
+    highest, least, sampled = 0.0, 0.0, [torch.zeros(0)]
     stride = max(1, sum(score.numel() for score in scores.values()) // _SAMPLE)
     for score, mask in _chunks(scores, alive):
-        highest = max(highest, score.mul(mask.view(torch.int8)).nan_to_num_(0).amax().item())  # inf * 0 is NaN
+        low, high = score.mul(mask.view(torch.int8)).nan_to_num_(0).aminmax()  # inf * 0 is NaN
+        highest, least = max(highest, high.item()), min(least, low.item())
         sampled.append(score[::stride][mask[::stride]].cpu())
     sample = torch.cat(sampled)
-    sample = sample[sample > 0]
-    lowest = sample.kthvalue(1 + int(_OUTLIERS * len(sample))).values.item() if len(sample) else math.inf
-    ends = ranks.gather(torch.tensor([lowest, highest], dtype=torch.float64))
-    return ends[:, 0].min().item(), ends[:, 1].max().item()
+    above = sample[sample > 0]
+    lowest = above.kthvalue(1 + int(_OUTLIERS * len(above))).values.item() if len(above) else math.inf
+    sizes = sample[sample != 0].abs()
+    typical = sizes.median().item() if len(sizes) else math.inf
+    found = ranks.gather(torch.tensor([lowest, -highest, least, typical], dtype=torch.float64)).amin(0).tolist()
+    return _Range(found[0], -found[1], found[2], found[3])
 
 
 def _chunks(scores: Mapping[str, Tensor], *masks: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:

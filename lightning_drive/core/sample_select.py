@@ -42,8 +42,7 @@ def cut(pieces: Sequence[tuple[Tensor, Tensor | None]], num_alive: int, num_kept
         num_kept: Which one to find, in ``1..num_alive``.
 
     Returns:
-        The number, or ``None`` if the sample misled, if much is equal or nearly so, or if a number is NaN, infinite or
-        negative.
+        The number, or ``None`` if the sample misled, if much is equal or nearly so, or if a number is NaN or infinite.
 
     Example:
         >>> cut([(torch.tensor([0.1, 0.7, 0.3]), None), (torch.tensor([0.3, 0.9]), None)], num_alive=5, num_kept=3)
@@ -55,7 +54,7 @@ def cut(pieces: Sequence[tuple[Tensor, Tensor | None]], num_alive: int, num_kept
     copied: list[Tensor] = []
     for values, alive in _chunks(pieces):
         least, most = values.aminmax()
-        if not (least >= 0 and most < inf):
+        if not (least > -inf and most < inf):
             return None
         higher, within = values > high, values >= low
         if alive is not None:
@@ -85,7 +84,7 @@ def cut(pieces: Sequence[tuple[Tensor, Tensor | None]], num_alive: int, num_kept
 def _range(pieces: Sequence[tuple[Tensor, Tensor | None]], num_alive: int, num_kept: int) -> tuple[float, float]:
     """Return the lowest and the highest value that the number may have; all of them if there are few numbers."""
     if num_alive <= _SAMPLE:
-        return 0.0, inf
+        return -inf, inf
     stride = max(_LEAST_STRIDE, sum(values.numel() for values, _ in pieces) // _SAMPLE)
     while gcd(stride, 2 * 3 * 5 * 7) > 1:  # or it could be that of kernels and rows
         stride += 1
@@ -97,7 +96,8 @@ def _range(pieces: Sequence[tuple[Tensor, Tensor | None]], num_alive: int, num_k
     reach = _DEVIATIONS * (1 + sqrt(place * max(0.0, size - place) / max(1, size)))
     first, last = int(place - reach), int(place + reach) + 1  # from the highest
     high = sample.kthvalue(size - first + 1).values.item() if first >= 1 else inf
-    low = sample.kthvalue(size - last + 1).values.item() if last <= size else 0.0
+    least = -inf if (sample < 0).any() else 0.0
+    low = sample.kthvalue(size - last + 1).values.item() if last <= size else least
     return low, high
 
 

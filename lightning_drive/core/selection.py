@@ -47,8 +47,9 @@ def keep_highest(
     every device and every rank.
 
     Args:
-        scores: Parameter name to finite scores >= 0 of any shape; higher is more worth keeping. Float64 scores are
-            compared in float64, all others exactly in float32.
+        scores: Parameter name to finite scores of any sign and shape; higher is more worth keeping, and 0 and -0 are
+            equal. If any are float64, all are compared in float64, otherwise in float32, exactly for all other types
+            of floating-point numbers.
         num_kept: How many entries to keep, in ``1..number of (alive) entries``.
         alive: Parameter name to a boolean mask; entries that are ``False`` are pruned already and cannot return.
         ranks: Processes that each hold a part of every tensor, split along the first dimension in the order of ranks.
@@ -59,7 +60,7 @@ def keep_highest(
         The masks and where the line was drawn.
 
     Raises:
-        ValueError: If ``num_kept`` is out of range, or a score is negative, infinite or NaN (names the tensor).
+        ValueError: If ``num_kept`` is out of range, or a score is infinite or NaN (names the tensor).
 
     Example:
         >>> ranking = keep_highest({"a": torch.tensor([0.1, 0.9]), "b": torch.tensor([0.7, 0.8])}, num_kept=2)
@@ -137,6 +138,4 @@ def _unrankable(parts: Sequence[Part]) -> str:
             bad = int((~live.isfinite()).count_nonzero())
             if bad:
                 return f"The scores of {name!r} contain nan or inf ({bad} of {live.numel()}), so they cannot be ranked."
-            if (live < 0).any():
-                return f"The scores of {name!r} must not be negative, but the lowest is {live.min().item():g}."
-    return "The scores that another rank holds contain nan, inf or negative numbers, so they cannot be ranked."
+    return "The scores that another rank holds contain nan or inf, so they cannot be ranked."

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from lightning_drive.core import containers, function_modes, shards
 from lightning_drive.core.messages import listed
@@ -41,7 +42,7 @@ def loss_gradients(
     losses = []
     for batch in batches:
         loss = loss_fn(module, batch_in_float32(batch))
-        reason = _no_loss(loss)
+        reason = no_loss(loss)
         if not reason:
             assert loss is not None
             before = _state(parameters)
@@ -51,11 +52,11 @@ def loss_gradients(
                 names = listed(parameters)
                 reason = f"The loss does not depend on any prunable parameter ({names}): all gradients are None."
         if reason:
-            _check_finite([] if loss is None else [loss.item()])
+            check_finite([] if loss is None else [loss.item()])
             skip(reason)
     if not losses:
         raise ValueError("There is nothing to score on: `batches` is empty.")
-    _check_finite(torch.stack(losses).tolist())  # at the end, where there is something to wait for anyway
+    check_finite(torch.stack(losses).tolist())  # at the end, where there is something to wait for anyway
     with function_modes.set_aside():
         return _taken(module, parameters)
 
@@ -102,6 +103,17 @@ def leaves_of(loss: Tensor) -> Iterator[Tensor]:
     return (node.variable for node in add_history(loss, set()) if hasattr(node, "variable"))
 
 
+def reached_by(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> tuple[list[str], bool]:
+    """Return the names of the parameters in the history of a loss, and whether these are surely all it depends on.
+
+    A function that is written in Python, such as a reentrant checkpoint, may depend on more.
+    """
+    history = add_history(loss, set())
+    leaves = {id(node.variable) for node in history if hasattr(node, "variable")}
+    names = [name for name, parameter in parameters.items() if id(parameter) in leaves]
+    return names, not any(isinstance(node, BackwardCFunction) for node in history)
+
+
 def add_history(tensor: Tensor, known: set[Any]) -> set[Any]:
     """Add all operations that a tensor comes from to those that are known with their history, and return the set."""
     waiting = [tensor.grad_fn]
@@ -113,7 +125,7 @@ def add_history(tensor: Tensor, known: set[Any]) -> set[Any]:
     return known
 
 
-def _no_loss(loss: object) -> str:
+def no_loss(loss: object) -> str:
     """Return why a loss cannot be scored by, empty if it can; raise if it is no loss at all."""
     if loss is None:
         return "The loss must be a scalar tensor, got None, which skips a batch."
@@ -125,7 +137,8 @@ def _no_loss(loss: object) -> str:
     return ""
 
 
-def _check_finite(losses: list[float]) -> None:
+def check_finite(losses: list[float]) -> None:
+    """Raise a ``ValueError`` if a loss is not finite."""
     for loss in losses:
         if not math.isfinite(loss):
             raise ValueError(f"The loss must be finite, got {loss}: check the batch and the weights.")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from lightning_drive.core import function_modes
 from lightning_drive.core.arguments import Mode
 from lightning_drive.core.function_modes import FunctionMode
 
@@ -61,4 +62,7 @@ class NoDropout(FunctionMode):
                 args = (*args[:position], off, *args[position + 1 :])
             else:
                 kwargs = {**kwargs, argument: off}
+        elif func in function_modes.BACKWARD:  # in which a checkpoint runs its part of the network again
+            with function_modes.on_again(self):
+                return function_modes.run_backward(func, args, kwargs)
         return func(*args, **kwargs)

@@ -112,8 +112,7 @@ def scores(histogram: ScoreHistogram, threshold: float | None, method: str) -> "
     """Draw the distribution of the scores in the last round, and the threshold, ``None`` if each layer has its own."""
     figure = _figure(4.2)
     axes = figure.add_subplot()
-    step = (histogram.high - histogram.low) / len(histogram.kept)
-    edges = [10 ** (histogram.low + step * index) for index in range(len(histogram.kept) + 1)]
+    edges = histogram.edges
     both = [kept + pruned for kept, pruned in zip(histogram.kept, histogram.pruned, strict=True)]
     axes.stairs(
         histogram.kept, edges, fill=True, color=_BLUE, label=f"kept: {sum(histogram.kept) + histogram.kept_below:,}"
@@ -126,9 +125,13 @@ def scores(histogram: ScoreHistogram, threshold: float | None, method: str) -> "
         color=_RED,
         label=f"pruned in this round: {sum(histogram.pruned) + histogram.pruned_below:,}",
     )
-    if threshold:
+    if threshold is not None and edges[0] <= threshold <= edges[-1]:
         axes.axvline(threshold, color="black", linestyle="--", label=f"threshold: {threshold:.3g}")
-    axes.set_xscale("log")
+    if histogram.width is None:
+        axes.set_xscale("log")
+    else:
+        axes.set_xscale("asinh", linear_width=histogram.width)
+        _label_both_signs(axes, edges, histogram.width)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(0, 1.08 * max(both))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -185,6 +188,18 @@ def _label_layers(axes: "Axes", names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), [name[len(prefix) :] for name in names], fontsize=9 if len(names) <= 25 else 8)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_ylabel(f"parameter ({prefix}*)" if prefix else "parameter")
+
+
+def _label_both_signs(axes: "Axes", edges: Sequence[float], width: float) -> None:
+    """Label 0, and powers of ten to both sides of it from where they no longer stand on top of it."""
+    first, last = math.ceil(math.log10(width)), math.floor(math.log10(max(edges[-1], -edges[0])))
+    powers = range(first, last + 1, max(1, (last - first) // 5))
+    ticks = {0.0: "0"}
+    for power in powers:
+        ticks |= {10.0**power: f"$10^{{{power}}}$", -(10.0**power): f"$-10^{{{power}}}$"}
+    shown = {tick: text for tick, text in ticks.items() if edges[0] <= tick <= edges[-1]}
+    axes.set_xticks([*shown], [*shown.values()])
+    axes.minorticks_off()
 
 
 def _label_powers(axes: "Axes", lowest: float) -> None:

@@ -165,6 +165,8 @@ class PruningReport:
         values: dict[str, Any] = saved_reports.plain(asdict(self))
         if self.acceleration is None:
             del values["acceleration"]  # which earlier versions do not know
+        if self.scores is not None and self.scores.width is None:
+            del values["scores"]["width"]  # likewise
         return values
 
     @classmethod

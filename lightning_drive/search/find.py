@@ -46,7 +46,8 @@ def find_masks(
 
     Args:
         module: The network.
-        method: ``DRIVE``, ``SNIP``, ``SynFlow``, ``Magnitude`` or ``Random``.
+        method: ``DRIVE``, ``SNIP``, ``SynFlow``, ``Magnitude``, ``Random`` or a
+            :class:`~lightning_drive.search.methods.Method` of your own.
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
         batches: What ``loss_fn`` takes, read in order, ``method.batches_per_round`` in each round; a finite iterable
             is cycled. ``DRIVE`` and ``SNIP`` need it.
@@ -71,7 +72,8 @@ def find_masks(
 
     Raises:
         ValueError: If an argument is out of range, nothing is prunable, all of a whole pass over ``batches`` is
-            skipped, the loss or a score is not finite, every score is zero, or ``masks`` do not fit.
+            skipped, the loss or a score is not finite, every score is zero, a method's scores are not those of the
+            prunable parameters, or ``masks`` do not fit.
         TypeError: If an argument has the wrong type.
 
     Warns:

@@ -10,7 +10,7 @@ from lightning_drive.core.goal import Goal
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.rounds import Round, ScoreHistogram, removed_by_round, score_histogram
 from lightning_drive.core.selection import Ranking
-from lightning_drive.search import unscored_parameters, vanishing_scores
+from lightning_drive.search import method_scores, unscored_parameters, vanishing_scores
 from lightning_drive.search.methods import Method
 from lightning_drive.search.scored_network import Network
 
@@ -79,7 +79,7 @@ def search(
         network.mask_(current)
     for index in indices:
         density = goal.density(index, method.rounds, start)
-        scores = method.score(network)
+        scores = method_scores.scores_of(network, method)
         with function_modes.set_aside():
             if index == indices[0] and not network.is_sharded:
                 recorder.silent = frozenset(
@@ -140,7 +140,8 @@ def _cut(
         rankings = selection.keep_highest_each(ranked, counts, masks, holders, num_alive=own)
     kept = Masks({**masks, **{name: mask for ranking in rankings.values() for name, mask in ranking.masks.items()}})
     prunes = sum(ranking.num_kept for ranking in rankings.values()) < sum(alive.values())
-    if prunes and all(ranking.num_above == 0 and ranking.threshold == 0 for ranking in rankings.values()):
+    num_zero = sum(ranking.num_tied for ranking in rankings.values() if ranking.threshold == 0)
+    if prunes and num_zero == sum(alive.values()):
         raise ValueError(unscored_parameters.nothing_to_rank(masks, near_zero))
     return _Cut(kept, rankings, alive)
 
@@ -165,7 +166,8 @@ class _Recorder:
         for name, before in self._rankings.items():
             if before.threshold == 0 and name in cut.rankings:
                 now = cut.rankings[name]
-                self._zeros_stay &= now.num_above + now.num_tied * (now.threshold > 0) <= before.num_above
+                above = now.num_above + now.num_tied * (now.threshold > 0)
+                self._zeros_stay &= now.threshold >= 0 and above <= before.num_above
         self._rankings = cut.rankings
         self._thresholds.append(cut.rankings[""].threshold if "" in cut.rankings else None)
         self._counts.append(cut.num_alive.values())

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_drive.core import function_modes, scores
 from lightning_drive.core.arguments import Mode, check_choice, check_count
 from lightning_drive.core.masks import Masks
-from lightning_drive.core.messages import listed
+from lightning_drive.core.messages import listed, shown
 from lightning_drive.search.scored_network import Network
 
 Reads: TypeAlias = Literal["loss", "shape", "weights"]
@@ -18,11 +18,13 @@ Reads: TypeAlias = Literal["loss", "shape", "weights"]
 
 @runtime_checkable
 class Method(Protocol):
-    """A pruning method: a number of rounds, a mode for the module, and a score.
+    """A pruning method: any object with a number of rounds, a mode for the module, and a score.
 
-    A method may have a class attribute ``reads``: ``"loss"`` if it scores by gradients of a loss on batches,
-    ``"shape"`` if by the shape of the input, ``"weights"`` if by the weights alone. Without it, a method with
-    ``batches_per_round`` reads a loss, and any other the weights alone.
+    A method may also have an attribute ``reads``, which says what it needs: ``"loss"`` if it scores by a loss on
+    batches, ``"shape"`` if by the shape of the input, ``"weights"`` if by the weights alone. What is missing is then
+    found before training, and the plan has the costs. Without it, a method with ``batches_per_round``, the number of
+    batches that it takes in each round, is taken for one that reads a loss, and any other for one that reads the
+    weights alone.
     """
 
     @property
@@ -31,7 +33,7 @@ class Method(Protocol):
 
     @property
     def mode(self) -> Mode:
-        """The mode of the module while it is scored."""
+        """The mode of the module while it is scored, ``"train"`` or ``"eval"``; Dropout is off in both."""
 
     def score(self, network: Network) -> dict[str, Tensor]:
         """Score every prunable weight; the highest scores are kept.
@@ -40,7 +42,10 @@ class Method(Protocol):
             network: The network, with the masks of earlier rounds on it.
 
         Returns:
-            Parameter name to non-negative finite scores in the parameter's shape.
+            The scores of each parameter in ``network.weights`` by its name: a tensor in the shape of the weights and
+                on their device. Its numbers are finite and have any sign; -0 equals 0. They are compared exactly, in
+                float64 if any are float64, ``int32`` or ``int64`` (below 2**53 in size), else in float32. Pruned
+                weights may have any score: they do not return.
 
         """
 
@@ -196,7 +201,7 @@ class Random:
 
 
 def check_method(method: Method) -> None:
-    """Raise TypeError if a method lacks an attribute of one, or is a class in place of an instance."""
+    """Raise TypeError if something is no method, or ValueError if an attribute of it has a wrong value."""
     given: Any = method
     if isinstance(given, type) or not isinstance(given, Method):
         lacks = [repr(name) for name in ("rounds", "mode", "score") if not hasattr(given, name)]
@@ -204,6 +209,12 @@ def check_method(method: Method) -> None:
         raise TypeError(
             f"`method` must be an instance of a method, such as `DRIVE(rounds=100)`, got {given!r}{reason}."
         )
+    if not callable(given.score):
+        raise TypeError(f"`score` must be a function `score(network)`, got {shown(given.score)}.")
+    check_count("rounds", given.rounds)
+    check_choice("mode", given.mode, Mode)
+    if hasattr(given, "batches_per_round"):
+        check_count("batches_per_round", given.batches_per_round)
     reads(method)
 
 
@@ -214,6 +225,11 @@ def reads(method: Method) -> Reads:
         return "loss" if hasattr(method, "batches_per_round") else "weights"
     choice: Reads = check_choice("reads", declared, Reads)
     return choice
+
+
+def described(method: Method) -> str:
+    """Return a method as it prints; the name of its class if that would be an address in memory."""
+    return type(method).__name__ if type(method).__repr__ is object.__repr__ else str(method)
 
 
 def num_passes(method: Method) -> int:

@@ -2,21 +2,22 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_drive.core import function_modes, schedules, scores, shards, zeroing
-from lightning_drive.core.arguments import Mode
+from lightning_drive.core.arguments import Mode, check_count
 from lightning_drive.core.masks import Masks
-from lightning_drive.core.messages import listed, shown_error
+from lightning_drive.core.messages import listed, shown
 from lightning_drive.core.processes import ALONE, Ranks
-from lightning_drive.network import gradients, prunable, synflow, synflow_breakers
+from lightning_drive.network import gradients, prunable, synflow
 from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.network.undisturbed import undisturbed
-from lightning_drive.search import rank_agreement
+from lightning_drive.search import flow_check, rank_agreement
 from lightning_drive.search.network_input import NetworkInput
 from lightning_drive.search.scoring_batches import ScoringBatches
 
@@ -25,10 +26,11 @@ _MOST_OF_ZERO = 100
 
 
 class Network:
-    """The network as a method sees it in one round: masked weights, and gradients on demand.
+    """The network as a method sees it in one round: masked weights, and gradients and losses on demand.
 
-    A search masks and runs the module, so it must be a replica, as in :meth:`of`. Parameters may be split over ranks
-    (FSDP2): every rank then scores and masks its own part, and only histograms of scores are exchanged.
+    A method gets it from the search. The module is a replica, as in :meth:`of`, which may be written to. Parameters may
+    be split over ranks (FSDP2): every rank then scores and masks its own part, and only histograms of scores are
+    exchanged.
 
     Args:
         module: The network.
@@ -53,10 +55,13 @@ class Network:
         ranks: Ranks = ALONE,
     ) -> None:
         self.module = module
+        """The replica of the network that is scored."""
         self.warnings: list[str] = []
         """Warnings for the user and the report; a method may append to them."""
         self.reached: set[str] = set()
         """Names of the parameters that had a gradient, zero or not, in any round so far."""
+        self.reads: set[str] = set()
+        """What the method has read in this round: averaged ``"gradients"``, or this rank's own ``"loss"``."""
         self.ranks_agree = True
         """Whether all ranks arrived at the same masks."""
         self.ranks = ranks
@@ -88,7 +93,7 @@ class Network:
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """Parameter name to live weights: the parameter, or this rank's part of it."""
+        """Parameter name to live weights: the parameter, or this rank's part of it. Pruned ones are 0."""
         if not self.is_sharded:
             return self.parameters
         return {name: shards.local(parameter) for name, parameter in self.parameters.items()}
@@ -126,11 +131,11 @@ class Network:
             ValueError: If there is no gradient in a whole pass over the data, or no data or loss at all.
 
         """
-        if self._batches is None or not self._has_loss:
-            missing = "batches" if self._batches is None else "loss_fn"
-            raise ValueError(f"This method scores by the gradient of a loss, so it needs `{missing}`, got None.")
+        if "loss" in self.reads:
+            self.drop_gradients()
+        self.reads.add("gradients")
         with self.ranks.together():
-            own = self._own_gradients(self._batches, num_batches)
+            own = self._own_gradients(self._scoring_batches(), num_batches)
         self.reached.update(own)
         whole = {name: own[name] if name in own else torch.zeros_like(weight) for name, weight in self.weights.items()}
         del own
@@ -139,12 +144,95 @@ class Network:
         with function_modes.set_aside():
             return {name: scores.in_full(gradient) for name, gradient in whole.items()}
 
+    def batches(self, number: int | None = None) -> Iterator[Any]:
+        """Take the next batches, in order; a finite iterable is cycled.
+
+        Args:
+            number: How many to take, at least 1. Default: one after the other without an end, for
+                :func:`itertools.islice` and ``next``.
+
+        Returns:
+            An iterator over batches, for :meth:`loss`.
+
+        Raises:
+            ValueError: If there are no batches.
+
+        """
+        batches = self._scoring_batches(needs_loss=False)
+        return batches.take(inf if number is None else check_count("number", number))
+
+    def loss(self, batch: Any) -> Tensor:
+        """Compute the loss of a batch or of a part of one, with the graph that derivatives of any order are taken from.
+
+        It is the loss of this process, without an average over the others. What is to be averaged before something is
+        computed from it that is not linear goes through :meth:`mean`; the scores of a method that calls this function
+        are averaged at the end. What ``backward()`` leaves in ``.grad`` is dropped by :meth:`loss_gradients` and after
+        each round.
+
+        Args:
+            batch: What the loss function takes, such as one of :meth:`batches`.
+
+        Returns:
+            A finite tensor without dimensions that depends on at least one of :attr:`weights`.
+
+        Raises:
+            ValueError: If there is no loss function, its result is no such loss (``None``, for one: only
+                :meth:`loss_gradients` skips batches), or the weights are split over ranks (FSDP2).
+
+        """
+        self._check_whole("loss")
+        self._scoring_batches()
+        self.reads.add("loss")
+        loss = self._input.loss(self.module, gradients.batch_in_float32(batch))
+        reason = gradients.no_loss(loss)
+        if loss is not None and not reason:
+            reached, is_all = gradients.reached_by(loss, self.parameters)
+            self.reached.update(reached)
+            if is_all and not reached:
+                reason = f"The loss does not depend on any prunable parameter ({listed(self.parameters)})."
+        if loss is None or reason:
+            raise ValueError(
+                f"{reason} A method that calls `network.loss` cannot skip a batch: leave such batches out, or give them"
+                " a loss by `loss_fn`."
+            )
+        gradients.check_finite([loss.item()])
+        return loss.reshape(())
+
+    def mean(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Average tensors over the processes, each of which has scored on batches of its own.
+
+        All processes must call it, with as many tensors of the same shapes.
+
+        Args:
+            tensors: Any number of them, such as the gradients of :meth:`loss`.
+
+        Returns:
+            The averages, the same to the bit on all processes, in float32 or float64 and without a graph; of one
+                process the tensors themselves.
+
+        Raises:
+            TypeError: If something else than tensors is given, such as a mapping to them.
+            ValueError: If the weights are split over ranks (FSDP2).
+
+        """
+        self._check_whole("mean")
+        with self.ranks.together(), function_modes.set_aside():
+            given = [*tensors]
+            for tensor in given:
+                if not isinstance(tensor, Tensor):
+                    raise TypeError(f"`network.mean` takes tensors, got {shown(tensor)} among them.")
+            means = [scores.in_full(tensor) for tensor in given]
+            if self.ranks.size > 1:
+                means = [mean.clone(memory_format=torch.contiguous_format) for mean in means]
+        self.ranks.mean_(means)
+        return means
+
     def synaptic_flow(self) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
         """Compute the synaptic flow, see :class:`lightning_drive.network.synflow.SynapticFlow`.
 
         Returns:
             The absolute weights and the gradients of the flow, both by parameter name and owned by the caller; and
-            the flow.
+                the flow.
 
         Raises:
             ValueError: If the flow is not defined for a large part of the network; a few layers are a warning.
@@ -156,7 +244,9 @@ class Network:
                 " ranks. Use DRIVE or SNIP, or find the masks before `fully_shard`."
             )
         if self._flow is None:
-            self._check_flow()
+            self.warnings.extend(
+                flow_check.warnings(self.module, self.parameters, self.forward_pass(), self._input.remedy())
+            )
             self._flow = synflow.SynapticFlow(self.module, self.parameters)
         flow_gradients, total = self._flow.gradients(self.forward_pass())
         self.reached |= self._flow.reached
@@ -218,10 +308,29 @@ class Network:
                 " depends on no prunable parameter."
             )
 
+    def drop_gradients(self) -> None:
+        """Drop what backward passes of a method's own have left in the parameters."""
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
     def stand_still(self) -> None:
         """Repeat the next batch from here on, so that scores can be compared."""
         if self._batches is not None:
             self._batches.stand_still()
+
+    def _scoring_batches(self, *, needs_loss: bool = True) -> ScoringBatches:
+        """Return the batches; raise a ``ValueError`` if there are none, or no loss though it is needed."""
+        if self._batches is None or (needs_loss and not self._has_loss):
+            missing = "batches" if self._batches is None else "loss_fn"
+            raise ValueError(f"This method scores by a loss on batches, so it needs `{missing}`, got None.")
+        return self._batches
+
+    def _check_whole(self, name: str) -> None:
+        if self.is_sharded:
+            raise ValueError(
+                f"`network.{name}` is not defined while the weights are sharded over ranks (FSDP2). Use"
+                " `network.loss_gradients`, or find the masks before `fully_shard`."
+            )
 
     def _own_gradients(self, batches: ScoringBatches, num_batches: int) -> dict[str, Tensor]:
         """Sum the gradients over the next batches of this rank that are not skipped."""
@@ -237,24 +346,3 @@ class Network:
             if batches.num_in_pass is not None and number * num_batches >= batches.num_in_pass:
                 break
         return own
-
-    def _check_flow(self) -> None:
-        """Raise or warn if synaptic flow is not defined for a part of the network."""
-        forward_pass = self.forward_pass()
-        try:
-            layers = synflow_breakers.flow_breakers(self.module, forward_pass)
-        except Exception as error:  # from the module's own `forward`, which may not be made for this call
-            reason = f"{shown_error(error)}. {self._input.remedy()}"
-            raise ValueError(f"SynFlow could not run the network on {forward_pass.source}: {reason}") from error
-        named = listed([layer.layer for layer in layers], most=3)
-        text = (
-            f"SynFlow is not defined for {named}: saturating activations stop the flow and normalisation mixes its"
-            " signs."
-        )
-        without = {id(weight) for layer in layers for weight in layer.weights}
-        sizes = {id(parameter): parameter.numel() for parameter in self.parameters.values()}
-        share = sum(size for key, size in sizes.items() if key in without) / sum(sizes.values())
-        if share > 1 / 3 or len(layers) * 3 > len(self.parameters):
-            raise ValueError(f"{text} That is too much of this network; use another method, such as DRIVE.")
-        if layers:
-            self.warnings.append(f"{text} Their neighbours' scores mean little.")

@@ -38,7 +38,7 @@ class ScoringBatches:
             next(self._batches)
         return self._first
 
-    def take(self, number: int) -> Iterator[Any]:
+    def take(self, number: float) -> Iterator[Any]:
         """Yield batches until ``number`` of them were not skipped; raise ValueError if a whole pass is skipped."""
         while number:
             batch = next(self._batches)

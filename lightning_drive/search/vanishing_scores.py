@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.network.parameter_names import is_bias
-from lightning_drive.search import unscored_parameters
+from lightning_drive.search import method_scores, unscored_parameters
 from lightning_drive.search.methods import Method
 from lightning_drive.search.scored_network import Network
 from lightning_drive.search.unscored_parameters import patterns
@@ -49,7 +49,9 @@ def explain(
     known = unscored_parameters.silent_norms(network.module)
     try:
         network.stand_still()
-        causes = factors(network.module, network.weights, near_zero, lost, known, lambda: method.score(network))
+        causes = factors(
+            network.module, network.weights, near_zero, lost, known, lambda: method_scores.scores_of(network, method)
+        )
     except (ValueError, RuntimeError):  # a loss may be infinite with 1 in place of 1e-6; masks are final already
         causes = Causes()
     if known:

@@ -1,16 +1,20 @@
 """Any object with rounds, a mode and a score is a method, and what it reads is asked in one way."""
 
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import fits
 import lightning.pytorch as pl
+import own_methods
 import pytest
+import torch
+import torch.nn.functional as F
 from fits import ConvModule, loader, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_drive import DRIVE, SNIP, Magnitude, Random, SynFlow, find_masks
+from lightning_drive import DRIVE, SNIP, Magnitude, PruningReport, Random, SynFlow, find_masks
 from lightning_drive.search import methods
 from lightning_drive.warmup import WarmupPruningCallback
 
@@ -96,7 +100,21 @@ def test_loss__under_manual_optimization(tmp_path: Path) -> None:
     assert "costs: 6 forward and backward passes over a training batch" in str(callback.plan(ConvModule()))
 
 
-@pytest.mark.parametrize("method", [Plain(), ByLoss(), Magnitude(rounds=9)], ids=lambda method: type(method).__name__)
+class Undeclared(ByLoss):
+    """Reads the loss itself, and says nothing of it."""
+
+    batches_per_round: Any = property()  # as if it had none
+
+    def score(self, network: Any) -> dict[str, Tensor]:
+        [batch] = network.batches(1)
+        weights = network.weights
+        gradients = torch.autograd.grad(network.loss(batch), [*weights.values()])
+        return {name: gradient.abs() for name, gradient in zip(weights, gradients, strict=True)}
+
+
+@pytest.mark.parametrize(
+    "method", [Plain(), ByLoss(), Undeclared(), Magnitude(rounds=9)], ids=lambda method: type(method).__name__
+)
 def test_quick_check(method: Any, tmp_path: Path) -> None:
     """A method without settings does all of its rounds in a `fast_dev_run`, a dataclass at most two."""
     callback = WarmupPruningCallback(method, sparsity=0.8, warmup_epochs=1)
@@ -114,3 +132,51 @@ def test_same_masks_as_without_a_trainer(tmp_path: Path) -> None:
     trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
     assert callback.masks == expected
     assert callback.masks.hold_for(module)
+
+
+class BySign(Plain):
+    """Keeps the weights that are highest, negative or not."""
+
+    rounds = 1
+
+    def score(self, network: Any) -> dict[str, Tensor]:
+        return dict(network.weights)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [BySign(), own_methods.on_page("GraSP")(), own_methods.on_page("Fisher")()],
+    ids=lambda method: type(method).__name__,
+)
+def test_scores_of_both_signs__in_a_fit(method: Any, tmp_path: Path) -> None:
+    """Masks are those of `find_masks`; the report has the threshold and a picture, in its file, too."""
+    module = ConvModule()
+    data = {"batches": fits.loader(), "loss_fn": lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])}
+    expected = find_masks(module, method, sparsity=0.8, **data)
+    callback = WarmupPruningCallback(method, sparsity=0.8, bn_batches=0)
+    fit = trainer(tmp_path, callback, max_epochs=1)
+    fit.fit(module, fits.loader())
+    assert callback.masks == expected
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    report = PruningReport.from_checkpoint(tmp_path / "last.ckpt")
+    assert report == callback.report
+    assert report.method == (str(method) if is_dataclass(method) else type(method).__name__)
+    assert report.scores is not None
+    assert sum(report.scores.kept) + report.scores.kept_below == fits.NUM_KEPT
+    assert (report.scores.width is None) == (type(method).__name__ == "Fisher")
+    assert ("width" in report.to_dict()["scores"]) == (type(method).__name__ != "Fisher")
+    report.plot(tmp_path / "scores.png", kind="scores")
+
+
+def test_wrong_scores__in_a_fit(tmp_path: Path) -> None:
+    """Nothing is pruned, and the error names the parameter."""
+
+    class Forgetful(Plain):
+        def score(self, network: Any) -> dict[str, Tensor]:
+            return {name: score for name, score in super().score(network).items() if "head" not in name}
+
+    module, callback = ConvModule(), WarmupPruningCallback(Forgetful(), sparsity=0.8)
+    with pytest.raises(ValueError, match=r"`Forgetful.score` must return scores for exactly .* left out 'head.weight'"):
+        trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    assert not callback.pruned
+    assert all(parameter.all() for name, parameter in module.named_parameters() if name == "head.weight")

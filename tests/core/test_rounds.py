@@ -92,6 +92,13 @@ def histogram_of(
     return rounds.score_histogram(scores, alive, masks, thresholds, ranks), masks
 
 
+def histogram(scores: Mapping[str, Tensor], num_kept: int, **others: Any) -> tuple[ScoreHistogram, dict[str, Tensor]]:
+    """Prune once, and return the histogram, which there is, and the masks."""
+    found, masks = histogram_of(scores, num_kept, **others)
+    assert found is not None
+    return found, masks
+
+
 def counted_again(values: Tensor, found: ScoreHistogram) -> np.ndarray:
     """Count by numpy, from the lowest edge on."""
     edges = np.linspace(found.low, found.high, rounds.NUM_BINS + 1)
@@ -174,16 +181,71 @@ def test_score_histogram__sample_misses_the_few_alive() -> None:
     assert (sum(found.kept), sum(found.pruned), found.pruned_below) == (2, 0, 2)
 
 
+SIGNED = {
+    "both": lambda x: x,
+    "mostly_negative": lambda x: torch.where(x > 3, x, -x.abs()),
+    "negative": lambda x: -x.abs(),
+    "one_below_zero": lambda x: torch.cat([x[1:].abs(), -x[:1].abs()]),
+    "wide": lambda x: x.sign() * (10 * x).exp(),
+    "huge": lambda x: x.clamp(-1, 1) * (torch.finfo(x.dtype).max / 2),
+    "denormal": lambda x: x * torch.finfo(x.dtype).smallest_normal / 8,
+    "two_values": lambda x: x.sign(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", SIGNED)
+@pytest.mark.parametrize("chunk", [100, 1 << 19], ids=["small_chunks", "one_chunk"])
+def test_score_histogram__of_both_signs(
+    kind: str, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All scores are in the bins that their edges say, which are as wide on the axis; pruned ones have no score."""
+    monkeypatch.setattr(grouped_tensors, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    scores = SIGNED[kind](torch.randn(5000, generator=generator, dtype=torch.float64).to(dtype))
+    alive = torch.rand(5000, generator=generator) < 0.8
+    junk = torch.tensor([float("nan"), -float("inf"), float("inf"), -1e38], dtype=dtype).repeat(1250)
+    found, masks = histogram({"a": torch.where(alive, scores, junk)}, 1000, alive={"a": alive})
+    assert (found.kept_below, found.pruned_below) == (0, 0)
+    assert found.width is not None
+    places = np.arcsinh(scores.double().numpy() / found.width)
+    bins = np.linspace(found.low, found.high, rounds.NUM_BINS + 1)
+    kept = masks["a"].numpy()
+    assert np.histogram(places[kept], bins)[0].tolist() == list(found.kept)
+    assert np.histogram(places[alive.numpy() & ~kept], bins)[0].tolist() == list(found.pruned)
+    assert np.arcsinh(np.array(found.edges) / found.width) == pytest.approx(bins, abs=1e-9)
+
+
+def test_score_histogram__of_both_signs__threshold_divides() -> None:
+    given = torch.randn(5000, generator=torch.Generator().manual_seed(0)).pow(3)
+    for num_kept in (100, 2500, 4900):
+        found, masks = histogram({"a": given}, num_kept)
+        threshold = given[masks["a"]].min().item()
+        assert not any(kept for kept, end in zip(found.kept, found.edges[1:], strict=True) if end < threshold)
+        assert not any(pruned for pruned, start in zip(found.pruned, found.edges, strict=False) if start > threshold)
+
+
+def test_score_histogram__of_both_signs__shows_many_orders_of_magnitude() -> None:
+    """Neither are most scores in one bin around zero, nor does a decade at the ends take up one."""
+    given = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 1e-6
+    given[:2] = torch.tensor([1.0, -1.0])
+    found, _ = histogram({"a": given}, 2500)
+    assert max(kept + pruned for kept, pruned in zip(found.kept, found.pruned, strict=True)) < 2500
+    assert found.edges[-1] / found.edges[-2] < 10
+
+
 class OfTwo(Ranks):
-    """Stands for the first of two ranks, the other of which has no score above zero."""
+    """Stands for the first of two ranks, the other of which has scores of zero only."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        return torch.stack([tensor, torch.tensor([float("inf"), 0.0], dtype=torch.float64)])
+        return torch.stack([tensor, torch.tensor([float("inf"), 0.0, 0.0, float("inf")], dtype=torch.float64)])
 
 
 def test_score_histogram__range_is_that_of_all_ranks() -> None:
     given = scores(torch.float32)
     assert histogram_of(given, 2000, ranks=OfTwo())[0] == histogram_of(given, 2000)[0]
+    signed = {name: score - 1 for name, score in given.items()}
+    assert histogram_of(signed, 2000, ranks=OfTwo())[0] == histogram_of(signed, 2000)[0]

@@ -10,6 +10,8 @@ VALUES = {
     "distinct": lambda x: x,
     "wide": lambda x: torch.exp((x - 0.5) * 20),
     "tiny": lambda x: x * torch.finfo(x.dtype).smallest_normal,  # denormals
+    "signed": lambda x: x - 0.5,
+    "negative": lambda x: -torch.exp((x - 0.5) * 20),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_drive.core import grouped_tensors, sample_select, selection
+from lightning_drive.core import grouped_tensors, radix_select, sample_select, selection
 
 SCORES = {"a": torch.tensor([[0.1, 0.9], [0.2, 0.5]]), "b": torch.tensor([0.7, 0.8])}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -27,6 +27,13 @@ VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "huge": lambda x: x * torch.finfo(x.dtype).max,
     "wide": lambda x: torch.exp((x - 0.5) * 20),
     "close": lambda x: 1 + x * 4 * torch.finfo(x.dtype).eps,  # all in one bin but for the last digit
+    "signed": lambda x: torch.where(x < 0.5, -1, 1) * torch.exp((x - 0.5) * 20),
+    "signed_ties": lambda x: (8 * x).round() / 8 - 0.5,
+    "negative": lambda x: -torch.exp((x - 0.5) * 20),
+    "close_below_zero": lambda x: -1 - x * 4 * torch.finfo(x.dtype).eps,
+    "signed_tiny": lambda x: (x - 0.5) * torch.finfo(x.dtype).smallest_normal,
+    "signed_huge": lambda x: (2 * x - 1) * torch.finfo(x.dtype).max,
+    "zeros_of_both_signs": lambda x: torch.where(x < 0.3, 0 * x, -0.0) + torch.where(x > 0.8, x, -0.0),
 }
 
 
@@ -161,9 +168,11 @@ class TestKeepHighestProperties:
     def test_sees_order_only(self, seed: int, kind: str) -> None:
         scores = random_scores(seed, torch.float64, kind)
         squared = {name: score**2 for name, score in scores.items()}
+        lowered = {name: score - 0.5 for name, score in scores.items()}
         for num_kept in (5, 40, 100):
             masks = selection.keep_highest(scores, num_kept).masks
             assert lists(masks) == lists(selection.keep_highest(squared, num_kept).masks)
+            assert lists(masks) == lists(selection.keep_highest(lowered, num_kept).masks)
 
     def test_nests(self, seed: int, kind: str) -> None:
         """What few places keep, more places keep too."""
@@ -288,10 +297,27 @@ def test_keep_highest__non_finite_error(dtype: torch.dtype, bad: float) -> None:
 
 
 @DTYPES
-def test_keep_highest__negative_error(dtype: torch.dtype) -> None:
-    scores = {"conv": torch.ones(3, dtype=dtype), "fc": torch.tensor([1.0, -0.5, -0.25], dtype=dtype)}
-    with pytest.raises(ValueError, match=r"scores of 'fc' must not be negative, but the lowest is -0.5"):
-        selection.keep_highest(scores, 2)
+@pytest.mark.parametrize("way", [by_digits, nullcontext])
+@pytest.mark.parametrize(
+    ("num_kept", "threshold", "num_above", "num_tied"),
+    [(1, 1.0, 0, 1), (2, 0.0, 1, 2), (4, -0.25, 3, 2), (5, -0.25, 3, 2), (6, -2.0, 5, 1)],
+)
+def test_keep_highest__line_below_zero(
+    dtype: torch.dtype, way: Any, num_kept: int, threshold: float, num_above: int, num_tied: int
+) -> None:
+    scores = {"a": torch.tensor([-0.25, -0.0, 0.0], dtype=dtype), "b": torch.tensor([1.0, -2, -0.25], dtype=dtype)}
+    with way():
+        found = selection.keep_highest(scores, num_kept)
+    assert (found.threshold, found.num_above, found.num_tied) == (threshold, num_above, num_tied)
+    assert str(found.threshold) == str(threshold)  # of -0.0 as well
+
+
+def test_keep_highest__way_does_not_depend_on_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample leads to thresholds of either sign, so that scores of both cost no more than others."""
+    monkeypatch.setattr(radix_select, "cut", pytest.fail)
+    scores = torch.randn(200_001, generator=torch.Generator().manual_seed(0))
+    for num_kept in (1_000, 100_000, 199_000):
+        assert int(selection.keep_highest({"a": scores}, num_kept).masks["a"].sum()) == num_kept
 
 
 @pytest.mark.parametrize("num_kept", [0, -1, 7])

@@ -14,6 +14,7 @@ from typing import Any
 
 import fits
 import lightning.pytorch as pl
+import own_methods
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from lightning_drive import (
     find_masks,
 )
 from lightning_drive.core.shards import is_sharded, local
+from lightning_drive.warmup import WarmupPruningCallback
 
 EPOCHS = 4
 BATCH = 8
@@ -315,6 +317,28 @@ def failing(folder: Path) -> dict[str, Any]:
     return {"error": "none"}
 
 
+OWN: dict[str, Callable[[], Any]] = {
+    "GraSP": lambda: own_methods.on_page("GraSP")(batches_per_round=2),
+    "Fisher": lambda: own_methods.on_page("Fisher")(),
+    "LossGradients": own_methods.LossGradients,
+}
+
+
+def own_callback(method: Any) -> WarmupPruningCallback:
+    return WarmupPruningCallback(method, sparsity=0.8, bn_batches=0)
+
+
+def own(folder: Path) -> dict[str, Any]:
+    """Prune by methods that read losses themselves, one of which fails on one rank."""
+    results = {name: train(folder, Exact(), own_callback(make()), "ddp", max_epochs=1) for name, make in OWN.items()}
+    try:
+        train(folder, Exact(), own_callback(own_methods.FailsOnRank(1)), "ddp", max_epochs=1)
+    except (ZeroDivisionError, RuntimeError) as error:
+        results["error"] = f"{type(error).__name__}: {error}"
+    results["again"] = train(folder, Exact(), own_callback(OWN["GraSP"]()), "ddp", max_epochs=1)
+    return results
+
+
 class WithExperts(Exact):
     """Has three more layers: one for each rank, and one that is never used."""
 
@@ -409,6 +433,7 @@ def sharded(folder: Path) -> dict[str, Any]:
         ("reinit", Sharded(), METHODS["snip"](control="reinit"), strategy()),
         ("tensor_parallel", Sharded(), METHODS["drive"](), tensor_parallel),
         ("partly_sharded", partly := PartlySharded(), METHODS["drive"](), strategy()),
+        ("own", Sharded(), own_callback(OWN["GraSP"]()), strategy()),
     ):
         try:
             train(folder, module, callback, how)
@@ -444,7 +469,7 @@ SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (joined, variants, methods, resume, failing, skipping, accelerated, disagreeing, sharded)
+    for scenario in (joined, variants, methods, resume, failing, own, skipping, accelerated, disagreeing, sharded)
     if scenario is not sharded or SHARDS_ON_CPU
 }
 

@@ -148,6 +148,33 @@ def drive(
     return prune(score, masks or ones_like_weights(module, names), **settings)
 
 
+def grasp(
+    module: nn.Module, names: Sequence[str], batches: Sequence[Batch], loss_fn: LossFn, *, mode: str, **settings: Any
+) -> list[dict[str, Tensor]]:
+    """GraSP (Wang et al., 2020, Algorithm 1): keep the lowest -theta * (H g), with all of H written out."""
+    module = copy.deepcopy(module).double()
+    set_scoring_mode(module, mode)
+    parameters = dict(module.named_parameters())
+    shapes = [parameters[name].shape for name in names]
+    theta = torch.cat([parameters[name].detach().flatten() for name in names])
+
+    def loss_at(flat: Tensor) -> Tensor:
+        parts = flat.split([shape.numel() for shape in shapes])
+        weights = {f"module.{name}": part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in batches:
+            buffers = {f"module.{name}": buffer.clone() for name, buffer in module.named_buffers()}
+            total = total + torch.func.functional_call(LossModule(module, loss_fn), {**weights, **buffers}, (batch,))
+        return total
+
+    gradient = torch.autograd.functional.jacobian(loss_at, theta)
+    hessian = torch.autograd.functional.hessian(loss_at, theta)
+    to_remove = -theta * (hessian @ gradient)
+    parts = (-to_remove).split([shape.numel() for shape in shapes])
+    scores = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+    return prune(lambda masks, round_index: scores, ones_like_weights(module, names), rounds=1, **settings)
+
+
 def synflow_flow_and_scores(
     module: nn.Module, names: Sequence[str], masks: Mapping[str, Tensor], input_shape: Sequence[int]
 ) -> tuple[float, Scores]:

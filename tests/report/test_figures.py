@@ -1,5 +1,6 @@
 """Pictures show the numbers of the report, with labels that can be read."""
 
+import math
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -11,7 +12,7 @@ import torch
 from reports import HISTOGRAM, MASKS, full_report, small_report
 
 from lightning_drive import Masks, PruningReport
-from lightning_drive.core.rounds import Round
+from lightning_drive.core.rounds import Round, ScoreHistogram
 from lightning_drive.report.figures import Picture
 
 
@@ -92,6 +93,28 @@ def test_figure__scores() -> None:
     [line] = axes.lines
     assert line.get_xdata()[0] == 2e-3
     assert "2 are lower" in axes.get_xlabel()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "name"), [(-0.5, "threshold: -0.5"), (0.0, "threshold: 0"), (30, "threshold: 30")]
+)
+def test_figure__scores_of_both_signs(threshold: float, name: str) -> None:
+    """The axis has both signs, linear around 0; the bars and the line are at the scores that they stand for."""
+    pytest.importorskip("matplotlib")
+    signed = ScoreHistogram(-8.0, 10.0, (0,) * 30 + (1,) * 30, (2,) * 30 + (0,) * 30, 0, 0, width=0.25)
+    report = replace(full_report(), scores=signed, rounds=(Round(1, threshold, (100, 700)),))
+    [axes] = report.figure("scores").axes
+    kept, pruned = axes.patches
+    edges = [0.25 * math.sinh(place) for place in (-8.0, 1.0, 10.0)]
+    assert [kept.get_data().edges[index] for index in (0, 30, 60)] == pytest.approx(edges)
+    assert (sum(kept.get_data().values), sum(pruned.get_data().values)) == (30, 90)
+    shown = axes.transData.transform([(edge, 0) for edge in kept.get_data().edges])[:, 0]
+    assert [end - start for start, end in pairwise(shown)] == pytest.approx([(shown[-1] - shown[0]) / 60] * 60)
+    [line] = axes.lines
+    assert (line.get_xdata()[0], line.get_label()) == (threshold, name)
+    ticks = [text.get_text() for text in axes.get_xticklabels()]
+    assert "0" in ticks
+    assert any(text.startswith("$-10") for text in ticks)
 
 
 def test_figure__rounds() -> None:

@@ -150,6 +150,31 @@ def test_failing(ranks: Any) -> None:
     assert second.startswith("ValueError: The loss must be finite, got nan")
 
 
+@pytest.mark.parametrize("name", ["GraSP", "Fisher"])
+def test_own__masks_are_those_of_one_process(ranks: Any, tmp_path: Path, name: str) -> None:
+    """What a method computes from losses of its own is averaged: two half batches give what one whole batch gives."""
+    masks = check_same(*(result[name] for result in ranks("own")))
+    alone = distributed.own_callback(distributed.OWN[name]())
+    trainer = fits.trainer(tmp_path, alone, max_epochs=1)
+    trainer.fit(distributed.Exact(), datamodule=distributed.Data(2 * distributed.BATCH))
+    assert alone.masks == masks
+
+
+def test_own__without_a_mean(ranks: Any) -> None:
+    """A method that thinks of one process only has scores that are averaged, so that all ranks find the same masks."""
+    first, second = (result["LossGradients"] for result in ranks("own"))
+    check_same(first, second)
+    assert not any("found other masks" in text for text in first["report"]["warnings"])
+
+
+def test_own__failing(ranks: Any) -> None:
+    """What goes wrong in the method's own code on one rank ends the others in their next mean, and nothing is stuck."""
+    first, second = ranks("own")
+    assert first["error"].startswith("RuntimeError: Pruning failed on rank 1 of 2")
+    assert second["error"] == "ZeroDivisionError: on purpose"
+    check_same(first["again"], second["again"])
+
+
 def test_skipping(ranks: Any) -> None:
     """A rank takes other batches of its own; what any rank has a gradient of is pruned, and the rest left out."""
     first, second = ranks("skipping")
@@ -239,6 +264,12 @@ def test_sharded__error(ranks: Any, name: str) -> None:
     for result in ranks("sharded"):
         assert result["refused"][name].startswith("MisconfigurationException")
         assert "with ModelParallelStrategy cannot work on sharded weights" in result["refused"][name]
+
+
+def test_sharded__own_error(ranks: Any) -> None:
+    """A loss with a graph is not to be had where no rank has all weights."""
+    for result in ranks("sharded"):
+        assert "`network.loss` is not defined while the weights are sharded" in result["refused"]["own"]
 
 
 def test_sharded__other_ways_error(ranks: Any) -> None:
