@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from lightning_drive.callbacks.snip import SNIPPruningCallback
     from lightning_drive.callbacks.synflow import SynFlowPruningCallback
     from lightning_drive.compaction.compact import compact
-    from lightning_drive.core.masks import Masks
     from lightning_drive.export.sparse_reader import load_sparse
     from lightning_drive.export.sparse_writer import save_sparse
+    from lightning_drive.network.masks import Masks
     from lightning_drive.report.pruning_report import PruningReport
     from lightning_drive.search.find import find_masks
     from lightning_drive.search.methods import DRIVE, SNIP, Magnitude, Random, SynFlow
@@ -46,7 +46,7 @@ _HOMES = {
     "callbacks.snip": ("SNIPPruningCallback",),
     "callbacks.synflow": ("SynFlowPruningCallback",),
     "compaction.compact": ("compact",),
-    "core.masks": ("Masks",),
+    "network.masks": ("Masks",),
     "export.sparse_reader": ("load_sparse",),
     "export.sparse_writer": ("save_sparse",),
     "report.pruning_report": ("PruningReport",),

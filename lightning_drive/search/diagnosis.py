@@ -4,10 +4,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from lightning_drive.core.goal import Goal
-from lightning_drive.core.masks import Masks, collapsed_layers
 from lightning_drive.core.messages import listed
 from lightning_drive.network.costs import Costs, measure
 from lightning_drive.network.forward_passes import ForwardPass
+from lightning_drive.network.masks import Masks, collapsed_layers
 from lightning_drive.search import active_weights, coverage_warnings, methods, unscored_parameters, vanishing_scores
 from lightning_drive.search.active_weights import ActiveWeights
 from lightning_drive.search.loop import Found, History

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lightning_drive.core import shards
 from lightning_drive.core.arguments import Schedule, Scope, check_patterns
 from lightning_drive.core.goal import Goal
-from lightning_drive.core.masks import Masks
 from lightning_drive.network import prunable, prunable_checks
 from lightning_drive.network.gradients import LossFunction
+from lightning_drive.network.masks import Masks
 from lightning_drive.network.repeated_batches import Passes
 from lightning_drive.search import unscored_parameters
 from lightning_drive.search.diagnosis import Diagnosis, diagnose

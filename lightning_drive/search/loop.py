@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lightning_drive.core import counting, function_modes, schedules, selection
 from lightning_drive.core.goal import Goal
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.rounds import Round, ScoreHistogram, removed_by_round, score_histogram
 from lightning_drive.core.selection import Ranking
+from lightning_drive.network.masks import Masks
 from lightning_drive.search import unscored_parameters, vanishing_scores
 from lightning_drive.search.methods import Method
 from lightning_drive.search.scored_network import Network

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from lightning_drive.core import function_modes, schedules, scores, shards, zeroing
 from lightning_drive.core.arguments import Mode
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed, shown_error
 from lightning_drive.core.processes import ALONE, Ranks
 from lightning_drive.network import gradients, prunable, synflow, synflow_breakers
 from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.gradients import LossFunction
+from lightning_drive.network.masks import Masks
 from lightning_drive.network.undisturbed import undisturbed
 from lightning_drive.search import rank_agreement
 from lightning_drive.search.network_input import NetworkInput

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_drive.core import shards
-from lightning_drive.core.masks import Masks
+from lightning_drive.network.masks import Masks
 from lightning_drive.trainer import other_callbacks, trained_parameters
 from lightning_drive.trainer.attribute_copies import copies_in_attributes
 from lightning_drive.trainer.averages import Averages

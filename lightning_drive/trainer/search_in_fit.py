@@ -14,10 +14,10 @@ from torch import Tensor
 from lightning_drive.core import shards
 from lightning_drive.core.arguments import Mode
 from lightning_drive.core.goal import Goal
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.processes import Ranks
 from lightning_drive.network import batch_norm, gradients, prunable, prunable_checks
 from lightning_drive.network.gradients import LossFunction
+from lightning_drive.network.masks import Masks
 from lightning_drive.search.diagnosis import Diagnosis
 from lightning_drive.search.find import search_reached
 from lightning_drive.search.loop import Found
