@@ -10,7 +10,7 @@ from lightning_drive.core.goal import Goal
 from lightning_drive.core.rounds import Round, ScoreHistogram, removed_by_round, score_histogram
 from lightning_drive.core.selection import Ranking
 from lightning_drive.network.masks import Masks
-from lightning_drive.search import unscored_parameters, vanishing_scores
+from lightning_drive.search import unscored_parameters, vanishing_scores, zeros_first
 from lightning_drive.search.methods import Method
 from lightning_drive.search.scored_network import Network
 
@@ -138,6 +138,10 @@ def _cut(
         counts = {name: min(schedules.num_kept(sizes[name], density), left) for name, left in alive.items() if left}
         ranked = {name: scores[name] for name in counts}
         rankings = selection.keep_highest_each(ranked, counts, masks, holders, num_alive=own)
+    rankings = {
+        name: zeros_first.decided(ranking, scores, network.weights, masks, alive, holders)
+        for name, ranking in rankings.items()
+    }
     kept = Masks({**masks, **{name: mask for ranking in rankings.values() for name, mask in ranking.masks.items()}})
     prunes = sum(ranking.num_kept for ranking in rankings.values()) < sum(alive.values())
     if prunes and all(ranking.num_above == 0 and ranking.threshold == 0 for ranking in rankings.values()):
