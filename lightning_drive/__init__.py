@@ -11,6 +11,7 @@ __all__ = [
     "SNIP",
     "DRIVEPruningCallback",
     "IMPPruningCallback",
+    "KeepZerosCallback",
     "Magnitude",
     "Masks",
     "PruningReport",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_drive.acceleration.accelerate import accelerate
     from lightning_drive.callbacks.drive import DRIVEPruningCallback
     from lightning_drive.callbacks.imp import IMPPruningCallback
+    from lightning_drive.callbacks.keep_zeros import KeepZerosCallback
     from lightning_drive.callbacks.snip import SNIPPruningCallback
     from lightning_drive.callbacks.synflow import SynFlowPruningCallback
     from lightning_drive.compaction.compact import compact
@@ -43,6 +45,7 @@ _HOMES = {
     "acceleration.accelerate": ("accelerate",),
     "callbacks.drive": ("DRIVEPruningCallback",),
     "callbacks.imp": ("IMPPruningCallback",),
+    "callbacks.keep_zeros": ("KeepZerosCallback",),
     "callbacks.snip": ("SNIPPruningCallback",),
     "callbacks.synflow": ("SynFlowPruningCallback",),
     "compaction.compact": ("compact",),

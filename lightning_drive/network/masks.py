@@ -46,10 +46,8 @@ class Masks(Mapping[str, Tensor]):
                 kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"The mask of {name!r} must be a boolean tensor (`True` keeps), got {kind}.")
 
-    @classmethod
-    def of(
-        cls, module: nn.Module, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None
-    ) -> "Masks":
+    @staticmethod
+    def of(module: nn.Module, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None) -> "Masks":
         """Read the masks of a network that is sparse already off its zeros.
 
         Only prunable weights are read, so what is 0 for another reason, such as a new position embedding or the row of
@@ -79,12 +77,7 @@ class Masks(Mapping[str, Tensor]):
                     [False,  True]])
 
         """
-        return cls(
-            {
-                name: shards.joined(tensor_kinds.numbers(shards.local(weight.detach()), name) != 0, of=weight)
-                for name, weight in prunable.prunable_parameters(module, include, exclude).items()
-            }
-        )
+        return of_zeros(prunable.prunable_parameters(module, include, exclude))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -272,6 +265,19 @@ class Masks(Mapping[str, Tensor]):
             digest.update(f"{name}{tuple(self[name].shape)}".encode())
             digest.update(pack(self[name]).numpy().tobytes())
         return digest.hexdigest()
+
+
+def of_zeros(weights: Mapping[str, Tensor]) -> Masks:
+    """Return the masks that keep what is not 0 in weights by name, which may be split over ranks or quantised.
+
+    Example:
+        >>> of_zeros({"weight": torch.tensor([0.5, 0.0, -0.0])})["weight"]
+        tensor([ True, False, False])
+
+    """
+    local = {name: shards.local(weight.detach()) for name, weight in weights.items()}
+    live = {name: tensor_kinds.numbers(weight, name) != 0 for name, weight in local.items()}
+    return Masks({name: shards.joined(mask, of=weights[name]) for name, mask in live.items()})
 
 
 def collapsed_layers(masks: Mapping[str, Tensor]) -> list[str]:

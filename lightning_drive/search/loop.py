@@ -1,7 +1,7 @@
 """The search loop shared by all methods: score, cut, mask."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -29,20 +29,20 @@ class ZeroCut:
 
 @dataclass(frozen=True)
 class History:
-    """What happened in the rounds of a search."""
+    """What happened in the rounds of a search, or nothing where masks were given."""
 
-    rounds: tuple[Round, ...]
-    scores: ScoreHistogram | None
+    rounds: tuple[Round, ...] = ()
+    scores: ScoreHistogram | None = None
     """The distribution of the scores in the last round; ``None`` if they were all zero."""
-    zero_cuts: tuple[ZeroCut, ...]
+    zero_cuts: tuple[ZeroCut, ...] = ()
     """The cuts that decided which weights are kept in the end."""
-    near_zero: Mapping[str, float]
+    near_zero: Mapping[str, float] = field(default_factory=dict)
     """Parameters that were near or exactly 0 throughout though they were not pruned, with their largest value."""
-    silent: frozenset[str]
+    silent: frozenset[str] = frozenset()
     """Names of parameters that had weights and scored 0 throughout in the first round."""
-    unreached: tuple[str, ...]
+    unreached: tuple[str, ...] = ()
     """Names of the parameters that had no gradient in any round: the search has to run again without them."""
-    is_cycle: bool
+    is_cycle: bool = False
     """Whether the search did one of the method's rounds only, with training before the next."""
 
 
