@@ -35,6 +35,8 @@ class KeepZerosCallback(PruningCallback):
         masks: Which weights to keep; ``None``: those that are not 0 when ``fit`` begins. Either a
             :class:`lightning_drive.Masks`, or a path: of a checkpoint of a pruning callback, whose masks are taken, or
             of any other checkpoint, saved ``state_dict`` or sparse file, whose zeros are taken. No weights are loaded.
+            As an attribute, those that are on (:class:`lightning_drive.Masks`), on the CPU; empty before the first
+            epoch.
         include: Glob patterns over parameter names; only what matches is kept at zero. Default: the weights of all
             layers that multiply by them, or all that ``masks`` are for.
         exclude: Glob patterns over parameter names that train densely, such as a new head that starts at zero.
@@ -43,7 +45,6 @@ class KeepZerosCallback(PruningCallback):
             those of a dense run, or of a run that is resumed, within rounding, not bit for bit.
 
     Attributes:
-        masks: The masks (:class:`lightning_drive.Masks`), on the CPU; empty before the first epoch.
         pruned: Whether the masks are on.
         report: The report (:class:`lightning_drive.PruningReport`); ``None`` before the first epoch.
 
@@ -94,14 +95,12 @@ class KeepZerosCallback(PruningCallback):
         """Return the masks to put on a module; raise ValueError if they do not fit it, or prune nothing or all."""
         if self.given_masks is None:
             masks = keep_masks.of_zeros(self.prunable_parameters(module))
-            whose, remedy = (
-                f"of {type(module).__name__}",
-                "Load the weights of a sparse network before `fit`, or set `masks`.",
-            )
+            remedy = "Load the weights of a sparse network before `fit`, or set `masks`."
+            given_masks.check_share(masks, f"of {type(module).__name__} that are prunable", "0", remedy)
         else:
             masks = given_masks.read(self.given_masks, module, self._in_scope, self.include, self.exclude)
-            whose, remedy = f"that `masks={self._source!r}` covers", "Pass the masks, or a file, of a sparse network."
-        given_masks.check_share(masks, whose, remedy)
+            remedy = "Pass the masks, or a file, of a sparse network."
+            given_masks.check_share(masks, f"that `masks={self._source!r}` covers", "pruned", remedy)
         return masks
 
     @property

@@ -110,7 +110,8 @@ def zeros_without_masks(
     yield (
         f"{zeros:,} of {size:,} prunable weights ({zeros / size:.1%}) are 0 already, as in a network that was pruned,"
         f" but {type(pruning).__name__} has no masks for them: {trained}. To go on with a pruned network, pass a"
-        " checkpoint as `ckpt_path` that was saved with the state of the callback that pruned it."
+        " checkpoint as `ckpt_path` that was saved with the state of the callback that pruned it; to fine-tune one"
+        " without pruning it further, use `KeepZerosCallback`."
     )
 
 

@@ -62,12 +62,13 @@ def read(
     return masks
 
 
-def check_share(masks: Masks, of_what: str, remedy: str) -> None:
-    """Raise ValueError if masks prune nothing, or everything; ``of_what`` says whose they are."""
+def check_share(masks: Masks, of_what: str, is_what: str, remedy: str) -> None:
+    """Raise ValueError if masks prune nothing or everything; ``of_what`` and ``is_what`` say which weights are what."""
     if 0 < masks.num_kept < masks.num_prunable:
         return
-    share = "all" if masks.num_prunable and not masks.num_kept else "none"
-    raise ValueError(f"{share.capitalize()} of the {masks.num_prunable:,} prunable weights {of_what} is 0. {remedy}")
+    if masks.num_prunable and not masks.num_kept:
+        raise ValueError(f"All {masks.num_prunable:,} weights {of_what} are {is_what}. {remedy}")
+    raise ValueError(f"None of the {masks.num_prunable:,} weights {of_what} is {is_what}. {remedy}")
 
 
 def _in_file(path: Path) -> Masks | Mapping[str, Tensor]:
