@@ -154,6 +154,16 @@ class LeavesAlone(pl.Callback):
                     parameter.add_(torch.randn_like(parameter))
 
 
+class Same:
+    """A method by which all weights score the same: zeros go first, and then position decides."""
+
+    rounds = 1
+    mode = "eval"
+
+    def score(self, network: Any) -> dict[str, Tensor]:
+        return {name: torch.ones_like(weight) for name, weight in network.weights.items()}
+
+
 class FindsTies(pl.Callback):
     """Finds masks among weights with many equal values, when training starts."""
 
@@ -169,7 +179,7 @@ def masks_among_ties(module: nn.Module) -> dict[str, Any]:
     with torch.no_grad():
         for parameter in module.parameters():
             local(parameter).copy_(local(parameter).mul(10).round().div(10))
-    methods = {"magnitude": Magnitude(rounds=2), "random": Random(seed=3)}
+    methods = {"magnitude": Magnitude(rounds=2), "random": Random(seed=3), "same": Same()}
     return {
         f"{name}-{scope}": find_masks(module, method, sparsity=0.37, scope=scope).state_dict()
         for name, method in methods.items()
