@@ -51,7 +51,7 @@ class Masks(Mapping[str, Tensor]):
         """Read the masks of a network that is sparse already off its zeros.
 
         Only prunable weights are read, so what is 0 for another reason, such as a new position embedding or the row of
-        a ``padding_idx``, gets no mask.
+        a ``padding_idx``, gets no mask. Frozen weights get none, either: unfreeze them first.
 
         Args:
             module: The network, with plain weights.

@@ -4,7 +4,7 @@ import copy
 import inspect
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,17 @@ import torch
 import torch.nn.functional as F
 from fits import ConvModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, EMAWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    LearningRateFinder,
+)
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_drive import (
@@ -433,6 +441,88 @@ def test_interrupted(tmp_path: Path) -> None:
         fits.fit(tmp_path, module, KeepZerosCallback(), Breaks())
     assert sparse_masks().hold_for(module)
     assert not any(weight._post_accumulate_grad_hooks for weight in module.parameters())
+
+
+class Searched(ConvModule):
+    """Has a learning rate and a batch size that can be searched for."""
+
+    batch_size = 16
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return fits.loader(batch_size=self.batch_size)
+
+
+SEARCHES: dict[str, tuple[Callable[[Tuner, Any], Any], Callable[[], pl.Callback]]] = {
+    "lr": (
+        lambda tuner, module: tuner.lr_find(module, num_training=20, update_attr=True),
+        lambda: LearningRateFinder(num_training_steps=20),
+    ),
+    "batch_size": (
+        lambda tuner, module: tuner.scale_batch_size(module, max_trials=2, steps_per_trial=1, init_val=8),
+        lambda: BatchSizeFinder(max_trials=2, steps_per_trial=1, init_val=8),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SEARCHES)
+@pytest.mark.parametrize("given", [False, True])
+def test_search(tmp_path: Path, what: str, given: bool) -> None:
+    """A search for a learning rate or batch size, before training or as it starts, leaves weights and zeros alone."""
+    tune, finder = SEARCHES[what]
+    module = Searched() if given else sparse(Searched())
+    callback, before = KeepZerosCallback(masks=sparse_masks() if given else None), fits.state_of(module)
+    running = fits.trainer(tmp_path, callback)
+    tune(Tuner(running), module)
+    assert fits.equal_states(fits.state_of(module), before)
+    running.fit(module)
+    assert callback.masks == Masks.of(module) == sparse_masks()
+
+    after = fits.state_of(module)
+    tune(Tuner(fits.trainer(tmp_path, callback, max_epochs=6)), module)
+    assert fits.equal_states(fits.state_of(module), after)
+
+    module = Searched() if given else sparse(Searched())
+    fits.trainer(tmp_path, callback, finder(), watch := Watch(sparse_masks())).fit(module)
+    assert callback.masks == Masks.of(module) == sparse_masks()
+    assert max(watch.alive) == 0
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_evaluation_from_a_checkpoint(tmp_path: Path, stage: str) -> None:
+    class Evaluated(ConvModule):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0])
+
+    path = in_a_checkpoint_of_its_own(tmp_path)
+    module, callback = Evaluated(), KeepZerosCallback()
+    run: Any = getattr(fits.trainer(tmp_path, callback), stage)
+    run(module, fits.loader(), ckpt_path=path)
+    assert callback.masks == Masks.of(module) == sparse_masks()
+
+
+class Stream(IterableDataset[Any]):
+    """A stream that can be read once."""
+
+    def __init__(self) -> None:
+        self.samples = iter(fits.dataset(64))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.samples)
+
+
+def test_stream(tmp_path: Path) -> None:
+    """Nothing is taken from data that can be read only once."""
+    module, callback = sparse(ConvModule()), KeepZerosCallback()
+    module.example_input_array = torch.zeros(2, 1, 8, 8)
+    fits.trainer(tmp_path, callback, max_epochs=1).fit(module, DataLoader(Stream(), batch_size=16))
+    assert callback.masks.hold_for(module)
+    assert len(module.calls) == 4
 
 
 # What is said.
