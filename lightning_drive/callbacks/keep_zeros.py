@@ -12,9 +12,8 @@ from typing_extensions import override
 
 from lightning_drive.callbacks.hooks import PruningCallback
 from lightning_drive.core import shards
-from lightning_drive.network import masks as keep_masks
 from lightning_drive.network import prunable, prunable_checks
-from lightning_drive.network.masks import Masks
+from lightning_drive.network.masks import Masks, of_zeros
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
 from lightning_drive.trainer import given_masks, search_in_fit
@@ -94,7 +93,7 @@ class KeepZerosCallback(PruningCallback):
     def _masks_for(self, module: nn.Module) -> Masks:
         """Return the masks to put on a module; raise ValueError if they do not fit it, or prune nothing or all."""
         if self.given_masks is None:
-            masks = keep_masks.of_zeros(self.prunable_parameters(module))
+            masks = of_zeros(self.prunable_parameters(module))
             remedy = "Load the weights of a sparse network before `fit`, or set `masks`."
             given_masks.check_share(masks, f"of {type(module).__name__} that are prunable", "0", remedy)
         else:

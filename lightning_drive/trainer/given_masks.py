@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from lightning_drive.core.messages import listed, shown
 from lightning_drive.export import checkpoints, foreign_masks, sparse_reader
-from lightning_drive.network import masks as keep_masks
 from lightning_drive.network import name_patterns
-from lightning_drive.network.masks import Masks
+from lightning_drive.network.masks import Masks, of_zeros
 
 Given: TypeAlias = Masks | str | None
 """Masks, the path of a file that has them, or nothing: the zeros of the module itself."""
@@ -53,7 +52,7 @@ def read(
                 f"{given!r} has none of the prunable weights of {type(module).__name__}, {listed(prunable(module))}: it"
                 f" has {listed(found)}. Save the weights under the names that the module has."
             )
-        masks = keep_masks.of_zeros({name: found[name] for name in names})
+        masks = of_zeros({name: found[name] for name in names})
     if misfits := dict(_misfits(masks, module)):
         raise ValueError(
             f"`masks` do not fit {type(module).__name__}: {listed(misfits.values())}. Leave out what is new in this"
