@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_drive.core.messages import listed, shown
 from lightning_drive.export import checkpoints, foreign_masks, sparse_reader
-from lightning_drive.network import name_patterns
+from lightning_drive.network import computed_weights, name_patterns, prunable_layers
 from lightning_drive.network.masks import Masks, of_zeros
 
 Given: TypeAlias = Masks | str | None
@@ -53,6 +53,9 @@ def read(
                 f" has {listed(found)}. Save the weights under the names that the module has."
             )
         masks = of_zeros({name: found[name] for name in names})
+    computed = {name: weight for name, weight in prunable_layers.computed_in(module).items() if name in masks}
+    if computed:
+        raise computed_weights.error(computed, [name for name in masks if name not in computed])
     if misfits := dict(_misfits(masks, module)):
         raise ValueError(
             f"`masks` do not fit {type(module).__name__}: {listed(misfits.values())}. Leave out what is new in this"

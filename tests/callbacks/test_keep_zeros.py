@@ -383,6 +383,17 @@ def test_resume__other_masks_warn(tmp_path: Path) -> None:
     assert again.masks == sparse_masks()
 
 
+def test_resume__without_the_file(tmp_path: Path) -> None:
+    """The masks are in the checkpoint; the file that they came from is not needed any more."""
+    path = in_a_state_dict(tmp_path)
+    trainer = fits.fit(tmp_path, ConvModule(), KeepZerosCallback(masks=path), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    path.unlink()
+    callback, module = KeepZerosCallback(masks=path), ConvModule()
+    fits.trainer(tmp_path, callback, max_epochs=2).fit(module, fits.loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert callback.masks == Masks.of(module) == sparse_masks()
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 def test_resume__the_run_that_pruned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Goes on with its masks, as with any callback that prunes once."""
@@ -658,8 +669,9 @@ def test_masks_of_another_tool__error(tmp_path: Path) -> None:
     module = ConvModule()
     for layer in (module.head, module.features[0]):
         prune.l1_unstructured(layer, "weight", amount=0.5)
-    with pytest.raises(ValueError, match=r"^'features.0.weight', 'head.weight' are .*`torch.nn.utils.prune.remove"):
-        fits.fit(tmp_path, module, KeepZerosCallback())
+    for masks in (None, sparse_masks(), in_a_state_dict(tmp_path)):
+        with pytest.raises(ValueError, match=r"^'features.0.weight', 'head.weight' are .*`torch.nn.utils.prune.remove"):
+            fits.fit(tmp_path, module, KeepZerosCallback(masks=masks))
     assert not module.calls
     for layer in (module.head, module.features[0]):
         prune.remove(layer, "weight")
