@@ -48,6 +48,8 @@ def report(checkpoint: Path, as_json: bool, trust_pickle: bool) -> None:
         print("\n".join(zeros.table(counts)))
         if weights.parts:
             print(f"{_with_masks(weights)}: these are counted as the weights that the network multiplies by.")
+        if weights.others:
+            print(_other_masks(weights))
 
 
 def compress(checkpoint: Path, out: Path, overwrite: bool, trust_pickle: bool) -> None:
@@ -73,6 +75,8 @@ def compress(checkpoint: Path, out: Path, overwrite: bool, trust_pickle: bool) -
             f"{_with_masks(plain)}: the masks were put on, and the weights have the names of a network without them."
             " Load them into such a network, or call `torch.nn.utils.prune.remove` on its layers first."
         )
+    if plain.others:
+        print(_other_masks(plain))
     if rest.hyper_parameters_left_out:
         print(
             f"Hyper-parameters that JSON cannot hold are left out: {', '.join(rest.hyper_parameters_left_out)}. Give"
@@ -89,6 +93,16 @@ def _with_masks(weights: foreign_masks.Joined) -> str:
     """Return which weights another tool stored as values and masks."""
     names = (f"{name!r} (as {value!r} and {mask!r})" for name, (value, mask) in weights.parts.items())
     return f"Another tool stored values and masks of {listed(names, most=3)}"
+
+
+def _other_masks(weights: foreign_masks.Joined) -> str:
+    """Return which weights seem to have a mask that only their module can put on."""
+    names = (f"{value!r} (by {mask!r})" for value, mask in weights.others.items())
+    return (
+        f"These seem to be masked by a buffer of their module: {listed(names, most=3)}. What that prunes is not counted"
+        " as zeros here. Write the zeros into the weights before they are saved, such as by"
+        " `torch.nn.utils.parametrize.remove_parametrizations(layer, name)`."
+    )
 
 
 def expand(sparse: Path, out: Path, overwrite: bool) -> None:

@@ -351,6 +351,17 @@ def test_masks_of_another_tool(tool: str, tmp_path: Path, capsys: pytest.Capture
         assert torch.equal(layer.weight, weight)  # type: ignore[arg-type]
 
 
+def test_masks_of_the_module_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What they prune is not known here; they are named, and stored as they are."""
+    stored = {"0.weight": torch.ones(40, 40), "0.mask": torch.eye(40)}
+    torch.save(stored, tmp_path / "own.ckpt")
+    small = tmp_path / "small.safetensors"
+    for arguments in (("report", tmp_path / "own.ckpt"), ("compress", tmp_path / "own.ckpt", small)):
+        last = succeeds(capsys, *arguments).splitlines()[-1]
+        assert last.startswith("These seem to be masked by a buffer of their module: '0.weight' (by '0.mask').")
+    assert fits.equal_states(load_sparse(small), stored)
+
+
 @pytest.mark.parametrize("command", ["compress", "expand"])
 def test_overwrite(command: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     succeeds(capsys, "compress", checkpoint, tmp_path / "small")

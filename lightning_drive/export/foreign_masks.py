@@ -1,13 +1,12 @@
 """Weights that other tools store as a value and a mask, as the weight that the network multiplies by.
 
 ``torch.nn.utils.prune``, and with it Lightning's ``ModelPruning``, stores a pruned ``NAME`` as ``NAME_orig`` and
-``NAME_mask``; a parametrization of torch with a buffer ``mask`` stores it as ``parametrizations.NAME.original`` and
-``parametrizations.NAME.0.mask``.
+``NAME_mask``. Of other masks only the module knows what they prune, so these are named, and stay as they are.
 """
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor
 
 from lightning_drive.core import saved_values, tensor_kinds
 
-_FORMS = (
-    (re.compile(r"(?P<layer>.*?)(?P<name>[^.]+)_orig"), "{layer}{name}_mask"),
-    (re.compile(r"(?P<layer>.*?)parametrizations\.(?P<name>[^.]+)\.original"), "{layer}parametrizations.{name}.0.mask"),
+_OTHERS = (
+    (re.compile(r"(.*parametrizations\.[^.]+)\.original"), r"\1.0.mask"),
+    (re.compile(r"((?:.*\.)?)weight"), r"\1mask"),
+    (re.compile(r"(.*)"), r"\1_mask"),
 )
-"""Names of values, and the names of their masks."""
-
+"""Names of values, and names that their masks have in modules of users."""
 
 _VALUES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _MASKS = {*_VALUES, torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64}
@@ -32,10 +31,12 @@ class Joined(NamedTuple):
     state_dict: Mapping[str, Tensor]
     parts: dict[str, tuple[str, str]]
     """The name of each joined weight to those of its value and its mask."""
+    others: dict[str, str]
+    """Names of values to those of what seem to be their masks, which are apart."""
 
 
 def joined(state_dict: Mapping[str, Tensor]) -> Joined:
-    """Put the masks of other tools on their values: zeros are filled in under the names that plain modules have.
+    """Put the masks of ``torch.nn.utils.prune`` on their values: zeros are filled in, under the plain names.
 
     What is no pair of a value and a mask of zeros and ones, in one shape, stays as it is.
 
@@ -47,12 +48,7 @@ def joined(state_dict: Mapping[str, Tensor]) -> Joined:
         {'weight': ('weight_orig', 'weight_mask')}
 
     """
-    parts = {
-        name: (value, mask)
-        for value in state_dict
-        for name, mask in _names(value)
-        if name not in state_dict and mask in state_dict and _fit(state_dict[value], state_dict[mask])
-    }
+    parts = dict(_parts(state_dict))
     names = {value: name for name, (value, _) in parts.items()}
     masks = {mask for _, mask in parts.values()}
     plain: OrderedDict[str, Tensor] = OrderedDict()
@@ -63,17 +59,25 @@ def joined(state_dict: Mapping[str, Tensor]) -> Joined:
             plain[name] = tensor
     if hasattr(state_dict, "_metadata"):
         plain._metadata = state_dict._metadata  # type: ignore[attr-defined]
-    return Joined(plain if parts else state_dict, parts)
+    return Joined(plain if parts else state_dict, parts, dict(_others(plain)))
 
 
-def _names(value: str) -> list[tuple[str, str]]:
-    """Return the names of a weight and of its mask where this is the name of a value."""
-    matches = ((pattern.fullmatch(value), mask) for pattern, mask in _FORMS)
-    return [
-        ("{layer}{name}".format(**found.groupdict()), mask.format(**found.groupdict()))
-        for found, mask in matches
-        if found
-    ]
+def _parts(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, str]]]:
+    for value in state_dict:
+        name = value.removesuffix("_orig")
+        mask = f"{name}_mask"
+        is_value = name != value and bool(name.rpartition(".")[2]) and name not in state_dict
+        if is_value and mask in state_dict and _fit(state_dict[value], state_dict[mask]):
+            yield name, (value, mask)
+
+
+def _others(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    for name, value in state_dict.items():
+        candidates = (match.expand(mask) for pattern, mask in _OTHERS if (match := pattern.fullmatch(name)))
+        for mask in candidates:
+            if mask in state_dict and value.ndim > 1 and _fit(value, state_dict[mask]):
+                yield name, mask
+                break
 
 
 def _fit(value: Tensor, mask: Tensor) -> bool:

@@ -22,34 +22,50 @@ class Masked(nn.Module):
         return weight * self.mask
 
 
-def pruned(form: str) -> nn.Module:
+def pruned(form: str = "prune") -> nn.Module:
     torch.manual_seed(0)
     net = models.MLP(6, 8, 5, 3)
     for layer in (net[0], net[4]):
         mask = torch.rand(layer.weight.shape) > 0.5  # type: ignore[arg-type]
         if form == "prune":
             prune.custom_from_mask(layer, "weight", mask)
-        else:
+        elif form == "parametrization":
             parametrize.register_parametrization(layer, "weight", Masked(mask.float()))  # type: ignore[arg-type]
+        else:
+            layer.register_buffer(form, mask)
     return net
 
 
-@pytest.mark.parametrize("form", ["prune", "parametrization"])
-def test_joined__loads_into_the_plain_network(form: str) -> None:
+def test_joined__loads_into_the_plain_network() -> None:
     """Strictly, and it computes the same."""
-    net, plain = pruned(form), models.MLP(6, 8, 5, 3)
+    net, plain = pruned(), models.MLP(6, 8, 5, 3)
     weights = foreign_masks.joined(net.state_dict())
     assert list(weights.parts) == ["0.weight", "4.weight"]
+    assert weights.others == {}
     plain.load_state_dict(dict(weights.state_dict))
     x = torch.randn(7, 6)
     assert torch.equal(plain(x), net(x))
     for index in (0, 4):
-        if form == "prune":
-            prune.remove(net[index], "weight")  # type: ignore[index]
-        else:
-            parametrize.remove_parametrizations(net[index], "weight")  # type: ignore[index]
+        prune.remove(net[index], "weight")  # type: ignore[index]
     assert net.state_dict().keys() == weights.state_dict.keys()
     assert all(torch.equal(weights.state_dict[name], value) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "mask"),
+    [
+        ("parametrization", "parametrizations.weight.original", "parametrizations.weight.0.mask"),
+        ("mask", "weight", "mask"),
+        ("weight_mask", "weight", "weight_mask"),
+    ],
+)
+def test_joined__names_other_masks(form: str, value: str, mask: str) -> None:
+    """What they prune, only their modules know: zeros may mark what is kept. Nothing is changed."""
+    stored = pruned(form).state_dict()
+    weights = foreign_masks.joined(stored)
+    assert weights.state_dict is stored
+    assert weights.parts == {}
+    assert weights.others == {f"{index}.{value}": f"{index}.{mask}" for index in (0, 4)}
 
 
 def test_joined__other_names() -> None:
@@ -91,10 +107,10 @@ def test_joined__fills_zeros_in() -> None:
     ],
 )
 def test_joined__leaves_others_as_they_are(stored: Any) -> None:
-    assert foreign_masks.joined(stored) == (stored, {})
+    assert foreign_masks.joined(stored) == (stored, {}, {})
     assert foreign_masks.joined(stored).state_dict is stored
 
 
 def test_joined__keeps_the_versions_of_modules() -> None:
-    net = pruned("prune")
+    net = pruned()
     assert foreign_masks.joined(net.state_dict()).state_dict._metadata == net.state_dict()._metadata  # type: ignore[attr-defined]
