@@ -138,14 +138,14 @@ def _cut(
         counts = {name: min(schedules.num_kept(sizes[name], density), left) for name, left in alive.items() if left}
         ranked = {name: scores[name] for name in counts}
         rankings = selection.keep_highest_each(ranked, counts, masks, holders, num_alive=own)
+    prunes = sum(ranking.num_kept for ranking in rankings.values()) < sum(alive.values())
+    if prunes and all(ranking.num_above == 0 and ranking.threshold == 0 for ranking in rankings.values()):
+        raise ValueError(unscored_parameters.nothing_to_rank(masks, near_zero))
     rankings = {
         name: zeros_first.decided(ranking, scores, network.weights, masks, alive, holders)
         for name, ranking in rankings.items()
     }
     kept = Masks({**masks, **{name: mask for ranking in rankings.values() for name, mask in ranking.masks.items()}})
-    prunes = sum(ranking.num_kept for ranking in rankings.values()) < sum(alive.values())
-    if prunes and all(ranking.num_above == 0 and ranking.threshold == 0 for ranking in rankings.values()):
-        raise ValueError(unscored_parameters.nothing_to_rank(masks, near_zero))
     return _Cut(kept, rankings, alive)
 
 

@@ -31,7 +31,7 @@ def decided(
     Args:
         ranking: The ranking by score and position.
         scores: Parameter name to scores; of those that were ranked, at least.
-        weights: Parameter name to weights, which are 0 where they are pruned.
+        weights: Parameter name to weights.
         alive: Parameter name to a boolean mask of the weights that are not pruned yet.
         num_alive: Parameter name to how many these are on all ranks.
         holders: The processes that hold parts of every tensor.
@@ -40,7 +40,7 @@ def decided(
     if ranking.num_above + ranking.num_tied == ranking.num_kept:
         return ranking
     names = [*ranking.masks]
-    live = {name: weights[name] != 0 for name in names}
+    live = {name: (weights[name] != 0).logical_and_(alive[name]) for name in names}
     if sum(counting.count_each(live.values(), holders)) == sum(num_alive[name] for name in names):
         return ranking
     is_double = any(scores[name].dtype == torch.float64 for name in names)

@@ -161,10 +161,12 @@ def test_warnings() -> None:
     assert texts(0.6)[0].startswith("In round 1 only 1 weights had a score above zero, fewer than the 2 to keep")
 
 
-def test_all_scores_zero__error() -> None:
+@pytest.mark.parametrize("sparsity", [0.2, 0.4])
+def test_all_scores_zero__error(sparsity: float) -> None:
+    """Also where the only zero could go: the scores say nothing."""
     module = models.InnerProduct(5)
     with pytest.raises(ValueError, match="zero"):
-        find_masks(module, Fixed(0, 0, 0, 0, 0), sparsity=0.4)
+        find_masks(module, Fixed(0, 0, 0, 0, 0), sparsity=sparsity)
 
 
 def test_in_a_trainer(tmp_path: Any) -> None:
