@@ -11,6 +11,7 @@ __all__ = [
     "SNIP",
     "DRIVEPruningCallback",
     "IMPPruningCallback",
+    "KeepZerosCallback",
     "Magnitude",
     "Masks",
     "PruningReport",
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
     from lightning_drive.acceleration.accelerate import accelerate
     from lightning_drive.callbacks.drive import DRIVEPruningCallback
     from lightning_drive.callbacks.imp import IMPPruningCallback
+    from lightning_drive.callbacks.keep_zeros import KeepZerosCallback
     from lightning_drive.callbacks.snip import SNIPPruningCallback
     from lightning_drive.callbacks.synflow import SynFlowPruningCallback
     from lightning_drive.compaction.compact import compact
-    from lightning_drive.core.masks import Masks
     from lightning_drive.export.sparse_reader import load_sparse
     from lightning_drive.export.sparse_writer import save_sparse
+    from lightning_drive.network.masks import Masks
     from lightning_drive.report.pruning_report import PruningReport
     from lightning_drive.search.find import find_masks
     from lightning_drive.search.methods import DRIVE, SNIP, Magnitude, Random, SynFlow
@@ -43,10 +45,11 @@ _HOMES = {
     "acceleration.accelerate": ("accelerate",),
     "callbacks.drive": ("DRIVEPruningCallback",),
     "callbacks.imp": ("IMPPruningCallback",),
+    "callbacks.keep_zeros": ("KeepZerosCallback",),
     "callbacks.snip": ("SNIPPruningCallback",),
     "callbacks.synflow": ("SynFlowPruningCallback",),
     "compaction.compact": ("compact",),
-    "core.masks": ("Masks",),
+    "network.masks": ("Masks",),
     "export.sparse_reader": ("load_sparse",),
     "export.sparse_writer": ("save_sparse",),
     "report.pruning_report": ("PruningReport",),

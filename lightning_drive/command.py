@@ -49,13 +49,17 @@ _ABOUT_REPORT = """\
 Print what was pruned: the fraction of every layer that is left, the cost of the
 network now, and the time that pruning took. Needs neither model nor data.
 
-If the file has no report, the zeros in its tensors are counted instead.
+If the file has no report, the zeros in its tensors are counted instead. What
+torch.nn.utils.prune stored as NAME_orig and NAME_mask counts as one weight.
 """
 
 _ABOUT_COMPRESS = """\
 Write the weights of a checkpoint as a sparse file: one bit for each weight,
 which is 0 if the weight is 0, and the exact values of all other weights.
 It is a safetensors file, and loading it runs no code. Needs safetensors.
+
+What torch.nn.utils.prune stored as NAME_orig and NAME_mask is written as NAME,
+with its zeros: it loads into the network without masks.
 
 Kept besides the weights: the report of the pruning, hyper-parameters, and what
 `on_save_checkpoint` added, as far as JSON can hold it; the rest is named.

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from lightning_drive.command_imports import current_folder
-from lightning_drive.export import checkpoint_metadata, checkpoints, files, sparse_reader, sparse_writer
+from lightning_drive.core.messages import listed
+from lightning_drive.export import (
+    checkpoint_metadata,
+    checkpoints,
+    files,
+    foreign_masks,
+    sparse_reader,
+    sparse_writer,
+)
 from lightning_drive.report import zeros
 from lightning_drive.report.pruning_report import PruningReport
 
@@ -30,20 +38,26 @@ def report(checkpoint: Path, as_json: bool, trust_pickle: bool) -> None:
         saved = {"callback": callback or None, "report": pruning_report.to_dict()}
         print(json.dumps(saved, indent=2) if as_json else pruning_report)
         return
-    counts = zeros.count_zeros(_state_dict(checkpoint, content, trust_pickle))
+    weights = foreign_masks.joined(_state_dict(checkpoint, content, trust_pickle))
+    counts = zeros.count_zeros(weights.state_dict)
     if as_json:
         print(json.dumps({"callback": callback or None, "report": None, "tensors": counts}, indent=2))
     else:
         reason = f"{callback} had not pruned yet" if callback else "no pruning callback was saved in it"
         print(f"No report in {checkpoint}: {reason}. These are the zeros in all parameters and buffers:")
         print("\n".join(zeros.table(counts)))
+        if weights.parts:
+            print(f"{_with_masks(weights)}: these are counted as the weights that the network multiplies by.")
+        if weights.others:
+            print(_other_masks(weights))
 
 
 def compress(checkpoint: Path, out: Path, overwrite: bool, trust_pickle: bool) -> None:
     """Write the weights of a checkpoint as a sparse file, and print the sizes and what is left out."""
     _check_free(out, checkpoint, overwrite)
     content = _loaded(checkpoint, trust_pickle)
-    state_dict = checkpoints.state_dict_of(content, checkpoint)
+    plain = foreign_masks.joined(checkpoints.state_dict_of(content, checkpoint))
+    state_dict = plain.state_dict
     rest = checkpoint_metadata.packed(content)
     sparse_writer.save_sparse(state_dict, out, metadata=rest.metadata)
 
@@ -56,6 +70,13 @@ def compress(checkpoint: Path, out: Path, overwrite: bool, trust_pickle: bool) -
     )
     if size - sum(map(len, rest.metadata.values())) >= weights:
         print("Nothing was gained: no tensor has enough zeros. Was the checkpoint saved after pruning?")
+    if plain.parts:
+        print(
+            f"{_with_masks(plain)}: the masks were put on, and the weights have the names of a network without them."
+            " Load them into such a network, or call `torch.nn.utils.prune.remove` on its layers first."
+        )
+    if plain.others:
+        print(_other_masks(plain))
     if rest.hyper_parameters_left_out:
         print(
             f"Hyper-parameters that JSON cannot hold are left out: {', '.join(rest.hyper_parameters_left_out)}. Give"
@@ -66,6 +87,22 @@ def compress(checkpoint: Path, out: Path, overwrite: bool, trust_pickle: bool) -
             f"Entries that JSON cannot hold are left out: {', '.join(rest.entries_left_out)}. If your"
             " `on_load_checkpoint` reads them, it must do without."
         )
+
+
+def _with_masks(weights: foreign_masks.Joined) -> str:
+    """Return which weights another tool stored as values and masks."""
+    names = (f"{name!r} (as {value!r} and {mask!r})" for name, (value, mask) in weights.parts.items())
+    return f"Another tool stored values and masks of {listed(names, most=3)}"
+
+
+def _other_masks(weights: foreign_masks.Joined) -> str:
+    """Return which weights seem to have a mask that only their module can put on."""
+    names = (f"{value!r} (by {mask!r})" for value, mask in weights.others.items())
+    return (
+        f"These seem to be masked by a buffer of their module: {listed(names, most=3)}. What that prunes is not counted"
+        " as zeros here. Write the zeros into the weights before they are saved, such as by"
+        " `torch.nn.utils.parametrize.remove_parametrizations(layer, name)`."
+    )
 
 
 def expand(sparse: Path, out: Path, overwrite: bool) -> None:

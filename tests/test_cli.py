@@ -105,6 +105,25 @@ def test_warmup_steps(command_line: Any, tmp_path: Path, arguments: list[str]) -
     assert callback.report.step == (int(arguments[-1].partition("=")[2]) if given else 3)
 
 
+@pytest.mark.parametrize("masks", ["of_a_file", "null", None])
+def test_keep_zeros(command_line: Any, tmp_path: Path, masks: str | None) -> None:
+    """Masks are a path in a file of settings, or, by default, the zeros that the network has."""
+    pruned = lightning_drive.find_masks(fits.ConvModule(), lightning_drive.Random(seed=1), sparsity=0.7)
+    module = fits.ConvModule()
+    pruned.apply_(module)
+    torch.save(module.state_dict(), tmp_path / "of_a_file")
+    before, _, _ = CONFIG.partition("    - class_path")
+    given = "" if masks is None else f"\n        masks: {tmp_path / masks if masks == 'of_a_file' else masks}"
+    settings = f"      init_args:\n        exclude: ['head.*']{given}\n"
+    (tmp_path / "config.yaml").write_text(f"{before}    - class_path: lightning_drive.KeepZerosCallback\n{settings}")
+    cli = command_line(run=False, subcommand="")
+    [callback, *_] = cli.trainer.callbacks
+    if masks != "of_a_file":
+        pruned.apply_(cli.model)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert callback.masks == lightning_drive.Masks({name: pruned[name] for name in pruned if name != "head.weight"})
+
+
 WRONG = {
     "warmup_steps=5": "`warmup_steps` sets when to prune .* got warmup_steps=5 and warmup_epochs=1. Set only .*",
     "sparsity=90": r"`sparsity` is the fraction removed and must be in \[0, 1\), got 90.0. For 90 % pass 0.9.",

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lightning_drive import DRIVEPruningCallback, PruningReport, load_sparse, save_sparse
 from lightning_drive.command import main
@@ -310,6 +311,55 @@ def test_compress__tied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     weight = torch.ones(100)
     torch.save({"state_dict": {"a": weight, "b": weight}}, tmp_path / "tied.ckpt")
     assert "of which 400 are weights" in succeeds(capsys, "compress", tmp_path / "tied.ckpt", tmp_path / "small")
+
+
+@pytest.mark.parametrize("tool", ["torch", "lightning"])
+def test_masks_of_another_tool(tool: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted as the network sees them; compressed and expanded, they load into the plain network."""
+    module = Network(width=300)
+    layers: list[nn.Linear] = [module.layers[0], module.layers[3]]  # type: ignore[list-item]
+    pairs: Any = [(layer, "weight") for layer in layers]
+    path, small, whole = tmp_path / "pruned.ckpt", tmp_path / "small.safetensors", tmp_path / "whole.ckpt"
+    if tool == "torch":
+        prune.global_unstructured(pairs, prune.L1Unstructured, amount=0.9)
+        torch.save(module.state_dict(), path)
+    else:
+        callback = pl.callbacks.ModelPruning(
+            "l1_unstructured", pairs, amount=0.9, use_lottery_ticket_hypothesis=False, make_pruning_permanent=False
+        )
+        trainer = fits.trainer(tmp_path, callback, max_epochs=1)
+        trainer.fit(module, fits.loader())
+        trainer.save_checkpoint(path)
+    expected = [layer.weight.detach() * layer.weight_mask for layer in layers]
+
+    lines = succeeds(capsys, "report", path).splitlines()
+    table = {line.split()[0]: line.split()[1:] for line in lines[1:]}
+    zeros = sum(int(table[name][2].replace(",", "")) for name in ("layers.0.weight", "layers.3.weight"))
+    assert zeros == sum(int((weight == 0).sum()) for weight in expected) == round(0.9 * (64 * 300 + 300 * 4))
+    assert not any(name.endswith(("_orig", "_mask")) for name in table)
+    assert "(as 'layers.0.weight_orig' and 'layers.0.weight_mask')" in lines[-1]
+    tensors = json.loads(succeeds(capsys, "report", path, "--json"))["tensors"]
+    assert [each["name"] for each in tensors] == [*table][1:-2]
+
+    said = succeeds(capsys, "compress", path, small)
+    assert "`torch.nn.utils.prune.remove`" in said
+    assert small.stat().st_size < 0.3 * path.stat().st_size
+    succeeds(capsys, "expand", small, whole)
+    plain = Network(width=300)
+    plain.load_state_dict(torch.load(whole, weights_only=True)["state_dict"])
+    for layer, weight in zip((plain.layers[0], plain.layers[3]), expected, strict=True):
+        assert torch.equal(layer.weight, weight)  # type: ignore[arg-type]
+
+
+def test_masks_of_the_module_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What they prune is not known here; they are named, and stored as they are."""
+    stored = {"0.weight": torch.ones(40, 40), "0.mask": torch.eye(40)}
+    torch.save(stored, tmp_path / "own.ckpt")
+    small = tmp_path / "small.safetensors"
+    for arguments in (("report", tmp_path / "own.ckpt"), ("compress", tmp_path / "own.ckpt", small)):
+        last = succeeds(capsys, *arguments).splitlines()[-1]
+        assert last.startswith("These seem to be masked by a buffer of their module: '0.weight' (by '0.mask').")
+    assert fits.equal_states(load_sparse(small), stored)
 
 
 @pytest.mark.parametrize("command", ["compress", "expand"])

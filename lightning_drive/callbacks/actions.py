@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_drive.core import arguments
 from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.core.goal import Goal
-from lightning_drive.core.masks import Masks
 from lightning_drive.network import batch_norm, prunable
+from lightning_drive.network.masks import Masks
 from lightning_drive.network.rewinding import RewindPoint
 from lightning_drive.report.plan import PruningPlan
 from lightning_drive.report.pruning_report import PruningReport

@@ -15,9 +15,9 @@ from typing_extensions import override
 from lightning_drive.callbacks.hooks import PruningCallback
 from lightning_drive.core import arguments
 from lightning_drive.core.arguments import Control, Schedule, Scope
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.network import prunable
+from lightning_drive.network.masks import Masks
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
 from lightning_drive.search import methods

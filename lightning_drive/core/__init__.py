@@ -1,1 +1,1 @@
-"""Tensors and numbers: settings, schedules, scores, selection, masks, and the processes of a run."""
+"""Tensors and numbers: settings, schedules, scores, selection, and the processes of a run."""

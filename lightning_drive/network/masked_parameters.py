@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_drive.core import shards, tensor_kinds
 from lightning_drive.core.bits import INTEGERS
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.zeroing import where_pruned
+from lightning_drive.network.masks import Masks
 from lightning_drive.network.optimizer_state import element_wise, is_like, keeps_tensors_elsewhere, with_wrapped
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lightning_drive.core.masks import Masks
+from lightning_drive.network.masks import Masks
 
 
 @dataclass(frozen=True)

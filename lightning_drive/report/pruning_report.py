@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from lightning_drive.core import saved_values
 from lightning_drive.core.arguments import Control
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.core.rounds import Round, ScoreHistogram
+from lightning_drive.network.masks import Masks
 from lightning_drive.report import columns, figures, parts, saved_reports, sentences, tables
 from lightning_drive.report.acceleration_report import AccelerationReport
 from lightning_drive.report.figures import Picture

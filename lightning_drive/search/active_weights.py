@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from lightning_drive.core.arguments import Mode
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import shown_error
 from lightning_drive.network import paths
 from lightning_drive.network.forward_passes import ForwardPass
+from lightning_drive.network.masks import Masks
 from lightning_drive.network.without_dropout import in_mode
 
 _MODES: tuple[Mode, ...] = ("eval", "train")

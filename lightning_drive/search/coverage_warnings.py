@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.network.costs import Costs
+from lightning_drive.network.masks import Masks
 
 
 def warnings(module: nn.Module, masks: Masks, others: Sequence[str], costs: Costs) -> Iterator[str]:

@@ -4,10 +4,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from lightning_drive.core.goal import Goal
-from lightning_drive.core.masks import Masks, collapsed_layers
 from lightning_drive.core.messages import listed
 from lightning_drive.network.costs import Costs, measure
 from lightning_drive.network.forward_passes import ForwardPass
+from lightning_drive.network.masks import Masks, collapsed_layers
 from lightning_drive.search import active_weights, coverage_warnings, methods, unscored_parameters, vanishing_scores
 from lightning_drive.search.active_weights import ActiveWeights
 from lightning_drive.search.loop import Found, History
@@ -33,11 +33,7 @@ def diagnose(network: Network, method: Method, goal: Goal, found: Found, others:
     """Diagnose masks, which the network already has on; ``others`` names matrices that stay dense."""
     masks, history = found.masks, found.history
     causes = _causes(network, method, masks, history)
-    forward_pass, path_error = _forward_pass(network)
-    active = ActiveWeights(None, error=path_error)
-    if forward_pass is not None:
-        active = active_weights.find(network.module, masks, forward_pass)
-    costs = measure(network.module, network.parameters, forward_pass, masks)
+    active, costs = _measured(network, masks)
     remedy = _remedy(goal, "More cycles" if history.is_cycle else "More rounds" if network.reached else "")
     remarks = [*_zero_cuts(history, method), *_collapses(masks, active.masks, causes.explained, remedy)]
     if remarks and network.reached and not network.is_sharded:
@@ -46,6 +42,23 @@ def diagnose(network: Network, method: Method, goal: Goal, found: Found, others:
     remarks.extend([*causes.remarks, *unscored_parameters.dead_pairs(masks, zeros), *_unknown_paths(active.unknown)])
     remarks.extend(coverage_warnings.warnings(network.module, masks, others, costs))
     return Diagnosis(active.masks, active.error, costs, remarks)
+
+
+def diagnose_given(network: Network, masks: Masks, remedy: str) -> Diagnosis:
+    """Diagnose masks that no search found, which the network already has on; ``remedy`` is for lost layers."""
+    active, costs = _measured(network, masks)
+    remarks = [*_collapses(masks, active.masks, (), f" {remedy}"), *_unknown_paths(active.unknown)]
+    remarks.extend(coverage_warnings.warnings(network.module, masks, (), costs))
+    return Diagnosis(active.masks, active.error, costs, remarks)
+
+
+def _measured(network: Network, masks: Masks) -> tuple[ActiveWeights, Costs]:
+    """Find the weights on paths, and measure what the network computes."""
+    forward_pass, path_error = _forward_pass(network)
+    active = ActiveWeights(None, error=path_error)
+    if forward_pass is not None:
+        active = active_weights.find(network.module, masks, forward_pass)
+    return active, measure(network.module, network.parameters, forward_pass, masks)
 
 
 def _causes(network: Network, method: Method, masks: Masks, history: History) -> Causes:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lightning_drive.core import shards
 from lightning_drive.core.arguments import Schedule, Scope, check_patterns
 from lightning_drive.core.goal import Goal
-from lightning_drive.core.masks import Masks
 from lightning_drive.network import prunable, prunable_checks
 from lightning_drive.network.gradients import LossFunction
+from lightning_drive.network.masks import Masks
 from lightning_drive.network.repeated_batches import Passes
 from lightning_drive.search import unscored_parameters
 from lightning_drive.search.diagnosis import Diagnosis, diagnose
@@ -41,7 +41,8 @@ def find_masks(
     """Find which weights of a torch module to keep; the module stays exactly as it was, and nothing is pruned yet.
 
     After round ``n`` of ``N`` exactly ``round(P * density_n)`` of the ``P`` prunable weights are kept (at least 1), a
-    pruned weight never returns, and the module's weights do not change: Algorithm 1 of DRIVE and of SynFlow. Weights,
+    pruned weight never returns, and the module's weights do not change: Algorithm 1 of DRIVE and of SynFlow. Of equal
+    scores, those of weights that are 0 already go first, so that a network that is sparse keeps its zeros. Weights,
     gradients, buffers, modes and random state are bit for bit as before, even after an error or an interrupt.
 
     Args:

@@ -1,16 +1,16 @@
 """The search loop shared by all methods: score, cut, mask."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lightning_drive.core import counting, function_modes, schedules, selection
 from lightning_drive.core.goal import Goal
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.rounds import Round, ScoreHistogram, removed_by_round, score_histogram
 from lightning_drive.core.selection import Ranking
-from lightning_drive.search import method_scores, unscored_parameters, vanishing_scores
+from lightning_drive.network.masks import Masks
+from lightning_drive.search import method_scores, unscored_parameters, vanishing_scores, zeros_first
 from lightning_drive.search.methods import Method
 from lightning_drive.search.scored_network import Network
 
@@ -29,20 +29,20 @@ class ZeroCut:
 
 @dataclass(frozen=True)
 class History:
-    """What happened in the rounds of a search."""
+    """What happened in the rounds of a search, or nothing where masks were given."""
 
-    rounds: tuple[Round, ...]
-    scores: ScoreHistogram | None
+    rounds: tuple[Round, ...] = ()
+    scores: ScoreHistogram | None = None
     """The distribution of the scores in the last round; ``None`` if they were all zero."""
-    zero_cuts: tuple[ZeroCut, ...]
+    zero_cuts: tuple[ZeroCut, ...] = ()
     """The cuts that decided which weights are kept in the end."""
-    near_zero: Mapping[str, float]
+    near_zero: Mapping[str, float] = field(default_factory=dict)
     """Parameters that were near or exactly 0 throughout though they were not pruned, with their largest value."""
-    silent: frozenset[str]
+    silent: frozenset[str] = frozenset()
     """Names of parameters that had weights and scored 0 throughout in the first round."""
-    unreached: tuple[str, ...]
+    unreached: tuple[str, ...] = ()
     """Names of the parameters that had no gradient in any round: the search has to run again without them."""
-    is_cycle: bool
+    is_cycle: bool = False
     """Whether the search did one of the method's rounds only, with training before the next."""
 
 
@@ -138,11 +138,15 @@ def _cut(
         counts = {name: min(schedules.num_kept(sizes[name], density), left) for name, left in alive.items() if left}
         ranked = {name: scores[name] for name in counts}
         rankings = selection.keep_highest_each(ranked, counts, masks, holders, num_alive=own)
-    kept = Masks({**masks, **{name: mask for ranking in rankings.values() for name, mask in ranking.masks.items()}})
     prunes = sum(ranking.num_kept for ranking in rankings.values()) < sum(alive.values())
     num_zero = sum(ranking.num_tied for ranking in rankings.values() if ranking.threshold == 0)
     if prunes and num_zero == sum(alive.values()):
         raise ValueError(unscored_parameters.nothing_to_rank(masks, near_zero))
+    rankings = {
+        name: zeros_first.decided(ranking, scores, network.weights, masks, alive, holders)
+        for name, ranking in rankings.items()
+    }
+    kept = Masks({**masks, **{name: mask for ranking in rankings.values() for name, mask in ranking.masks.items()}})
     return _Cut(kept, rankings, alive)
 
 

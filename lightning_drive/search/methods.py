@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_drive.core import function_modes, scores
 from lightning_drive.core.arguments import Mode, check_choice, check_count
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed, shown
+from lightning_drive.network.masks import Masks
 from lightning_drive.search.scored_network import Network
 
 Reads: TypeAlias = Literal["loss", "shape", "weights"]

@@ -2,9 +2,9 @@
 
 import torch
 
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.core.processes import Ranks
+from lightning_drive.network.masks import Masks
 
 
 def agreed(masks: Masks, ranks: Ranks) -> tuple[Masks, str]:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lightning_drive.core import function_modes, schedules, scores, shards, zeroing
 from lightning_drive.core.arguments import Mode, check_count
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed, shown
 from lightning_drive.core.processes import ALONE, Ranks
 from lightning_drive.network import gradients, prunable, synflow
 from lightning_drive.network.forward_passes import ForwardPass
 from lightning_drive.network.gradients import LossFunction
+from lightning_drive.network.masks import Masks
 from lightning_drive.network.undisturbed import undisturbed
 from lightning_drive.search import flow_check, rank_agreement
 from lightning_drive.search.network_input import NetworkInput

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
+from lightning_drive.network.masks import Masks
 from lightning_drive.network.parameter_names import is_bias
 from lightning_drive.search import method_scores, unscored_parameters
 from lightning_drive.search.methods import Method

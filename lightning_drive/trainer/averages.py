@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 
 from lightning_drive.core import zeroing
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
+from lightning_drive.network.masks import Masks
 from lightning_drive.trainer import lightning_internals, other_callbacks
 from lightning_drive.trainer.lightning_internals import Average
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from lightning_drive.core import saved_values
 from lightning_drive.core.arguments import Scope
-from lightning_drive.core.masks import collapsed_layers
 from lightning_drive.core.messages import listed, shown
+from lightning_drive.network.masks import collapsed_layers
 from lightning_drive.trainer import other_callbacks, restored_masks, step_counts
 from lightning_drive.trainer.cycle_schedules import Cycles
 from lightning_drive.trainer.saved_state import SavedState

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_drive.core import shards
-from lightning_drive.core.masks import Masks
+from lightning_drive.network.masks import Masks
 from lightning_drive.trainer import other_callbacks, trained_parameters
 from lightning_drive.trainer.attribute_copies import copies_in_attributes
 from lightning_drive.trainer.averages import Averages
@@ -110,7 +110,8 @@ def zeros_without_masks(
     yield (
         f"{zeros:,} of {size:,} prunable weights ({zeros / size:.1%}) are 0 already, as in a network that was pruned,"
         f" but {type(pruning).__name__} has no masks for them: {trained}. To go on with a pruned network, pass a"
-        " checkpoint as `ckpt_path` that was saved with the state of the callback that pruned it."
+        " checkpoint as `ckpt_path` that was saved with the state of the callback that pruned it; to fine-tune one"
+        " without pruning it further, use `KeepZerosCallback`."
     )
 
 

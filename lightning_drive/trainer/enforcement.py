@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_drive.core import shards, zeroing
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed
 from lightning_drive.network import optimizer_state
 from lightning_drive.network.masked_parameters import MaskedParameters
+from lightning_drive.network.masks import Masks
 from lightning_drive.trainer import checks, lightning_internals, other_callbacks
 from lightning_drive.trainer.averages import Averages
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import lightning.pytorch as pl
 
-from lightning_drive.core.masks import Masks
+from lightning_drive.network.masks import Masks
 from lightning_drive.trainer.averages import Averages
 from lightning_drive.trainer.dense_copies import UnmaskedWeights
 from lightning_drive.trainer.enforcement import Enforcement

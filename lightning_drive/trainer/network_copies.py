@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_drive.core import shards
-from lightning_drive.core.masks import Masks
+from lightning_drive.network.masks import Masks
 
 Branches: TypeAlias = dict[str, dict[str, Tensor]]
 """Path of a submodule, the name of a parameter there, and the parameter."""

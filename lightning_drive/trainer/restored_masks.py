@@ -10,9 +10,9 @@ from torch import nn
 
 from lightning_drive.core import saved_values
 from lightning_drive.core.arguments import Control
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed, shown
 from lightning_drive.network import prunable
+from lightning_drive.network.masks import Masks
 from lightning_drive.report.pruning_report import PruningReport
 
 

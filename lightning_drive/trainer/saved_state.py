@@ -9,9 +9,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_drive.core import saved_values
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import listed, shown
 from lightning_drive.export import checkpoints
+from lightning_drive.network.masks import Masks
 from lightning_drive.network.rewinding import RewindPoint
 from lightning_drive.report.pruning_report import PruningReport
 from lightning_drive.trainer import other_callbacks, restored_masks

@@ -14,13 +14,13 @@ from torch import Tensor
 from lightning_drive.core import shards
 from lightning_drive.core.arguments import Mode
 from lightning_drive.core.goal import Goal
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.processes import Ranks
 from lightning_drive.network import batch_norm, gradients, prunable, prunable_checks
 from lightning_drive.network.gradients import LossFunction
-from lightning_drive.search.diagnosis import Diagnosis
+from lightning_drive.network.masks import Masks
+from lightning_drive.search.diagnosis import Diagnosis, diagnose_given
 from lightning_drive.search.find import search_reached
-from lightning_drive.search.loop import Found
+from lightning_drive.search.loop import Found, History
 from lightning_drive.search.methods import Method
 from lightning_drive.search.scored_network import Network
 from lightning_drive.trainer import ranks as processes
@@ -101,6 +101,24 @@ def search(
     )
     phases = {"rounds": last_round - begin, "measuring": time.monotonic() - last_round, "batch_norm": 0.0}
     return Outcome(found, diagnosis, phases)
+
+
+def given(trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Masks, remedy: str) -> Outcome:
+    """Return given masks, of which all ranks get those of the first, and what they mean; nothing is searched for.
+
+    ``remedy`` is what helps where a layer has no weight left.
+    """
+    begin = time.monotonic()
+    shards.reshard_(pl_module)
+    with _scored(trainer, pl_module, "eval") as (scored, batches):
+        parameters = prunable.parameters_by_name(scored.module, masks)
+        loss, example = loss_function(scored, None, pl_module), scored.module.example_input_array
+        network = Network(scored.module, parameters, batches, loss, example, processes.ranks_of(trainer))
+        own = network.starting_masks(masks, masks.sparsity)
+        network.mask_(own)
+        found = Found(network.whole(own), History(), network.warnings)
+        diagnosis = diagnose_given(network, found.masks, remedy)
+    return Outcome(found, diagnosis, {"measuring": time.monotonic() - begin})
 
 
 def batch_norm_statistics(

@@ -14,10 +14,10 @@ from lightning_drive.acceleration.measuring import Choice, Pruned
 from lightning_drive.acceleration.sparse_calls import SparseCalls
 from lightning_drive.acceleration.weight_calls import obstacle_of
 from lightning_drive.core import containers, function_modes, shards
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.messages import shown_error
 from lightning_drive.network import gradients
 from lightning_drive.network.gradients import LossFunction
+from lightning_drive.network.masks import Masks
 from lightning_drive.report.acceleration_report import AccelerationReport, LayerForm
 from lightning_drive.trainer import ranks, sandbox, search_in_fit, terminal
 from lightning_drive.trainer.saved_state import Pruning

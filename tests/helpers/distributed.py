@@ -30,6 +30,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_drive import (
     DRIVEPruningCallback,
     IMPPruningCallback,
+    KeepZerosCallback,
     Magnitude,
     Random,
     SNIPPruningCallback,
@@ -157,6 +158,16 @@ class LeavesAlone(pl.Callback):
                     parameter.add_(torch.randn_like(parameter))
 
 
+class Same:
+    """A method by which all weights score the same: zeros go first, and then position decides."""
+
+    rounds = 1
+    mode = "eval"
+
+    def score(self, network: Any) -> dict[str, Tensor]:
+        return {name: torch.ones_like(weight) for name, weight in network.weights.items()}
+
+
 class FindsTies(pl.Callback):
     """Finds masks among weights with many equal values, when training starts."""
 
@@ -172,7 +183,7 @@ def masks_among_ties(module: nn.Module) -> dict[str, Any]:
     with torch.no_grad():
         for parameter in module.parameters():
             local(parameter).copy_(local(parameter).mul(10).round().div(10))
-    methods = {"magnitude": Magnitude(rounds=2), "random": Random(seed=3)}
+    methods = {"magnitude": Magnitude(rounds=2), "random": Random(seed=3), "same": Same()}
     return {
         f"{name}-{scope}": find_masks(module, method, sparsity=0.37, scope=scope).state_dict()
         for name, method in methods.items()
@@ -395,6 +406,30 @@ def disagreeing(folder: Path) -> dict[str, Any]:
     return train(folder, fits.ConvModule(), METHODS["snip"](), "ddp", others=(LeavesAlone(),))
 
 
+def keeping(folder: Path) -> dict[str, Any]:
+    """Train a network that is sparse already, elsewhere on each rank until DDP makes them equal, or by given masks."""
+    module = sparse(Exact(), seed=rank())
+    masks = find_masks(Exact(), Random(seed=5), sparsity=0.8)
+    results = {
+        "zeros": train(folder, module, KeepZerosCallback(), "ddp", save=True),
+        "given": train(folder, Exact(), KeepZerosCallback(masks=masks), "ddp"),
+        "resumed": train(folder, Exact(), KeepZerosCallback(), "ddp", ckpt_path=folder / "1.ckpt"),
+    }
+    if SHARDS_ON_CPU:
+        for name, module, callback in (
+            ("sharded_zeros", sparse(Sharded(), seed=0), KeepZerosCallback()),
+            ("sharded_given", Sharded(), KeepZerosCallback(masks=masks)),
+        ):
+            strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+            results[name] = train(folder, module, callback, strategy)
+    return results
+
+
+def sparse(module: Any, seed: int) -> Any:
+    find_masks(module, Random(seed=seed), sparsity=0.8).apply_(module)
+    return module
+
+
 def sharded(folder: Path) -> dict[str, Any]:
     """Train under FSDP2, with a checkpoint in pieces and a joined one, and resume from both."""
     results = {}
@@ -469,7 +504,10 @@ SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (joined, variants, methods, resume, failing, own, skipping, accelerated, disagreeing, sharded)
+    for scenario in (
+        *(joined, variants, methods, resume, failing, own),
+        *(skipping, accelerated, disagreeing, keeping, sharded),
+    )
     if scenario is not sharded or SHARDS_ON_CPU
 }
 

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_drive
-from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, SynFlowPruningCallback
+from lightning_drive import (
+    DRIVEPruningCallback,
+    IMPPruningCallback,
+    KeepZerosCallback,
+    Random,
+    SynFlowPruningCallback,
+    find_masks,
+)
 
 PACKAGE = str(Path(lightning_drive.__file__).parent)
 EPOCHS = 4
@@ -22,6 +29,7 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "DRIVE_reinit": lambda: DRIVEPruningCallback(sparsity=0.8, warmup_epochs=2, rounds=2, control="reinit"),
     "SynFlow": lambda: SynFlowPruningCallback(sparsity=0.8, warmup_epochs=1, rounds=3, bn_batches=2),
     "IMP": lambda: IMPPruningCallback(sparsity=0.8, cycles=2, epochs_per_cycle=1),
+    "KeepZeros": lambda: KeepZerosCallback(masks=find_masks(Net(), Random(seed=2), sparsity=0.8)),
 }
 
 

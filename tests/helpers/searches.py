@@ -9,9 +9,9 @@ from torch import nn
 
 from lightning_drive.core.arguments import Schedule, Scope
 from lightning_drive.core.goal import Goal
-from lightning_drive.core.masks import Masks
 from lightning_drive.core.rounds import Round, ScoreHistogram
 from lightning_drive.network.costs import Costs
+from lightning_drive.network.masks import Masks
 from lightning_drive.search.diagnosis import diagnose
 from lightning_drive.search.loop import search as search_network
 from lightning_drive.search.methods import Method

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_drive import SNIP, Magnitude, SynFlow, find_masks
-from lightning_drive.core.masks import Masks
 from lightning_drive.network import forward_passes, paths, prunable, synflow
 from lightning_drive.network.forward_passes import ForwardPass
+from lightning_drive.network.masks import Masks
 from lightning_drive.network.prunable import prunable_parameters
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 
-from lightning_drive import Masks
+from lightning_drive import Masks, Random, find_masks
 from lightning_drive.core import shards
 from lightning_drive.core.processes import ALONE
 from lightning_drive.core.shards import holders, is_sharded, joined, local, part
@@ -192,6 +192,22 @@ def test_disagreeing(ranks: Any) -> None:
     assert first["digest"] == second["digest"]
     [warned] = [text for text in first["warned"] if text.startswith("Rank 1 found other masks than rank 0")]
     assert warned in first["report"]["warnings"]
+
+
+@pytest.mark.parametrize("of", ["zeros", "given", "resumed", "sharded_zeros", "sharded_given"])
+def test_keeping(ranks: Any, of: str) -> None:
+    """All ranks hold the zeros of the first one, or the masks that are given, also in parts of their own."""
+    if of not in ranks("keeping")[0]:
+        pytest.skip("FSDP2 needs a GPU with this torch")
+    first, second = (result[of] for result in ranks("keeping"))
+    masks = check_same(first, second)
+    seed = 5 if "given" in of else 0
+    assert masks == find_masks(distributed.Exact(), Random(seed=seed), sparsity=0.8)
+    assert first["changes"] == second["changes"] == 1
+    assert first["report"]["layers"] == second["report"]["layers"]
+    assert not [text for text in first["warned"] if "Rank 1" in text]
+    if of == "resumed":
+        assert fits.equal_states(first["state"], ranks("keeping")[0]["zeros"]["state"])
 
 
 @pytest.mark.parametrize("kind", ["True", "False"], ids=["sharded_checkpoint", "joined_checkpoint"])

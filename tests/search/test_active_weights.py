@@ -10,7 +10,7 @@ from searches import Searched
 from torch import Tensor, nn
 
 from lightning_drive import SNIP, Magnitude, find_masks
-from lightning_drive.core.masks import Masks
+from lightning_drive.network.masks import Masks
 from lightning_drive.network.prunable import prunable_parameters
 from lightning_drive.search.methods import Method
 

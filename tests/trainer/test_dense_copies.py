@@ -68,6 +68,7 @@ def test_zeros_that_arrive(tmp_path: Path, make: Any, method: str) -> None:
     [text] = warned_of_zeros(tmp_path, module, METHODS[method]())
     assert "has no masks for them: these zeros will be trained" in text
     assert "`ckpt_path`" in text
+    assert text.endswith("use `KeepZerosCallback`.")
 
 
 def test_zeros_that_arrive__by_a_hook_of_the_module(tmp_path: Path) -> None:

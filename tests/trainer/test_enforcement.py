@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_drive import IMPPruningCallback, SNIPPruningCallback
-from lightning_drive.core.masks import Masks
+from lightning_drive.network.masks import Masks
 
 # Optimizers made anew after pruning.
 

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_drive import SNIPPruningCallback
-from lightning_drive.core.masks import Masks
 from lightning_drive.network.masked_parameters import MaskedParameters
+from lightning_drive.network.masks import Masks
 
 
 def power(matrix: Tensor, exponent: float) -> Tensor:

@@ -5,7 +5,7 @@ those of the dense module. Zeros are filled in, never multiplied in: a product w
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_drive.core import counting, saved_values, shards, tensor_kinds, zeroing
 from lightning_drive.core.bits import pack, unpacked
 from lightning_drive.core.messages import listed, shown
+from lightning_drive.network import prunable
 
 _VERSION = 1
 
@@ -44,6 +45,39 @@ class Masks(Mapping[str, Tensor]):
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"The mask of {name!r} must be a boolean tensor (`True` keeps), got {kind}.")
+
+    @staticmethod
+    def of(module: nn.Module, include: Iterable[str] | None = None, exclude: Iterable[str] | None = None) -> "Masks":
+        """Read the masks of a network that is sparse already off its zeros.
+
+        Only prunable weights are read, so what is 0 for another reason, such as a new position embedding or the row of
+        a ``padding_idx``, gets no mask. Frozen weights get none, either: unfreeze them first.
+
+        Args:
+            module: The network, with plain weights.
+            include: Glob patterns over parameter names, see
+                :func:`lightning_drive.network.prunable.prunable_parameters`; default: the weights of all layers that
+                multiply by them.
+            exclude: Glob patterns over parameter names that get no mask, such as a new layer that starts at zero.
+
+        Returns:
+            The masks, on the devices of the weights; ``True`` wherever a weight is not 0.
+
+        Raises:
+            TypeError: If ``include`` or ``exclude`` is no list of strings, or the numbers of a weight cannot be read
+                (named).
+            ValueError: If a pattern matches nothing, there is nothing prunable, or a weight is computed from others,
+                such as a value and a mask of ``torch.nn.utils.prune`` (named, with the call that makes it plain).
+
+        Example:
+            >>> layer = nn.Linear(2, 2)
+            >>> layer.weight.data = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+            >>> Masks.of(layer)["weight"]
+            tensor([[ True, False],
+                    [False,  True]])
+
+        """
+        return of_zeros(prunable.prunable_parameters(module, include, exclude))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -231,6 +265,19 @@ class Masks(Mapping[str, Tensor]):
             digest.update(f"{name}{tuple(self[name].shape)}".encode())
             digest.update(pack(self[name]).numpy().tobytes())
         return digest.hexdigest()
+
+
+def of_zeros(weights: Mapping[str, Tensor]) -> Masks:
+    """Return the masks that keep what is not 0 in weights by name, which may be split over ranks or quantised.
+
+    Example:
+        >>> of_zeros({"weight": torch.tensor([0.5, 0.0, -0.0])})["weight"]
+        tensor([ True, False, False])
+
+    """
+    local = {name: shards.local(weight.detach()) for name, weight in weights.items()}
+    live = {name: tensor_kinds.numbers(weight, name) != 0 for name, weight in local.items()}
+    return Masks({name: shards.joined(mask, of=weights[name]) for name, mask in live.items()})
 
 
 def collapsed_layers(masks: Mapping[str, Tensor]) -> list[str]:

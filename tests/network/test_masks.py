@@ -9,9 +9,10 @@ import models
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lightning_drive import Masks
-from lightning_drive.core.masks import collapsed_layers
+from lightning_drive.network.masks import collapsed_layers
 
 SHAPES = [(), (0,), (1,), (7,), (8,), (9,), (3, 5), (2, 3, 1, 7), (4, 4, 3, 3), (1, 1000)]
 INF, NAN = float("inf"), float("nan")
@@ -252,3 +253,98 @@ def test_shuffled__seed() -> None:
     assert one == two
     assert one != three
     assert not one["a"].equal(one["b"])
+
+
+# --- masks read off zeros
+
+
+class Tokens(nn.Module):
+    """Has zeros that nobody pruned: in a new position embedding, and in the row of `padding_idx`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(1, 4, 8))
+        self.embedding = nn.Embedding(5, 8, padding_idx=0)
+        self.layer, self.norm, self.head = nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.layer(self.embedding(tokens) + self.position)))
+
+
+def test_of__reads_what_was_pruned() -> None:
+    pruned = Masks({"layer.weight": random_mask(4, 8), "head.weight": random_mask(2, 4, seed=1)})
+    module = Tokens()
+    pruned.apply_(module)
+    assert Masks.of(module) == pruned
+    assert list(Masks.of(module)) == ["layer.weight", "head.weight"]
+    assert Masks.of(module).hold_for(module)
+
+
+def test_of__every_form_of_zero() -> None:
+    layer = nn.Linear(4, 1)
+    layer.weight.data = torch.tensor([[0.0, -0.0, NAN, 1e-45]])
+    assert Masks.of(layer)["weight"].tolist() == [[False, False, True, True]]
+    assert Masks.of(layer.to(torch.float64))["weight"].tolist() == [[False, False, True, True]]
+
+
+def test_of__include_and_exclude() -> None:
+    module = Tokens()
+    assert list(Masks.of(module, exclude=["head.*"])) == ["layer.weight"]
+    everything = Masks.of(module, include=["*"])
+    assert not everything["position"].any()
+    assert everything["embedding.weight"].tolist() == [[row > 0] * 8 for row in range(5)]
+    with pytest.raises(ValueError, match="`exclude` pattern 'tail' matches no parameter"):
+        Masks.of(module, exclude=["tail"])
+
+
+def test_of__masks_of_another_tool_error() -> None:
+    """All layers are named at once, in their order, with the call that makes them plain."""
+    module = models.MLP(4, 6, 5, 3)
+    for index in (4, 0, 2):
+        prune.l1_unstructured(module[index], "weight", amount=0.5)
+    with pytest.raises(ValueError, match=r"^'0.weight', '2.weight', '4.weight' are computed anew") as error:
+        Masks.of(module)
+    assert 'by `torch.nn.utils.prune.remove(layer, "weight")` for' in str(error.value)
+    for index in (0, 2, 4):
+        prune.remove(module[index], "weight")
+    assert Masks.of(module).num_kept == 12 + 15 + 7
+
+
+class LowRank(nn.Module):
+    """A layer and an adapter of it of rank 2, as LoRA trains it (Hu et al., 2022)."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(2, layer.in_features))
+        self.up = nn.Parameter(torch.zeros(layer.out_features, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        self.layer.weight += self.up @ self.down
+        return self.layer.requires_grad_(True)
+
+
+def test_apply__to_a_merged_adapter() -> None:
+    """An adapter is dense, so merging it fills the zeros; the masks of the network before it go on the merged one."""
+    network = models.MLP(4, 6, 3)
+    mlp_masks_of_it = Masks({"0.weight": random_mask(6, 4), "2.weight": random_mask(3, 6, seed=1)})
+    mlp_masks_of_it.apply_(network)
+    masks = Masks.of(network)
+    network[0], network[2] = LowRank(network[0]), LowRank(network[2])  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD([each for each in network.parameters() if each.requires_grad], lr=0.1)
+    x = torch.randn(8, 4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        network(x).square().sum().backward()
+        optimizer.step()
+    network[0], network[2] = network[0].merged(), network[2].merged()  # type: ignore[operator]
+    merged = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    assert not masks.hold_for(network)
+    masks.apply_(network)
+    assert masks == Masks.of(network) == mlp_masks_of_it
+    for name, mask in masks.items():
+        assert torch.equal(network.get_parameter(name)[mask], merged[name][mask])
