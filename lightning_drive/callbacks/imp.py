@@ -47,7 +47,7 @@ class IMPPruningCallback(PruningCallback):
         rewind_epoch: The epoch of the first cycle to whose start everything returns, from 0 (the initial weights) to
             ``epochs_per_cycle - 1``.
         schedule: ``exponential`` removes the same fraction of the survivors in every cycle, ``linear`` the same
-            number of weights.
+            number of weights, ``cubic`` many in the first cycles and few in the last.
         scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
         include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
             layers that multiply by them. ``["*"]``: everything of two dimensions or more.

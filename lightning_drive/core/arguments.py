@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_drive.core.messages import shown
 
-Schedule: TypeAlias = Literal["exponential", "linear"]
+Schedule: TypeAlias = Literal["exponential", "linear", "cubic"]
 """How the number of weights falls from round to round."""
 
 Scope: TypeAlias = Literal["global", "layerwise"]

@@ -54,7 +54,7 @@ def find_masks(
             for the next one if the function returns ``None`` for it, or a loss that depends on no prunable parameter.
         masks: Continue from these masks, at their sparsity, instead of from the dense network.
         schedule: ``"exponential"`` removes the same fraction of the survivors in every round, ``"linear"`` the same
-            number of weights.
+            number of weights, ``"cubic"`` many in the first rounds and few in the last.
         scope: ``"global"``: one ranking for all parameters. ``"layerwise"``: every parameter keeps the same fraction.
         include: Glob patterns over parameter names, see
             :func:`lightning_drive.network.prunable.prunable_parameters`; default: the weights of all layers that

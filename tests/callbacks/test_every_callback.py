@@ -107,7 +107,11 @@ def test_each__takes_keywords_only(make: Any) -> None:
     [
         ({"sparsity": 1.0}, ValueError, r"must be in \[0, 1\), got 1.0"),
         ({"sparsity": 98}, ValueError, "For 98 % pass 0.98"),
-        ({"sparsity": 0.5, "schedule": "cubic"}, ValueError, "`schedule` must be one of 'exponential', 'linear'"),
+        (
+            {"sparsity": 0.5, "schedule": "square"},
+            ValueError,
+            "`schedule` must be one of 'exponential', 'linear', 'cubic'",
+        ),
         ({"sparsity": 0.5, "scope": "local"}, ValueError, "`scope` must be one of 'global', 'layerwise'"),
         ({"sparsity": 0.5, "control": "random"}, ValueError, "`control` must be one of 'none', 'shuffle', 'reinit'"),
         ({"sparsity": 0.5, "bn_batches": -1}, ValueError, "`bn_batches` must be a whole number of at least 0"),

@@ -955,9 +955,9 @@ GOOD: dict[str, Any] = {"sparsity": 0.5, "batches": BATCHES, "loss_fn": models.l
         pytest.param(
             models.MLP(4, 3),
             SNIP(),
-            {"schedule": "cubic"},
+            {"schedule": "square"},
             ValueError,
-            "`schedule` must be one of 'exponential', 'linear', got 'cubic'",
+            "`schedule` must be one of 'exponential', 'linear', 'cubic', got 'square'",
             id="schedule",
         ),
         pytest.param(
