@@ -110,7 +110,7 @@ WRONG = {
     "rounds=1.5": ".*DRIVEPruningCallback: rounds: Expected a <class 'int'>. Got value: 1.5",
     "sparsity=half": ".*DRIVEPruningCallback: sparsity: Expected a <class 'float'>. Got value: half",
     "include=features": ".*DRIVEPruningCallback: include: Expected a <class 'list'>. Got value: features",
-    "schedule=cubic": r".*schedule: Expected a typing.Literal\['exponential', 'linear'\]. Got value: cubic",
+    "schedule=square": r".*schedule: Expected a typing.Literal\['exponential', 'linear', 'cubic'\]. Got value: square",
     "loss_fn=nowhere.f": ".*loss_fn: Type .* a callable class: No module named 'nowhere'. Got value: nowhere.f",
     "sparsty=0.5": ".*DRIVEPruningCallback: Option 'sparsty' is not accepted",
 }
