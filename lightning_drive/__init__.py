@@ -10,6 +10,7 @@ __all__ = [
     "DRIVE",
     "SNIP",
     "DRIVEPruningCallback",
+    "GradualPruningCallback",
     "IMPPruningCallback",
     "Magnitude",
     "Masks",
@@ -28,6 +29,7 @@ __all__ = [
 if TYPE_CHECKING:
     from lightning_drive.acceleration.accelerate import accelerate
     from lightning_drive.callbacks.drive import DRIVEPruningCallback
+    from lightning_drive.callbacks.gradual import GradualPruningCallback
     from lightning_drive.callbacks.imp import IMPPruningCallback
     from lightning_drive.callbacks.snip import SNIPPruningCallback
     from lightning_drive.callbacks.synflow import SynFlowPruningCallback
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "acceleration.accelerate": ("accelerate",),
     "callbacks.drive": ("DRIVEPruningCallback",),
+    "callbacks.gradual": ("GradualPruningCallback",),
     "callbacks.imp": ("IMPPruningCallback",),
     "callbacks.snip": ("SNIPPruningCallback",),
     "callbacks.synflow": ("SynFlowPruningCallback",),

@@ -16,7 +16,7 @@ from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
 from lightning_drive.search import unscored_parameters
 from lightning_drive.search.methods import Magnitude
-from lightning_drive.trainer import cycle_checks, end_of_training, step_counts, terminal
+from lightning_drive.trainer import cycle_checks, end_of_training, search_in_fit, step_counts, terminal
 from lightning_drive.trainer.cycle_schedules import Cycles, CycleSchedules
 from lightning_drive.trainer.saved_state import SavedState
 
@@ -167,7 +167,7 @@ class IMPPruningCallback(RepeatedPruningCallback):
         """Name the cycle in the progress bar, which has just named the epoch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if batch_idx == 0 and not self._finished:
-            terminal.name_epoch(trainer, f", cycle {self.cycle + 1}/{self.cycles}")
+            terminal.name_epoch(trainer, f"cycle {self.cycle + 1}/{self.cycles}")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -240,12 +240,12 @@ class IMPPruningCallback(RepeatedPruningCallback):
             Magnitude(rounds=self.cycles),
             self._selected(trainer, pl_module),
             only_round=cycle,
-            shuffle=control == "shuffle",
+            shuffle=search_in_fit.shuffle(trainer, control),
         )
         if not step_counts.is_quick_check(trainer):
             cycle_checks.check_paths(outcome, cycle, self._cycles, self.scope)
         if left_out:
-            outcome.found.warnings.append(unscored_parameters.unreached_in_cycle(left_out, names))
+            outcome.found.warnings.append(unscored_parameters.unreached_before_cut(left_out, names, "first cycle"))
         # Everything is computed: from here on only commit.
         self._record(trainer, outcome, self._cycles.method, start, control=control, cycle=cycle)
         forgotten = self._commit(trainer, pl_module)

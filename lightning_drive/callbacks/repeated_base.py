@@ -73,9 +73,10 @@ class RepeatedPruningCallback(PruningCallback):
 
     def _left_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[list[str], list[str]]:
         """Return the names that the first cut leaves out for want of a gradient, and all names that it chose from."""
-        names = list(super()._selected(trainer, pl_module))
-        selected = self._selected(trainer, pl_module)
-        return [] if self.pruned else [name for name in names if name not in selected], names
+        if self.pruned:
+            return [], []
+        names, selected = list(super()._selected(trainer, pl_module)), self._selected(trainer, pl_module)
+        return [name for name in names if name not in selected], names
 
     @override
     def _others(self, trainer: pl.Trainer, pl_module: pl.LightningModule, selected: Iterable[str]) -> list[str]:

@@ -82,15 +82,13 @@ class WarmupPruningCallback(PruningCallback):
             remember_epoch=0 if control == "reinit" else None,
         )
         methods.check_method(method)
-        if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(f"`loss_fn` must be a function `loss_fn(pl_module, batch)` or None, got {loss_fn!r}.")
         self.method = method
         self.warmup_epochs = arguments.check_count("warmup_epochs", warmup_epochs, least=0)
         self.warmup_steps = None
         if warmup_steps is not None:
             self.warmup_steps = arguments.check_count("warmup_steps", warmup_steps, least=0)
             _check_left_out(type(self), "warmup_epochs", self.warmup_epochs, "warmup_steps", self.warmup_steps)
-        self.loss_fn = loss_fn
+        self.loss_fn = arguments.check_loss_fn(loss_fn)
         self.bn_batches = arguments.check_count("bn_batches", bn_batches, least=0)
 
     @override
@@ -148,8 +146,8 @@ class WarmupPruningCallback(PruningCallback):
         start = time.monotonic()
         method = methods.with_fewer_rounds(self.method, 2) if step_counts.is_quick_check(trainer) else self.method
         names = self._selected(trainer, pl_module)
-        is_shuffled = self.control == "shuffle"
-        outcome = self._search(trainer, pl_module, method, names, loss_fn=self.loss_fn, shuffle=is_shuffled)
+        shuffle = search_in_fit.shuffle(trainer, self.control)
+        outcome = self._search(trainer, pl_module, method, names, loss_fn=self.loss_fn, shuffle=shuffle)
         masks = outcome.found.masks
         before = time.monotonic()
         statistics = search_in_fit.batch_norm_statistics(trainer, pl_module, masks, self.bn_batches, self.loss_fn)

@@ -56,6 +56,13 @@ def check_flag(argument: str, value: object) -> bool:
     return flag
 
 
+def check_loss_fn(value: Any) -> Any:
+    """Return a function or ``None``; raise a ``TypeError`` otherwise."""
+    if value is not None and not callable(value):
+        raise TypeError(f"`loss_fn` must be a function `loss_fn(pl_module, batch)` or None, got {value!r}.")
+    return value
+
+
 def check_choice(argument: str, value: object, choices: Any) -> Any:
     """Return the choice of a ``Literal`` type that equals a value; raise a ``ValueError`` if there is none."""
     text = _plain(value)

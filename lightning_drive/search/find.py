@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_drive.core import shards
@@ -124,13 +123,13 @@ def search_reached(
     others: Sequence[str] = (),
     on_round: Callable[[int, Masks], None] | None = None,
     only_round: int | None = None,
-    shuffle: torch.Generator | None = None,
+    shuffle: Callable[[Masks], Masks] | None = None,
 ) -> tuple[Found, Diagnosis]:
     """Search, once more without the parameters that had no gradient in any round, and diagnose the outcome.
 
     The masks are the same as if these parameters had been excluded, so counts refer to what is trained. ``opened``
     returns the network with the named parameters, always on the same batches. ``others`` names matrices that are
-    trained and stay dense. ``shuffle`` shuffles the masks within each parameter. For the rest see :func:`search`.
+    trained and stay dense. ``shuffle`` returns other masks, with the same counts. For the rest see :func:`search`.
     """
     left_out: set[str] = set()
     while True:
@@ -140,7 +139,7 @@ def search_reached(
             outcome = search(network, method, goal, masks=start, on_round=on_round, only_round=only_round)
             if not outcome.history.unreached:
                 if shuffle is not None:
-                    outcome = replace(outcome, masks=outcome.masks.shuffled(shuffle))
+                    outcome = replace(outcome, masks=shuffle(outcome.masks))
                 diagnosis = diagnose(network, method, goal, outcome, others)
                 break
         left_out.update(outcome.history.unreached)

@@ -10,6 +10,10 @@ _MOST_IN_A_ROW = 10_000
 """How many batches in a row may be skipped where the length of a pass over the data is not known."""
 
 
+class NothingToScoreByError(ValueError):
+    """All batches of a whole pass over the data have no loss, or one that depends on no prunable parameter."""
+
+
 class ScoringBatches:
     """The batches of one search.
 
@@ -39,12 +43,12 @@ class ScoringBatches:
         return self._first
 
     def take(self, number: int) -> Iterator[Any]:
-        """Yield batches until ``number`` of them were not skipped; raise ValueError if a whole pass is skipped."""
+        """Yield batches until ``number`` of them were not skipped; raise an error if a whole pass is skipped."""
         while number:
             batch = next(self._batches)
             if self._skipped_in_a_row >= (self._passes.length or _MOST_IN_A_ROW):
                 where = ", a whole pass over the data" if self._passes.length else ""
-                raise ValueError(
+                raise NothingToScoreByError(
                     f"{self._reason} This was the case for {self._skipped_in_a_row:,} batches in a row{where}: there is"
                     " nothing to score by."
                 )

@@ -130,7 +130,7 @@ def test_figure__nothing_removed() -> None:
 @pytest.mark.parametrize(
     ("kind", "metric", "message"),
     [
-        ("cycle", None, r"`kind` must be one of 'density', 'rounds', 'scores', 'cycles', got 'cycle'"),
+        ("cycle", None, r"`kind` must be one of 'density', 'rounds', 'scores', 'cycles', 'cuts', got 'cycle'"),
         ("scores", None, r"does not have the data for the picture 'scores', only for density, cycles"),
         ("cycles", "loss", r"`metric` must be one that was logged \(val_loss, val_accuracy\), got 'loss'"),
     ],
