@@ -183,6 +183,7 @@ SIBLINGS = {
     "SNIPPruningCallback": {"warmup_epochs": 1, "rounds": 2, "batches_per_round": 2},
     "SynFlowPruningCallback": {"rounds": 5, "schedule": "linear"},
     "IMPPruningCallback": {"cycles": 2, "epochs_per_cycle": 1, "rewind_epoch": 0},
+    "GradualPruningCallback": {"start_epoch": 0, "end_epoch": 1, "cuts_per_epoch": 2, "criterion": "drive"},
 }
 
 

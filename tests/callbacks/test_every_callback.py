@@ -32,6 +32,8 @@ CALLBACKS: dict[str, Any] = {
     "SNIP": SNIPPruningCallback,
     "SynFlow": lambda **settings: SynFlowPruningCallback(**{"rounds": 7, **settings}),
     "IMP": lambda **settings: IMPPruningCallback(**{"cycles": 2, "epochs_per_cycle": 1, **settings}),
+    "Gradual": lambda **settings: fits.gradual(**{"start_epoch": 0, **settings}),
+    "Gradual_by_drive": lambda **settings: fits.gradual(**{"start_epoch": 0, "criterion": "drive", **settings}),
 }
 EACH = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
 
@@ -158,7 +160,11 @@ class Stream(IterableDataset[Any]):
         return next(self.samples)
 
 
-@pytest.mark.parametrize("make", [CALLBACKS["SynFlow"], CALLBACKS["IMP"]], ids=["SynFlow", "IMP"])
+WITHOUT_LOSS = {name: CALLBACKS[name] for name in ("SynFlow", "IMP", "Gradual")}
+NO_LOSS = pytest.mark.parametrize("make", WITHOUT_LOSS.values(), ids=WITHOUT_LOSS)
+
+
+@NO_LOSS
 def test_stream(tmp_path: Path, make: Any) -> None:
     """Who needs no data works where data can be read only once, and takes nothing from training."""
     callback, module = make(sparsity=0.9), ConvModule()
@@ -189,7 +195,7 @@ def test_stream__error(tmp_path: Path, callback: PruningCallback) -> None:
     assert not module.calls
 
 
-@pytest.mark.parametrize("make", [CALLBACKS["SynFlow"], CALLBACKS["IMP"]], ids=["SynFlow", "IMP"])
+@NO_LOSS
 def test_manual_optimization(tmp_path: Path, make: Any) -> None:
     """Who needs no loss needs no `loss_fn` for it, and never calls ``training_step``, which would train."""
     settings = {"warmup_epochs": 1} if make is CALLBACKS["SynFlow"] else {}

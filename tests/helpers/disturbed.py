@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_drive
-from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, SynFlowPruningCallback
+from lightning_drive import DRIVEPruningCallback, GradualPruningCallback, IMPPruningCallback, SynFlowPruningCallback
 
 PACKAGE = str(Path(lightning_drive.__file__).parent)
 EPOCHS = 4
@@ -22,6 +22,10 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "DRIVE_reinit": lambda: DRIVEPruningCallback(sparsity=0.8, warmup_epochs=2, rounds=2, control="reinit"),
     "SynFlow": lambda: SynFlowPruningCallback(sparsity=0.8, warmup_epochs=1, rounds=3, bn_batches=2),
     "IMP": lambda: IMPPruningCallback(sparsity=0.8, cycles=2, epochs_per_cycle=1),
+    "Gradual": lambda: GradualPruningCallback(sparsity=0.8, start_epoch=0, end_epoch=2, cuts_per_epoch=2),
+    "Gradual_by_drive": lambda: GradualPruningCallback(
+        sparsity=0.8, start_epoch=0, end_epoch=2, cuts_per_epoch=2, criterion="drive", bn_batches=2
+    ),
 }
 
 
