@@ -155,6 +155,8 @@ class GradualPruningCallback(RepeatedPruningCallback):
         before, self._batch = self.cut, [batch]
         try:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            if batch_idx == 0:
+                self._log_metrics(trainer, pl_module)
         finally:
             self._batch = None
         if self.pruned and not self._finished and (batch_idx == 0 or self.cut > before):
@@ -167,9 +169,15 @@ class GradualPruningCallback(RepeatedPruningCallback):
             end_of_training.warn_of_open_window(trainer, self.masks.sparsity, self.sparsity, self._when)
 
     @override
+    def _log_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._batch is not None:  # of what two hooks log in an epoch, Lightning does not take the later one
+            super()._log_metrics(trainer, pl_module)
+
+    @override
     def _take(self, saved: SavedState) -> None:
         super()._take(saved)
-        self._window = CutWindow.saved(saved.settings) if saved.pruning.masks else None
+        if saved.pruning.masks:
+            self._window = CutWindow.saved(saved.settings)
 
     @override
     def _check_settings(self, saved: SavedState) -> None:
@@ -201,6 +209,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
 
     @property
     def _num_cuts(self) -> int:
+        """The number of cuts, at least 1; not yet known before ``on_fit_start``."""
         return 1 if self._window is None else self._window.num_cuts
 
     @property
@@ -225,9 +234,9 @@ class GradualPruningCallback(RepeatedPruningCallback):
 
     def _num_due(self, trainer: pl.Trainer) -> int:
         """Return how many cuts are due by now; all of them in a quick check."""
-        if self._window is None or step_counts.is_quick_check(trainer):
-            return self._num_cuts
-        return cut_window.num_due(trainer, self._window)
+        if self._window is None:
+            return 0
+        return self._num_cuts if step_counts.is_quick_check(trainer) else cut_window.num_due(trainer, self._window)
 
     # Pruning.
 
