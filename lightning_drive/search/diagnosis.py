@@ -38,7 +38,7 @@ def diagnose(network: Network, method: Method, goal: Goal, found: Found, others:
     if forward_pass is not None:
         active = active_weights.find(network.module, masks, forward_pass)
     costs = measure(network.module, network.parameters, forward_pass, masks)
-    remedy = _remedy(goal, "More cycles" if history.is_cycle else "More rounds" if network.reached else "")
+    remedy = _remedy(goal, "More cycles or cuts" if history.is_cycle else "More rounds" if network.reached else "")
     remarks = [*_zero_cuts(history, method), *_collapses(masks, active.masks, causes.explained, remedy)]
     if remarks and network.reached and not network.is_sharded:
         remarks.extend(unscored_parameters.behind_norms(network.module))

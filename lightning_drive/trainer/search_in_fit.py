@@ -25,7 +25,7 @@ from lightning_drive.search.loop import Found
 from lightning_drive.search.methods import Method
 from lightning_drive.search.scored_network import Network
 from lightning_drive.trainer import ranks as processes
-from lightning_drive.trainer import sandbox, terminal, training_step
+from lightning_drive.trainer import sandbox, step_counts, terminal, training_step
 from lightning_drive.trainer.batches import TrainingBatches
 from lightning_drive.trainer.sandbox import Sandbox
 
@@ -59,7 +59,7 @@ def search(
     batches: Sequence[Any] | None = None,
     shuffle: Callable[[Masks], Masks] | None = None,
 ) -> Outcome:
-    """Search for masks of the named parameters, on ``batches``, or on training batches from the first on.
+    """Search for masks of the named parameters, on the next ``batches``, or on training batches from the first on.
 
     ``masks`` are the masks to start from, empty for a dense network; ``loss_fn`` replaces ``training_step``.
     For the rest see :func:`lightning_drive.search.find.search_reached`.
@@ -158,9 +158,11 @@ def batch_norm_statistics(
     return statistics
 
 
-def loss_function(scored: Sandbox, loss_fn: LossFunction | None, pl_module: pl.LightningModule) -> LossFunction:
-    """Return the loss function for the replica: the user's, or one made of ``training_step``."""
-    own = training_step.loss_of(scored) if loss_fn is None else scored.replica_of(loss_fn)
+def loss_function(
+    scored: Sandbox, loss_fn: LossFunction | None, pl_module: pl.LightningModule, first: int = 0
+) -> LossFunction:
+    """Return the loss function for the replica: the user's, or one made of ``training_step`` from a batch on."""
+    own = training_step.loss_of(scored, first) if loss_fn is None else scored.replica_of(loss_fn)
     return gradients.on_replica_only(own, pl_module)
 
 
@@ -185,7 +187,8 @@ def _network(
     """Open a replica of the module for a search, on copies of ``batches``, or on training batches from the first on."""
     with _scored(trainer, pl_module, method.mode, batches) as (scored, own):
         parameters = prunable.parameters_by_name(scored.module, names)
-        loss = loss_function(scored, loss_fn, pl_module)
+        first = 0 if batches is None else step_counts.batch_index(trainer)
+        loss = loss_function(scored, loss_fn, pl_module, first)
         example = scored.module.example_input_array
         yield Network(scored.module, parameters, own, loss, example, processes.ranks_of(trainer))
 
