@@ -1,7 +1,7 @@
 """Gradual pruning: many small cuts inside one run, each after some training with what the last one left."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -15,7 +15,7 @@ from lightning_drive.core import arguments
 from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
-from lightning_drive.search import methods, unscored_parameters
+from lightning_drive.search import methods
 from lightning_drive.search.methods import DRIVE, Magnitude, Method
 from lightning_drive.search.scoring_batches import NothingToScoreByError
 from lightning_drive.trainer import (
@@ -23,6 +23,7 @@ from lightning_drive.trainer import (
     checks,
     cut_window,
     end_of_training,
+    frozen_layers,
     reporting,
     restored_masks,
     search_in_fit,
@@ -188,13 +189,9 @@ class GradualPruningCallback(RepeatedPruningCallback):
 
     @override
     def _settings(self) -> dict[str, Any]:
-        own = {"cuts_per_epoch": self.cuts_per_epoch, "criterion": self.criterion}
-        return {**super()._settings(), **own, **self._ends()}
-
-    def _ends(self) -> dict[str, int | None]:
-        """Return the ends of the window, those that are not given only once they are known."""
         start, end = (self.start_epoch, self.end_epoch) if self._window is None else self._window[:2]
-        return {"start_epoch": start, "end_epoch": end}
+        own = {"start_epoch": start, "end_epoch": end, "cuts_per_epoch": self.cuts_per_epoch}
+        return {**super()._settings(), **own, "criterion": self.criterion}
 
     @override
     def _start_afresh(self) -> None:
@@ -209,7 +206,6 @@ class GradualPruningCallback(RepeatedPruningCallback):
 
     @property
     def _num_cuts(self) -> int:
-        """The number of cuts, at least 1; not yet known before ``on_fit_start``."""
         return 1 if self._window is None else self._window.num_cuts
 
     @property
@@ -244,12 +240,8 @@ class GradualPruningCallback(RepeatedPruningCallback):
         """Return the method whose rounds are the cuts."""
         return DRIVE(rounds=num_cuts) if self.criterion == "drive" else Magnitude(rounds=num_cuts)
 
-    @property
-    def _name(self) -> str:
-        """The method as reports name it."""
-        return self._name_in(self._window)
-
-    def _name_in(self, window: CutWindow | None) -> str:
+    def _text(self, window: CutWindow | None) -> str:
+        """Return the method as reports and plans name it."""
         return f"Gradual{type(self._method(1)).__name__}({window})"
 
     @override
@@ -259,7 +251,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
         return plan.plan(
             module,
             selected,
-            method=self._name_in(window),
+            method=self._text(window),
             kept=self._goal.kept([parameter.numel() for parameter in selected.values()], window.num_cuts),
             passes=methods.num_passes(self._method(window.num_cuts)),
             pass_over="a training batch",
@@ -271,14 +263,18 @@ class GradualPruningCallback(RepeatedPruningCallback):
     @override
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start, cut = time.monotonic(), self._num_due(trainer)
-        left_out, among = self._left_out(trainer, pl_module)
-        phase = "training before the first cut"
-        warnings = [unscored_parameters.unreached_before_cut(left_out, among, phase)] if left_out else []
+        warnings = [] if self.pruned else [*self._left_dense(trainer, pl_module)]
         with suppress(NothingToScoreByError):  # a batch without a loss leaves the cut to the next one
             if cut < self._num_cuts:
                 self._cut(trainer, pl_module, cut, start, warnings)
             else:
                 self._cut_for_good(trainer, pl_module, cut, start, warnings)
+
+    def _left_dense(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[str]:
+        """Warn of parameters that the first cut leaves out, so that they stay dense."""
+        assert self._window is not None
+        yield from self._left_out(trainer, pl_module, "training before the first cut")
+        yield from frozen_layers.warnings(self, trainer, pl_module, (), "start_epoch", self._window.start)
 
     def _cut(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: int, start: float, warnings: list[str]
@@ -288,7 +284,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
         found = search_in_fit.cut_once(trainer, pl_module, goal=self._goal, masks=self.masks, **settings)
         found.warnings.extend(warnings)
         times: Any = {"start": start, "phase_start": self._fit.phase_start}
-        report = reporting.of_cut(trainer, found, self._name, **times, control=self.control)
+        report = reporting.of_cut(trainer, found, self._text(self._window), **times, control=self.control)
         # Everything is computed: from here on only commit.
         self._pruning = Pruning(found.masks.to("cpu"), reporting.after_cuts(report, self.report, cut, trainer), {})
         self._commit(trainer, pl_module)
@@ -304,7 +300,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
         outcome.phases["batch_norm"] = time.monotonic() - before
         outcome.found.warnings.extend(warnings)
         times: Any = {"start": start, "phase_start": self._fit.phase_start}
-        report = reporting.report(trainer, outcome, self._name, **times, control=self.control)
+        report = reporting.report(trainer, outcome, self._text(self._window), **times, control=self.control)
         # Everything is computed: from here on only commit.
         self._pruning = Pruning(masks.to("cpu"), reporting.after_cuts(report, self.report, cut, trainer), statistics)
         forgotten = self._commit(trainer, pl_module)

@@ -14,7 +14,6 @@ from lightning_drive.core import arguments
 from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
-from lightning_drive.search import unscored_parameters
 from lightning_drive.search.methods import Magnitude
 from lightning_drive.trainer import cycle_checks, end_of_training, search_in_fit, step_counts, terminal
 from lightning_drive.trainer.cycle_schedules import Cycles, CycleSchedules
@@ -233,7 +232,7 @@ class IMPPruningCallback(RepeatedPruningCallback):
         start = time.monotonic()
         cycle = self._due_cycle(trainer)
         control: Control = self.control if cycle == self.cycles else "none"
-        left_out, names = self._left_out(trainer, pl_module)
+        left_out = self._left_out(trainer, pl_module, "first cycle")
         outcome = self._search(
             trainer,
             pl_module,
@@ -244,8 +243,7 @@ class IMPPruningCallback(RepeatedPruningCallback):
         )
         if not step_counts.is_quick_check(trainer):
             cycle_checks.check_paths(outcome, cycle, self._cycles, self.scope)
-        if left_out:
-            outcome.found.warnings.append(unscored_parameters.unreached_before_cut(left_out, names, "first cycle"))
+        outcome.found.warnings.extend(left_out)
         # Everything is computed: from here on only commit.
         self._record(trainer, outcome, self._cycles.method, start, control=control, cycle=cycle)
         forgotten = self._commit(trainer, pl_module)

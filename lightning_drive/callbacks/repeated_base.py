@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_drive.callbacks.hooks import PruningCallback
 from lightning_drive.core import saved_values
+from lightning_drive.search import unscored_parameters
 
 
 class RepeatedPruningCallback(PruningCallback):
@@ -71,12 +72,11 @@ class RepeatedPruningCallback(PruningCallback):
         reached = {name: parameter for name, parameter in selected.items() if name not in (left_out or ())}
         return reached or selected  # if none is left, there was no step yet
 
-    def _left_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[list[str], list[str]]:
-        """Return the names that the first cut leaves out for want of a gradient, and all names that it chose from."""
-        if self.pruned:
-            return [], []
+    def _left_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, phase: str) -> list[str]:
+        """Return a warning if the first cut leaves out parameters, which had no gradient in the phase before it."""
         names, selected = list(super()._selected(trainer, pl_module)), self._selected(trainer, pl_module)
-        return [name for name in names if name not in selected], names
+        left_out = [] if self.pruned else [name for name in names if name not in selected]
+        return [unscored_parameters.unreached_before_cut(left_out, names, phase)] if left_out else []
 
     @override
     def _others(self, trainer: pl.Trainer, pl_module: pl.LightningModule, selected: Iterable[str]) -> list[str]:
