@@ -369,6 +369,10 @@ def sharded(folder: Path) -> dict[str, Any]:
                 ckpt_path=own / f"{epoch}.ckpt",
                 num_sanity_val_steps=1,
             )
+    for name in ("gradual", "gradual_by_drive"):
+        own = folder / name
+        results[name] = train(own, Sharded(), METHODS[name](), strategy(), save=True)
+        results[f"{name}-0"] = train(own, Sharded(), METHODS[name](), strategy(), ckpt_path=own / "0.ckpt")
     results["unsaved"] = train(folder, Sharded(), METHODS["drive"](), strategy())
     module = Sharded()
     fits.trainer(folder, max_epochs=1, strategy=strategy(), devices=2).fit(module, datamodule=Data())

@@ -200,6 +200,20 @@ def test_sharded__resume(ranks: Any, kind: str, epoch: int) -> None:
     assert first[f"{kind}-{epoch}"]["digest"] == first[kind]["digest"]
 
 
+@pytest.mark.parametrize("method", ["gradual", "gradual_by_drive"])
+def test_sharded__gradual(ranks: Any, tmp_path: Path, method: str) -> None:
+    """Cut after cut, ranks keep what one process does, also after a resume in the middle of the window."""
+    first, second = ranks("sharded")
+    masks = check_same(first[method], second[method])
+    check_same(first[f"{method}-0"], second[f"{method}-0"])
+    assert fits.equal_states(first[f"{method}-0"]["state"], first[method]["state"])
+    assert first[method]["changes"] == 6
+    alone = distributed.METHODS[method]()
+    trainer = fits.trainer(tmp_path, alone, max_epochs=distributed.EPOCHS)
+    trainer.fit(distributed.Exact(), datamodule=distributed.Data(2 * distributed.BATCH))
+    assert alone.masks == masks
+
+
 def test_sharded__after_validation(ranks: Any) -> None:
     """Validation leaves parameters whole until something splits them again, as saving does: pruning does, too."""
     first, second = ranks("sharded")
