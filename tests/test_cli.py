@@ -36,6 +36,7 @@ trainer:
         warmup_epochs: 1
         rounds: 4
         scope: layerwise
+        accelerate: true
         exclude: ["head.*"]
         loss_fn: test_cli.squared_outputs
 """
@@ -80,6 +81,8 @@ def test_yaml(command_line: Any) -> None:
     assert list(callback.masks) == ["features.0.weight", "features.4.weight"]
     assert [int(mask.sum()) for mask in callback.masks.values()] == [round(54 * 0.2), round(432 * 0.2)]
     assert callback.loss_fn.__name__ == "squared_outputs"
+    assert callback.accelerate
+    assert callback.report.acceleration is not None
 
 
 def test_command_line(command_line: Any) -> None:

@@ -1,4 +1,4 @@
-"""The page of measurements says what the committed results say."""
+"""The pages of measurements say what the committed results say."""
 
 import json
 
@@ -12,17 +12,41 @@ FIGURE = Figure(
 )
 
 
-def test_page() -> None:
-    text = page.PAGE.read_text(encoding="utf-8")
-    assert page.filled(text, RESULTS) == text
+def texts() -> list[str]:
+    return [path.read_text(encoding="utf-8") for path in page.PAGES]
+
+
+def test_pages() -> None:
+    assert page.filled(texts(), RESULTS) == texts()
 
 
 def test_filled__place_error() -> None:
-    """Nothing that was measured is left out, and no table is left empty."""
-    text = page.PAGE.read_text(encoding="utf-8")
+    """Nothing that was measured is left out, and no table is left empty, unless it says so."""
     without = {**RESULTS, "benchmarks": RESULTS["benchmarks"][:1]}
-    with pytest.raises(ValueError, match=r"The page has places for \['growth', .*, but there are results for"):
-        page.filled(text, without)
+    with pytest.raises(ValueError, match=r"The pages have places for \['.*'\], but there are results for"):
+        page.filled(texts(), without)
+
+
+def test_filled__not_measured() -> None:
+    """A place may wait for its first results, and has its table when they come."""
+    begins, ends = (mark.format("steps") for mark in page.MARKS)
+    paper = "\n".join(mark.format("paper") for mark in page.MARKS)
+    waiting = f"{begins}\n\n{page.NOT_MEASURED}\n\n{ends}\n{paper}"
+    text = waiting + "\n" + "\n".join(mark.format("machine") for mark in page.MARKS)
+    [still] = page.filled([text], {**RESULTS, "benchmarks": []})
+    assert still.count(page.NOT_MEASURED) == 2
+    [first] = [result for result in RESULTS["benchmarks"] if result["extra_info"]["group"] == "steps"][:1]
+    [measured] = page.filled([still], {**RESULTS, "benchmarks": [first]})
+    assert page.NOT_MEASURED not in measured
+    assert first["extra_info"]["case"] in measured
+
+
+def test_filled__machines_error() -> None:
+    """Ratios of different machines do not stand on one page."""
+    first, *others = RESULTS["benchmarks"]
+    other = {**first, "extra_info": {**first["extra_info"], "machine": "another"}}
+    with pytest.raises(ValueError, match=r"Results of different machines or versions do not go on one page: .*another"):
+        page.filled(texts(), {**RESULTS, "benchmarks": [other, *others]})
 
 
 def test_table() -> None:
@@ -30,6 +54,25 @@ def test_table() -> None:
     assert page.table([FIGURE]).splitlines()[2:] == [
         "| a step | 2.2 s | **1.10** (1.00-1.50) | dense (2 s) | 1.20 met |  |",
         "|  |  | 0.55 (0.50-0.75) | other (4 s) |  |  |",
+    ]
+
+
+def test_speeds() -> None:
+    """Rows are cases, columns are sparsities; cells with other peers have a row in a second table."""
+    one = Figure("inference", "MLP", "s", [1.0], {"dense": [1.5]}, note="briefly trained", column="90 %")
+    two = Figure("inference", "MLP", "s", [1.0], {"dense": [2.5], "onnx": [2.0]}, 1 / 3, "briefly trained", "98 %")
+    three = Figure("inference", "VGG", "s", [1.0], {"dense": [4.0]}, 1 / 3, column="98 %")
+    assert page.part([one, two, three]).splitlines() == [
+        "| times as fast as dense | its time | 90 % | 98 % |",
+        "| --- | ---: | ---: | ---: |",
+        "| MLP | 2 s | **1.50** | **2.50** (3.0 **missed**) |",
+        "| VGG | 4 s |  | **4.00** (3.0 met) |",
+        "",
+        "| times as fast as | onnx |",
+        "| --- | ---: |",
+        "| MLP, 98 % | 2.00 |",
+        "",
+        "briefly trained",
     ]
 
 
@@ -55,12 +98,10 @@ def test_amount(value: float, unit: str, text: str) -> None:
 
 
 def test_merged() -> None:
-    """A part that was measured again takes the place of what it was; anything from elsewhere is refused."""
+    """A part that was measured again takes the place of what it was; each result knows its machine."""
     first, second = RESULTS["benchmarks"][:2]
     again = {**second, "extra_info": {**second["extra_info"], "ours": [1e9]}}
     new = {**first, "fullname": "another"}
-    found = page.merged(RESULTS, {**RESULTS, "benchmarks": [new, again]})["benchmarks"]
-    assert found == [first, again, *RESULTS["benchmarks"][2:], new]
-    other = {**RESULTS, "machine_info": {**RESULTS["machine_info"], "threads": 99}}
-    with pytest.raises(ValueError, match="Results of different machines or versions do not go together: threads"):
-        page.merged(RESULTS, other)
+    merged = page.merged(RESULTS, {"benchmarks": [new, again]})["benchmarks"]
+    assert merged == [first, again, *RESULTS["benchmarks"][2:], new]
+    assert first["extra_info"]["machine"] == page.described(RESULTS["machine_info"])

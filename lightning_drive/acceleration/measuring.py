@@ -14,6 +14,9 @@ from lightning_drive.acceleration.sparse_calls import SparseCalls, SparseWeight,
 from lightning_drive.acceleration.weight_calls import Call, WeightCalls
 from lightning_drive.report.acceleration_report import DENSE, AccelerationReport, LayerForm
 
+LEAST_SPARSITY = 0.5
+"""Fraction of zeros. With fewer no form won wherever we measured it, and measuring takes long then."""
+
 UNSEEN = "no linear layer or convolution of torch computes with it"
 
 
@@ -101,6 +104,8 @@ class _Measuring(WeightCalls):
 
     def _form(self, known: Pruned, call: Call) -> LayerForm:
         operation, obstacle = call.operation, call.obstacle
+        if not obstacle and known.sparsity < LEAST_SPARSITY:
+            obstacle = f"less than {LEAST_SPARSITY:.0%} of it is zero"
         if obstacle or operation is None:
             return LayerForm(known.name, known.sparsity, reason=obstacle)
         self.operations[known.name] = operation

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_drive.acceleration.layouts import Axis, Layout, Lines, Pixels, PixelTokens, Tokens, Windows
+from lightning_drive.acceleration.convolution_layouts import Axis, Lines, Pixels, PixelTokens, Windows
+from lightning_drive.acceleration.layouts import Layout, Tokens
 from lightning_drive.acceleration.pattern import Pattern
 
 Pair: TypeAlias = tuple[int, int]
@@ -152,7 +153,13 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def output(
-    operation: Operation, layout: Layout, pattern: Pattern, entries: Tensor, bias: Tensor | None, images: Tensor
+    operation: Operation,
+    layout: Layout,
+    pattern: Pattern,
+    entries: Tensor,
+    bias: Tensor | None,
+    images: Tensor,
+    keep: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Return the outputs of an operation for a batch.
 
@@ -163,21 +170,31 @@ def output(
         entries: The entries of the sparse matrix, :meth:`Pattern.values` of the kept weights.
         bias: One number for each output, or none.
         images: The batch, of the type of the entries.
+        keep: Takes the table if a single one is all of the batch, for :func:`gradients`.
 
     """
     images = layout.arranged(images)
     result, table = layout.empty_output(images, operation.num_outputs), None
-    for block, target in zip(layout.blocks(images), layout.blocks(result), strict=True):
+    blocks = layout.blocks(images)
+    for block, target in zip(blocks, layout.blocks(result), strict=True):
         table = layout.table(block, table)
         product = pattern.product(entries, table)
         if bias is not None:
             product.view(-1, len(bias), product.shape[1]).add_(bias[:, None])
         layout.write_(target, product)
+    if keep is not None and table is not None and len(blocks) == 1:
+        keep(table)
     return result
 
 
 def gradients(
-    layout: Layout, pattern: Pattern, entries: Tensor, images: Tensor, gradient: Tensor, needs_input: bool
+    layout: Layout,
+    pattern: Pattern,
+    entries: Tensor,
+    images: Tensor,
+    gradient: Tensor,
+    needs_input: bool,
+    kept_table: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Return the gradients of a batch, if needed, and of the kept weights, for a gradient of the outputs."""
     images, gradient = layout.arranged(images), layout.arranged(gradient)
@@ -186,7 +203,7 @@ def gradients(
     targets = layout.blocks(images if of_images is None else of_images)
     for block, of_outputs, target in zip(layout.blocks(images), layout.blocks(gradient), targets, strict=True):
         product = layout.product(of_outputs)
-        table = layout.table(block, table)
+        table = layout.table(block, table) if kept_table is None else kept_table
         of_entries = pattern.add_outer_products(of_entries, product, table)
         if needs_input:
             layout.add_table_(target, pattern.transposed_product(entries, product))

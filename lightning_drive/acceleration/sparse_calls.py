@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_drive.acceleration import operations
 from lightning_drive.acceleration.layouts import Layout
@@ -15,6 +16,19 @@ from lightning_drive.core import function_modes
 
 _MOST_PATTERNS = 8
 """Patterns that are kept for each weight: one for each size of images that a convolution meets."""
+
+
+class _Numbers:
+    """The numbers of a tensor as they are now, to be recognised in other tensors with the same memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        storage: Any = tensor.untyped_storage()
+        self._storage = StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # keeps its address from being reused
+        self._version = tensor._version
+
+    def are_those_of(self, tensor: Tensor) -> bool:
+        """Whether a tensor has these numbers, and nobody has written to them since."""
+        return tensor._version == self._version and tensor.untyped_storage()._cdata == self._storage.cdata
 
 
 class SparseWeight:
@@ -28,6 +42,7 @@ class SparseWeight:
         self._stride = parameter.stride()
         self._in_memory = _in_memory(places, parameter)
         self._patterns: dict[Any, tuple[Layout, Pattern]] = {}
+        self._last_gradient: _Numbers | None = None
 
     def fits(self, call: Call) -> bool:
         """Whether a call can be computed in this form."""
@@ -43,13 +58,24 @@ class SparseWeight:
 
     def gradient(self, weight: Tensor, of_kept: Tensor) -> Tensor:
         """Return the gradient of the weight, with zeros where it is pruned."""
-        gradient = torch.zeros_like(weight)
-        _flat(gradient).index_copy_(0, self._in_memory, of_kept)
+        gradient = self._scattered(weight, of_kept)
+        self._last_gradient = _Numbers(gradient)
         return gradient
+
+    @property
+    def has_masked_gradient(self) -> bool:
+        """Whether the gradient of the parameter is the one that :meth:`gradient` returned last, and nothing else."""
+        gradient = self.parameter.grad
+        return gradient is not None and self._last_gradient is not None and self._last_gradient.are_those_of(gradient)
 
     def mask(self, weight: Tensor) -> Tensor:
         """Return ones for the kept weights, and zeros."""
-        return self.gradient(weight, weight.new_ones(len(self._places)))
+        return self._scattered(weight, weight.new_ones(len(self._places)))
+
+    def _scattered(self, weight: Tensor, kept: Tensor) -> Tensor:
+        dense = torch.zeros_like(weight)
+        _flat(dense).index_copy_(0, self._in_memory, kept)
+        return dense
 
     def pattern(self, images: Tensor) -> tuple[Layout, Pattern]:
         """Return layout and pattern for a batch."""
@@ -73,6 +99,11 @@ class SparseCalls(WeightCalls):
     def __init__(self, weights: Iterable[SparseWeight]) -> None:
         super().__init__({id(weight.parameter): weight for weight in weights})
 
+    @property
+    def masked_gradients(self) -> set[Tensor]:
+        """The parameters whose gradients are zero already where they are pruned."""
+        return {weight.parameter for weight in self._weights.values() if weight.has_masked_gradient}
+
     def compute(self, known: SparseWeight, call: Call) -> Tensor:
         """Return the result of a call with one of the weights."""
         return product(known, call) if known.fits(call) else call.dense(call.input, call.weight, call.bias)
@@ -94,17 +125,19 @@ class _Product(torch.autograd.Function):
         operation, kept = sparse.operation, sparse.kept(weight)
         images = operation.batch(input)
         layout, pattern = sparse.pattern(images)
-        ctx.save_for_backward(input, weight, kept)
         ctx.sparse, ctx.function, ctx.settings = sparse, call.function, call.settings
         ctx.set_materialize_grads(False)
-        result = operations.output(operation, layout, pattern, pattern.values(kept), bias, images)
+        tables: list[Tensor] = []
+        entries = pattern.values(kept)
+        result = operations.output(operation, layout, pattern, entries, bias, images, tables.append)
+        ctx.save_for_backward(input, weight, kept, *tables)
         return operation.unbatch(result, input)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:
             return None, None, None, None, None
-        input, weight, kept = ctx.saved_tensors
+        input, weight, kept, *tables = ctx.saved_tensors
         sparse: SparseWeight = ctx.sparse
         if torch.is_grad_enabled():  # the gradients will be differentiated
             call = Call(ctx.function, input, weight, None, ctx.settings)
@@ -122,6 +155,7 @@ class _Product(torch.autograd.Function):
                 images,
                 operation.batch(gradient),
                 ctx.needs_input_grad[0],
+                *tables,
             )
             of_input = None if of_images is None else operation.unbatch(of_images, input)
             of_weight = sparse.gradient(weight, of_kept) if ctx.needs_input_grad[1] else None

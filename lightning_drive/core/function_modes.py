@@ -154,4 +154,7 @@ def _together(tensors: Any) -> tuple[Any, ...]:
 
 def backward(loss: Tensor) -> None:
     """Run the backward pass of a loss, a tensor of one number, under the modes that are on."""
-    run_backward(Tensor.backward, (loss,), {})
+    if type(loss) in (Tensor, nn.Parameter):
+        run_backward(Tensor.backward, (loss,), {})
+    else:
+        loss.backward()  # type: ignore[no-untyped-call]

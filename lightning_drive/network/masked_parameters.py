@@ -1,5 +1,6 @@
 """Keep the pruned parameters of a live module at zero in every step: weights, gradients and optimizer state."""
 
+from collections.abc import Collection, Iterable
 from copy import copy
 
 import torch
@@ -42,6 +43,7 @@ class MaskedParameters:
         self.may_divide_by_zero = any(parameter.dtype == torch.float16 for parameter in parameters.values())
         self._parameters = parameters
         self._fast_masks = {parameter: _FastMask(masks[name], parameter) for name, parameter in parameters.items()}
+        self._versions: dict[Tensor, int] = {}
 
     def replaced_in(self, module: nn.Module) -> list[str]:
         """Return the names of the parameters that the module no longer has, or has replaced by others."""
@@ -53,10 +55,16 @@ class MaskedParameters:
         ]
 
     @torch.no_grad()
-    def zero_weights_(self) -> None:
-        """Set the pruned weights to exactly 0."""
+    def zero_weights_(self, at_zero: Collection[Tensor] = ()) -> None:
+        """Set the pruned weights to exactly 0, but for those of parameters that are known to be ``at_zero``."""
         for parameter, mask in self._fast_masks.items():
-            mask.zero_(parameter)
+            if parameter not in at_zero:
+                mask.zero_(parameter)
+            self._versions[parameter] = parameter._version
+
+    def unwritten(self, parameters: Iterable[Tensor]) -> set[Tensor]:
+        """Return those of the parameters that nobody has written to since :meth:`zero_weights_`."""
+        return {parameter for parameter in parameters if self._versions.get(parameter) == parameter._version}
 
     @torch.no_grad()
     def renew_weights_(self) -> dict[str, int]:
@@ -74,10 +82,10 @@ class MaskedParameters:
         return broken
 
     @torch.no_grad()
-    def zero_gradients_(self) -> None:
-        """Set the gradients of pruned weights to exactly 0, where there are gradients."""
+    def zero_gradients_(self, masked: Collection[Tensor] = ()) -> None:
+        """Set the gradients of pruned weights to exactly 0, where there are gradients and they are not ``masked``."""
         for parameter, mask in self._fast_masks.items():
-            if parameter.grad is not None:
+            if parameter.grad is not None and parameter not in masked:
                 mask.zero_(parameter.grad)
 
     def zero_gradients_at_once(self, *, keep_overflow: bool) -> list[RemovableHandle]:

@@ -4,7 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import ASGD, Adagrad, Optimizer, Rprop
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 from torch.utils._pytree import tree_leaves
 
 from lightning_drive.core import shards
@@ -31,6 +44,15 @@ _ELEMENT_WISE = frozenset(
 
 _OWN_NAMES = {Adagrad: {"sum"}, ASGD: {"ax"}, Rprop: {"prev", "step_size"}}
 """Such names of single optimizers: elsewhere ``sum`` may be one of matrices."""
+
+
+_KEEP_ZEROS = frozenset({Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, SGD})
+"""Optimizers that leave a weight at 0 whose gradient and state are 0. Subclasses may do anything."""
+
+
+def keeps_zeros(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is known to leave weights at 0 whose gradient and state are 0."""
+    return type(optimizer) in _KEEP_ZEROS and all(group.get("eps", 1) > 0 for group in optimizer.param_groups)
 
 
 def element_wise(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Keep pruned weights at zero while training goes on: in weights, gradients, states of optimizers and averages."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,7 +28,13 @@ class Enforcement:
     """
 
     def __init__(
-        self, pl_module: pl.LightningModule, masks: Masks, averages: Averages, *, warned: bool = False
+        self,
+        pl_module: pl.LightningModule,
+        masks: Masks,
+        averages: Averages,
+        *,
+        warned: bool = False,
+        masked_gradients: Callable[[], Collection[Tensor]] = tuple,
     ) -> None:
         shards.reshard_(pl_module)
         self._masks = masks
@@ -37,6 +43,8 @@ class Enforcement:
         self._handles: list[RemovableHandle] = []
         self._hookless = False
         self._followed: list[Optimizer] = []
+        self._masked_gradients = masked_gradients  # of accelerated weights, which spare the work twice in each step
+        self._at_zero: set[Tensor] = set()  # parameters in whose pruned weights nothing but 0 was written
         self.warned = warned
 
     def begin(self, pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -77,8 +85,10 @@ class Enforcement:
     def before_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients, where they are unscaled already."""
         self.follow(trainer, pl_module, optimizer)
+        masked = self._masked_gradients()
+        self._at_zero = self._parameters.unwritten(masked)
         if not lightning_internals.unscales_in_step(trainer, optimizer):
-            self._parameters.zero_gradients_()
+            self._parameters.zero_gradients_(masked)
 
     def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Mask the weights if changes to them may come without a hook."""
@@ -132,7 +142,9 @@ class Enforcement:
         self._parameters.zero_gradients_()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._parameters.zero_weights_()
+        stay = self._at_zero.intersection(self._masked_gradients()) if self._at_zero else ()
+        self._at_zero = set()
+        self._parameters.zero_weights_(stay if optimizer_state.keeps_zeros(optimizer) else ())
         if self._parameters.may_divide_by_zero:
             self._parameters.zero_optimizer_state_(optimizer)
 

@@ -47,7 +47,9 @@ class Fit:
         """Put masks on a module and its averages, in place of earlier ones; no warning is repeated."""
         warned = self.enforcement is not None and self.enforcement.warned
         self._end_enforcement()
-        self.enforcement = Enforcement(pl_module, masks, averages, warned=warned)
+        self.enforcement = Enforcement(
+            pl_module, masks, averages, warned=warned, masked_gradients=lambda: self.sparse.masked_gradients
+        )
         self.enforcement.begin(pruning, trainer, pl_module)
 
     def release(self) -> None:

@@ -1,6 +1,6 @@
 """Train in sparse forms: choose them at the first batch after pruning, and compute in them batch by batch."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +59,11 @@ class SparseTraining:
             self._calls.__enter__()
             self._is_on = True
         return pruning
+
+    @property
+    def masked_gradients(self) -> Collection[Tensor]:
+        """The parameters whose gradients are zero already where they are pruned."""
+        return () if self._calls is None else self._calls.masked_gradients
 
     def end_batch(self) -> None:
         """Compute as torch does; a second call changes nothing."""
@@ -147,7 +152,7 @@ def _obstacles(trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Masks)
     """Yield the parameters that cannot be computed with in sparse forms in this ``fit``, with the reason."""
     compiled = _compiled(pl_module)
     with trainer.precision_plugin.forward_context():
-        is_mixed = torch.is_autocast_enabled(pl_module.device.type)
+        is_mixed = torch.is_autocast_enabled("cpu")
     for name, parameter in masks.parameters_of(pl_module).items():
         if shards.is_sharded(parameter):
             yield name, "it is sharded over ranks"

@@ -171,7 +171,7 @@ def test_accelerate__dense_where_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sparse form that does not agree with the dense one is not taken, however fast it is."""
     prefer(monkeypatch, "windows", "lines", 1)
     monkeypatch.setattr(
-        "lightning_drive.acceleration.layouts.Windows.write_", lambda self, block, product: block.zero_()
+        "lightning_drive.acceleration.convolution_layouts.Windows.write_", lambda self, block, product: block.zero_()
     )
     given = thinned(nn.Sequential(nn.Conv2d(2, 3, 3)), density=0.5)
     fast = accelerate(given, numbers(2, *IMAGES))

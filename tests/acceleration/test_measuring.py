@@ -143,6 +143,21 @@ def test_measure__all_dense_needs_no_whole_step(monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 1
 
 
+def test_measure__few_zeros() -> None:
+    module = nn.Linear(16, 3)
+    result = measuring.measure([Pruned("weight", module.weight, torch.arange(25))], steps_of_linear(module))
+    assert result is not None
+    assert [layer.reason for layer in result.report.layers] == ["less than 50% of it is zero"]
+
+
+def steps_of_linear(module: nn.Module) -> Callable[[], bool]:
+    def step() -> bool:
+        module(torch.ones(2, 16)).sum().backward()
+        return True
+
+    return step
+
+
 def test_measure__no_loss() -> None:
     assert measuring.measure(pruned(nn.Linear(2, 2)), lambda: False) is None
 

@@ -155,11 +155,15 @@ def set_gradients(module: nn.Module, gradients: tuple[Tensor, ...]) -> None:
         parameter.grad = gradient
 
 
-@pytest.mark.parametrize("backward", BACKWARD)
-@pytest.mark.parametrize("use_reentrant", [None, True, False])
-def test_checkpointing__recomputed_in_the_same_form(use_reentrant: bool, backward: str, counted: Counted) -> None:
-    if use_reentrant and backward in ("grad", "with_inputs"):
-        pytest.skip("torch has no such backward pass through a reentrant checkpoint")
+@pytest.mark.parametrize(
+    ("use_reentrant", "backward"),
+    [(None, name) for name in BACKWARD]
+    + [(False, name) for name in BACKWARD]
+    + [(True, name) for name in BACKWARD if name not in ("grad", "with_inputs")],  # torch has no such passes
+)
+def test_checkpointing__recomputed_in_the_same_form(
+    use_reentrant: bool | None, backward: str, counted: Counted
+) -> None:
     module, plain = Twice(use_reentrant), Twice(use_reentrant)
     input = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     with module.calls() as mode:
@@ -175,6 +179,40 @@ def test_checkpointing__recomputed_in_the_same_form(use_reentrant: bool, backwar
         if name.endswith("weight"):
             expected = expected * mask_of(parameter, module.places[name.removesuffix(".weight")])
         torch.testing.assert_close(parameter.grad, expected)
+
+
+TOUCHES: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "accumulated": lambda layer, input: layer(input).sum().backward(),
+    "clipped": lambda layer, input: nn.utils.clip_grad_norm_(layer.parameters(), 1e-3),
+    "written": lambda layer, input: layer.weight.grad.add_(1),
+    "replaced": lambda layer, input: setattr(layer.weight, "grad", layer.weight.grad.clone()),
+    "none": lambda layer, input: setattr(layer.weight, "grad", None),
+    "used_otherwise": lambda layer, input: (layer.weight * input.sum()).sum().backward(),
+}
+
+
+@pytest.mark.parametrize("other", TOUCHES)
+def test_masked_gradients__only_those_that_nobody_touched(other: str) -> None:
+    """A gradient is known to have zeros where weights are pruned as long as it is the one that was computed."""
+    layer, places, input = layer_and_input("linear")
+    calls = SparseCalls([weight_of(layer, places, input)])
+    with calls:
+        layer(input).sum().backward()
+        assert calls.masked_gradients == {layer.weight}
+        TOUCHES[other](layer, input)
+        assert calls.masked_gradients == set()
+
+
+def test_masked_gradients__not_beside_other_uses() -> None:
+    """Autograd adds the gradients of all uses before they get there."""
+    layer, places, input = layer_and_input("linear")
+    calls = SparseCalls([weight_of(layer, places, input)])
+    with calls:
+        (layer(input).sum() + layer.weight.sum()).backward()
+        assert calls.masked_gradients == set()
+        layer.zero_grad()
+        (layer.weight.sum() + layer(input).sum()).backward()
+        assert calls.masked_gradients == set()
 
 
 def test_frozen_parts__have_no_gradient() -> None:

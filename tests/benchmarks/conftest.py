@@ -59,7 +59,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Write the page's tables, where the results are those that the page is made from."""
+    """Write the tables of the pages, where the results are those that the pages are made from."""
     page.stamp(output_json)
     if Path(config.getoption("benchmark_json").name).resolve() == page.RESULTS:
         page.write(output_json)

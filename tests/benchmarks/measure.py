@@ -43,6 +43,29 @@ def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_c
     return measure
 
 
+def repeatedly(work: Callable[[], object], times: int) -> Measure:
+    """Make a measure of the time that work takes on average, over several times in a row."""
+
+    def measure() -> float:
+        begin = time.perf_counter()
+        for _ in range(times):
+            work()
+        return (time.perf_counter() - begin) / times
+
+    return measure
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def rounds_and_passes(
     module: nn.Module,
     method: Method,

@@ -18,6 +18,20 @@ def mlp() -> nn.Sequential:
     )
 
 
+def wide_mlp() -> nn.Sequential:
+    """3072-1024-1024-10, for images of 32x32 in color."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3072, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
+    )
+
+
+def small_vit() -> nn.Module:
+    """ViT-S/16: torchvision's VisionTransformer in the size that DeiT-small has, for images of 224x224 in color."""
+    return torchvision.models.VisionTransformer(
+        image_size=224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536, num_classes=10
+    )
+
+
 class Transformer(nn.Module):
     """Twelve pre-norm blocks of width 128 with four heads, and a mean over the positions; 64 tokens in, classes out."""
 
@@ -78,7 +92,16 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "VGG-16-BN": lambda: paper.vgg16(10),
     "ResNet-50": lambda: torchvision.models.resnet50(num_classes=10),
     "Transformer": Transformer,
+    "MLP 3072-1024-1024-10": wide_mlp,
+    "Transformer of width 384": lambda: Transformer(width=384, heads=6, depth=6),
+    "ViT-small": small_vit,
 }
+LARGE_IMAGES = ("ResNet-50", "ViT-small")
+
+
+def pixels_of(name: str) -> int:
+    """Return the height and width of the images that a network is for."""
+    return 224 if name in LARGE_IMAGES else 32
 
 
 def batches(batch_size: int, pixels: int = 32, count: int = 4) -> list[Batch]:

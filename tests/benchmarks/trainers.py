@@ -25,7 +25,7 @@ class Module(pl.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.network = networks.NETWORKS[name]()
-        self.batches = networks.batches(batch_size)
+        self.batches = networks.batches(batch_size, networks.pixels_of(name))
         self.steps = steps
 
     def forward(self, images: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ def seconds_per_step(module: Module, callbacks: Sequence[pl.Callback]) -> float:
     return median(end - begin for begin, end in zip(times.begins, times.begins[1:], strict=False))
 
 
-def ours() -> pl.Callback:
-    return SNIPPruningCallback(sparsity=SPARSITY, warmup_epochs=1, bn_batches=0)
+def ours(sparsity: float = SPARSITY, **settings: Any) -> pl.Callback:
+    return SNIPPruningCallback(sparsity=sparsity, warmup_epochs=1, bn_batches=0, **settings)
 
 
 def model_pruning(module: nn.Module) -> pl.Callback:

@@ -118,6 +118,7 @@ def test_each__takes_keywords_only(make: Any) -> None:
         ({"sparsity": 0.5, "control": "random"}, ValueError, "`control` must be one of 'none', 'shuffle', 'reinit'"),
         ({"sparsity": 0.5, "bn_batches": -1}, ValueError, "`bn_batches` must be a whole number of at least 0"),
         ({"sparsity": 0.5, "reset_best": 1}, TypeError, "`reset_best` must be True or False"),
+        ({"sparsity": 0.5, "accelerate": "yes"}, TypeError, "`accelerate` must be True or False, got 'yes'"),
         ({"sparsity": 0.5, "include": "*.weight"}, TypeError, "`include` must be a list"),
     ],
 )

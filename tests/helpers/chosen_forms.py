@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lightning_drive.acceleration import timing
+from lightning_drive.acceleration import measuring, timing
 
 
 def prefer(monkeypatch: pytest.MonkeyPatch, *names: Any) -> None:
@@ -17,6 +17,7 @@ def prefer(monkeypatch: pytest.MonkeyPatch, *names: Any) -> None:
         return {name: 0.1 * (1 + names.index(name)) if name in names else 10.0 for name in works}
 
     monkeypatch.setattr(timing, "least_seconds", least_seconds)
+    monkeypatch.setattr(measuring, "LEAST_SPARSITY", 0.0)
 
 
 ALWAYS_SPARSE = ("tokens", "pixels", "lines", "windows", 1)

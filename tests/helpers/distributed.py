@@ -14,8 +14,10 @@ from typing import Any
 
 import fits
 import lightning.pytorch as pl
+import pytest
 import torch
 import torch.nn.functional as F
+from chosen_forms import IN_TRAINING, prefer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -343,6 +345,32 @@ def skipping(folder: Path) -> dict[str, Any]:
     return {**result, "calls": len(calls)}
 
 
+def accelerated(folder: Path) -> dict[str, Any]:
+    """Train in sparse forms and dense; the clock of the second rank would choose the dense ones."""
+    results = {}
+    for name in ("drive", "imp"):
+        for accelerate in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                prefer(patch, *(IN_TRAINING if rank() == 0 else ("dense",)))
+                pruning = METHODS[name](accelerate=accelerate)
+                result = train(folder, Exact(), pruning, DDPStrategy(), accumulate_grad_batches=2)
+                results[f"{name}-{accelerate}"] = result
+    own = folder / "accelerated"
+    with pytest.MonkeyPatch.context() as patch:
+        prefer(patch, *IN_TRAINING)
+        train(own, Exact(), METHODS["drive"](accelerate=True), "ddp", save=True)
+        results["whole"] = train(own, Exact(), METHODS["drive"](accelerate=True), "ddp")
+        results["resumed"] = train(own, Exact(), METHODS["drive"](accelerate=True), "ddp", ckpt_path=own / "1.ckpt")
+    if SHARDS_ON_CPU:
+        results["sharded"] = train(
+            folder,
+            Sharded(),
+            METHODS["drive"](accelerate=True),
+            ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+        )
+    return results
+
+
 def disagreeing(folder: Path) -> dict[str, Any]:
     """Let the weights of one rank differ."""
     return train(folder, fits.ConvModule(), METHODS["snip"](), "ddp", others=(LeavesAlone(),))
@@ -425,7 +453,7 @@ SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (joined, variants, methods, resume, failing, skipping, disagreeing, sharded)
+    for scenario in (joined, variants, methods, resume, failing, skipping, accelerated, disagreeing, sharded)
     if scenario is not sharded or SHARDS_ON_CPU
 }
 

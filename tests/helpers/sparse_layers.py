@@ -54,7 +54,7 @@ def layer_and_input(name: str, kept: str = "some", channels_last: bool = False) 
 
 @torch.no_grad()
 def prune_(weight: Any, places: Tensor) -> None:
-    """Set all weights to zero but those that are kept, and those of the first output."""
+    """Set all weights to zero but those that are kept."""
     mask = torch.zeros(weight.numel(), dtype=torch.bool)
     mask[places] = True
     weight.mul_(mask.view(weight.shape))

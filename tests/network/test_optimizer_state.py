@@ -118,3 +118,32 @@ def test_zero_optimizer_state___lbfgs() -> None:
     state["old_dirs"][0][position] = 1e-20
     live.zero_optimizer_state_(optimizer)
     assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("make", "keeps"),
+    [
+        *((kind, True) for kind in (torch.optim.SGD, torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adamax)),
+        *((kind, True) for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)),
+        (torch.optim.RMSprop, True),
+        (lambda parameters: torch.optim.SGD(parameters, momentum=0.9, nesterov=True, weight_decay=0.1), True),
+        (lambda parameters: torch.optim.AdamW(parameters, amsgrad=True, maximize=True, weight_decay=0.1), True),
+        (lambda parameters: torch.optim.RMSprop(parameters, momentum=0.9, centered=True, weight_decay=0.1), True),
+        (lambda parameters: torch.optim.Adam(parameters, eps=0.0), False),
+        (torch.optim.ASGD, False),
+        (torch.optim.LBFGS, False),
+        (type("Own", (torch.optim.SGD,), {}), False),
+    ],
+)
+def test_keeps_zeros(make: Any, keeps: bool) -> None:
+    """What is said to leave weights at zero does so, to the sign."""
+    parameter = torch.nn.Parameter(torch.randn(8) * torch.tensor([0.0, 1.0]).repeat(4))
+    parameter.data[parameter == 0] = 0.0
+    optimizer = make([parameter])
+    assert optimizer_state.keeps_zeros(optimizer) == keeps
+    for _ in range(3 if keeps else 0):
+        parameter.grad = torch.randn(8) * torch.tensor([0.0, 1.0]).repeat(4)
+        parameter.grad[::2] = 0.0
+        optimizer.step()
+        assert torch.equal(parameter[::2].view(torch.int32), torch.zeros(4, dtype=torch.int32))
+        assert parameter[1::2].all()

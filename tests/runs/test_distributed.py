@@ -322,3 +322,31 @@ def test_shards__whole() -> None:
     assert part(tensor, of=tensor) is joined(tensor, of=tensor) is tensor
     assert holders({"weight": tensor}) is ALONE
     shards.reshard_(torch.nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("name", ["drive", "imp"])
+def test_accelerated__first_rank_chooses(ranks: Callable[[str], list[Result]], name: str) -> None:
+    """Both ranks take the forms that the first one found faster; weights are those of the dense run, but for rounding.
+
+    The report names the forms on both.
+    """
+    first, second = (result[f"{name}-True"] for result in ranks("accelerated"))
+    check_same(first, second)
+    plain = ranks("accelerated")[0][f"{name}-False"]
+    assert first["digest"] == plain["digest"]
+    torch.testing.assert_close(first["state"], plain["state"], rtol=1e-9, atol=1e-12)
+    for result in (first, second):
+        layers = result["report"]["acceleration"]["layers"]
+        assert [layer["form"] for layer in layers] == ["tokens"] * 3
+    assert "acceleration" not in plain["report"]
+
+
+def test_accelerated__resume(ranks: Callable[[str], list[Result]]) -> None:
+    result = ranks("accelerated")[0]
+    torch.testing.assert_close(result["resumed"]["state"], result["whole"]["state"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.skipif(not distributed.SHARDS_ON_CPU, reason="FSDP2 needs a GPU with this torch")
+def test_accelerated__sharded_stays_dense(ranks: Callable[[str], list[Result]]) -> None:
+    layers = ranks("accelerated")[0]["sharded"]["report"]["acceleration"]["layers"]
+    assert {(layer["form"], layer["reason"]) for layer in layers} == {("dense", "it is sharded over ranks")}

@@ -9,6 +9,7 @@ import fits
 import lightning.pytorch as pl
 import pytest
 import torch
+from chosen_forms import IN_TRAINING, prefer
 from fits import CALLBACKS, ConvModule
 
 from lightning_drive.trainer.fit_state import Fit
@@ -31,8 +32,9 @@ class Fail(pl.Callback):
 
 @pytest.mark.parametrize("epoch", [None, 0, 3], ids=["whole", "fails_before_pruning", "fails_after_pruning"])
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_nothing_stays_alive(name: str, epoch: int | None, tmp_path: Path) -> None:
-    callback, module = CALLBACKS[name](), Scheduled()
+def test_nothing_stays_alive(name: str, epoch: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(monkeypatch, *IN_TRAINING)
+    callback, module = CALLBACKS[name](accelerate=True), Scheduled()
     trainer = fits.trainer(tmp_path, callback, Fail(epoch))
     try:
         trainer.fit(module, fits.loader())

@@ -10,6 +10,7 @@ import fits
 import lightning.pytorch as pl
 import pytest
 import torch
+from chosen_forms import IN_TRAINING, prefer
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
@@ -136,6 +137,21 @@ def test_torch_optimizers(tmp_path: Path, make: Make) -> None:
         assert pruning.masks == callback.masks
         assert fits.equal_states(fits.state_of(again), fits.state_of(module))
         assert fits.equal_states(again.trainer.optimizers[0].state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in variants().items()])
+def test_torch_optimizers__accelerated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
+    """In sparse forms every optimizer gets the gradients that it gets otherwise, but for rounding."""
+    prefer(monkeypatch, *IN_TRAINING)
+    modules = []
+    for accelerate in (True, False):
+        module, callback = Trained(make).double(), drive(accelerate=accelerate)
+        fit(tmp_path, module, callback, precision="64-true")
+        assert_pruned(module, callback)
+        modules.append(fits.state_of(module))
+        assert callback.report is not None
+        assert (callback.report.acceleration is not None) == accelerate
+    torch.testing.assert_close(*modules, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])

@@ -22,6 +22,7 @@ from lightning_drive import DRIVEPruningCallback, PruningReport, SNIPPruningCall
 from lightning_drive.acceleration import measuring, timing
 from lightning_drive.acceleration.sparse_calls import SparseCalls
 from lightning_drive.callbacks.hooks import PruningCallback
+from lightning_drive.network.masked_parameters import _FastMask
 
 MAKERS: dict[str, Callable[..., PruningCallback]] = {
     **CALLBACKS,
@@ -435,3 +436,82 @@ def test_settings(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="`accelerate` must be True or False, got 1"):
         DRIVEPruningCallback(sparsity=0.5, accelerate=1)  # type: ignore[arg-type]
     assert not fits.drive().accelerate
+
+
+class Disturbed(ConvModule):
+    """Lets other code write into gradients or weights: hooks, an optimizer of its own, or a second use of weights."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.pruning: PruningCallback | None = None
+        self.steps = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + 1e-3 * self.head.weight.sum() if self.kind == "second_use" else loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.kind == "gradient_noise":
+            for parameter in self.parameters():
+                assert parameter.grad is not None
+                parameter.grad.add_(0.1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert self.pruning is not None
+        if self.pruning.pruned:
+            assert self.pruning.masks.hold_for(self)
+            self.steps += 1
+        if self.kind == "weight_noise":
+            with torch.no_grad():
+                self.head.weight.add_(0.1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.kind == "optimizer":
+            return Drifting(self.parameters(), lr=0.05, momentum=0.9)
+        return super().configure_optimizers()
+
+
+class Drifting(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(1e-3)
+        return loss
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("kind", ["nothing", "second_use", "gradient_noise", "weight_noise", "optimizer"])
+@pytest.mark.filterwarnings("ignore:Pruned weights were no longer 0")
+def test_pruned_weights__zero_after_every_step(tmp_path: Path, kind: str, clip: float | None) -> None:
+    """Masks are spared where nobody else wrote, and only there."""
+    module = Disturbed(kind)
+    module.pruning = fits.drive(accelerate=True)
+    fits.fit(tmp_path, module, module.pruning, gradient_clip_val=clip)
+    assert module.pruning.report is not None
+    assert module.pruning.report.acceleration is not None
+    assert module.pruning.report.acceleration.num_sparse == 3
+    assert module.steps > 3
+
+
+def test_masks__spared_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In sparse forms the gradients are masked already, and torch's own optimizers leave the pruned weights at zero."""
+    written: list[int] = []
+    zero_ = _FastMask.zero_
+
+    def noted(self: Any, tensor: Tensor, **settings: Any) -> None:
+        written.append(tensor.numel())
+        zero_(self, tensor, **settings)
+
+    monkeypatch.setattr(_FastMask, "zero_", noted)
+    counts = []
+    for accelerate, module in ((False, ConvModule()), (True, ConvModule()), (True, Disturbed("optimizer"))):
+        written.clear()
+        pruning = fits.drive(accelerate=accelerate)
+        module.pruning = pruning  # type: ignore[assignment]
+        fits.fit(tmp_path, module, pruning)
+        counts.append(len(written))
+    plain, accelerated, drifting = counts
+    assert accelerated < plain / 2 < drifting

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sparse_layers import EACH, layer_and_input
 
-from lightning_drive.acceleration.layouts import Axis
+from lightning_drive.acceleration.convolution_layouts import Axis
 from lightning_drive.acceleration.operations import Operation
 
 
