@@ -84,10 +84,10 @@ def of_run(pruning: Any, trainer: pl.Trainer, max_epochs: int) -> CutWindow:
 
 def num_due(trainer: pl.Trainer, window: CutWindow) -> int:
     """Return how many cuts are due now; where gradients are accumulated, as many as were due when that began."""
-    batch, num_batches = step_counts.batch_index(trainer), trainer.num_training_batches
-    if step_counts.is_accumulating(trainer):
-        batch -= batch % trainer.accumulate_grad_batches
-    return window.num_due(trainer.current_epoch, batch, num_batches)
+    epoch = trainer.current_epoch
+    batch = step_counts.batch_index(trainer) if window.start <= epoch < window.end else 0
+    batch -= batch % trainer.accumulate_grad_batches
+    return window.num_due(epoch, batch, trainer.num_training_batches)
 
 
 def check_epochs(pruning: pl.Callback, window: CutWindow, max_epochs: int) -> None:
