@@ -40,13 +40,13 @@ Criterion: TypeAlias = Literal["magnitude", "drive"]
 class GradualPruningCallback(RepeatedPruningCallback):
     """Prune little by little inside one run, so that training makes up for every cut before the next.
 
-    From the start of epoch ``start_epoch`` to that of ``end_epoch`` there are ``cuts_per_epoch`` cuts an epoch, at
-    equal distances, each before a training step ("To prune, or not to prune", Zhu & Gupta, 2018). Weights that are
-    left go on as they are; pruned ones never return, and optimizers forget them. After cut ``c`` of ``C`` exactly
+    From the start of epoch ``start_epoch`` to that of ``end_epoch`` there are ``cuts_per_epoch`` cuts an epoch, each
+    at the end of an equal part of the window ("To prune, or not to prune", Zhu & Gupta, 2018). Weights that are left
+    go on as they are; pruned ones never return, and optimizers forget them. After cut ``c`` of ``C`` exactly
     ``round(P * density)`` of the ``P`` prunable weights are left, with the density of the ``schedule`` at ``c / C``;
     from the start of epoch ``end_epoch`` on it is ``round(P * (1 - sparsity))``, for good.
 
-    It costs no epochs in addition, as IMP does. A cut by magnitude takes a fraction of a training step. One by
+    Unlike IMP it takes no additional epochs. A cut by magnitude takes a fraction of a training step. One by
     ``drive`` takes a forward and a backward pass: it is made right before the step on a batch, and scores by the loss
     on that very batch, without Dropout and in float32, as :class:`lightning_drive.DRIVE` does. The gradients of
     training itself would be free, but a run that is resumed right before a cut has none.
@@ -56,8 +56,8 @@ class GradualPruningCallback(RepeatedPruningCallback):
 
     Args:
         sparsity: Fraction of the prunable weights to remove in all, in ``[0, 1)``; 0.98 keeps 2 %.
-        start_epoch: Dense epochs before pruning begins, at least 0. Default: 2, the number that did best in runs of 15
-            to 35 epochs, or half of ``end_epoch`` if that is less.
+        start_epoch: Dense epochs before the window, at least 0. Default: 2, which was tried in runs of 15 and 35
+            epochs, or half of ``end_epoch`` if that is less.
         end_epoch: The epoch, counted from 0, at whose start the last cut is. It must be more than ``start_epoch``, and
             less than the ``max_epochs`` of the run. Default: two thirds of ``max_epochs``.
         cuts_per_epoch: Cuts in each epoch of the window, at least 1. Where an epoch has fewer steps, there is a cut

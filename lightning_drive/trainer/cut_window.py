@@ -26,7 +26,7 @@ class CutWindow(NamedTuple):
     """
 
     start: int
-    """The epoch at whose start the network is dense for the last time."""
+    """The epoch at whose start the window begins; the first cut is at the end of the first part."""
     end: int
     """The epoch at whose start the last cut is due."""
     cuts_per_epoch: int
