@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from fits import NUM_PRUNABLE, PRUNABLE, ConvModule, gradual
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -671,6 +671,29 @@ def test_parameters_without_a_gradient(tmp_path: Path, criterion: Any) -> None:
     assert module.spare.weight.count_nonzero() == 25
     assert callback.report is not None
     assert "'spare.weight' had no gradient" in callback.report.warnings[0]
+
+
+class WithBackbone(Quiet):
+    """Its convolutions are its backbone, which a finetuning callback unfreezes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = self.features
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([value for value in self.parameters() if value.requires_grad], lr=0.05, momentum=0.9)
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+def test_layers_unfrozen_within_the_window(tmp_path: Path) -> None:
+    """What is frozen at the first cut stays dense, as a warning says, and later cuts go on without it."""
+    callback, module = gradual(end_epoch=3), WithBackbone()
+    with pytest.warns(UserWarning, match=r"Set `start_epoch` to more than the epoch in which that happens, got 1"):
+        fit(tmp_path, module, callback, BackboneFinetuning(2))
+    assert list(callback.masks) == ["head.weight"]
+    assert callback.masks.num_kept == round(512 * 0.2)
+    assert callback.report is not None
+    assert any("BackboneFinetuning froze them" in text for text in callback.report.warnings)
 
 
 @pytest.mark.filterwarnings("ignore:Layer collapse", "ignore:The network is cut off")
