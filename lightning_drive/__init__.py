@@ -10,6 +10,7 @@ __all__ = [
     "DRIVE",
     "SNIP",
     "DRIVEPruningCallback",
+    "GradualPruningCallback",
     "IMPPruningCallback",
     "KeepZerosCallback",
     "Magnitude",
@@ -29,6 +30,7 @@ __all__ = [
 if TYPE_CHECKING:
     from lightning_drive.acceleration.accelerate import accelerate
     from lightning_drive.callbacks.drive import DRIVEPruningCallback
+    from lightning_drive.callbacks.gradual import GradualPruningCallback
     from lightning_drive.callbacks.imp import IMPPruningCallback
     from lightning_drive.callbacks.keep_zeros import KeepZerosCallback
     from lightning_drive.callbacks.snip import SNIPPruningCallback
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "acceleration.accelerate": ("accelerate",),
     "callbacks.drive": ("DRIVEPruningCallback",),
+    "callbacks.gradual": ("GradualPruningCallback",),
     "callbacks.imp": ("IMPPruningCallback",),
     "callbacks.keep_zeros": ("KeepZerosCallback",),
     "callbacks.snip": ("SNIPPruningCallback",),

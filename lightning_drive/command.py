@@ -17,6 +17,7 @@ _CALLBACKS = {
     "snip": "SNIPPruningCallback",
     "synflow": "SynFlowPruningCallback",
     "imp": "IMPPruningCallback",
+    "gradual": "GradualPruningCallback",
 }
 
 _ABOUT = """\

@@ -132,7 +132,7 @@ WRONG = {
     "rounds=1.5": ".*DRIVEPruningCallback: rounds: Expected a <class 'int'>. Got value: 1.5",
     "sparsity=half": ".*DRIVEPruningCallback: sparsity: Expected a <class 'float'>. Got value: half",
     "include=features": ".*DRIVEPruningCallback: include: Expected a <class 'list'>. Got value: features",
-    "schedule=cubic": r".*schedule: Expected a typing.Literal\['exponential', 'linear'\]. Got value: cubic",
+    "schedule=square": r".*schedule: Expected a typing.Literal\['exponential', 'linear', 'cubic'\]. Got value: square",
     "loss_fn=nowhere.f": ".*loss_fn: Type .* a callable class: No module named 'nowhere'. Got value: nowhere.f",
     "sparsty=0.5": ".*DRIVEPruningCallback: Option 'sparsty' is not accepted",
 }
@@ -205,6 +205,7 @@ SIBLINGS = {
     "SNIPPruningCallback": {"warmup_epochs": 1, "rounds": 2, "batches_per_round": 2},
     "SynFlowPruningCallback": {"rounds": 5, "schedule": "linear"},
     "IMPPruningCallback": {"cycles": 2, "epochs_per_cycle": 1, "rewind_epoch": 0},
+    "GradualPruningCallback": {"start_epoch": 0, "end_epoch": 1, "cuts_per_epoch": 2, "criterion": "drive"},
 }
 
 

@@ -152,7 +152,7 @@ def test_import__nothing_heavy(statement: str, more: set[str]) -> None:
 )
 def test_import__short_names(statement: str, loads: bool) -> None:
     """Where Lightning is imported first, LightningCLI knows the callbacks without their module's name."""
-    modules = {f"lightning_drive.callbacks.{name}" for name in ("drive", "snip", "synflow", "imp")}
+    modules = {f"lightning_drive.callbacks.{name}" for name in ("drive", "snip", "synflow", "imp", "gradual")}
     assert loaded_by(statement, modules) == (modules if loads else set())
 
 

@@ -44,7 +44,7 @@ class PruningActions(pl.Callback):
 
     Args:
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
-        schedule: ``"exponential"`` or ``"linear"``, see :func:`lightning_drive.find_masks`.
+        schedule: ``"exponential"``, ``"linear"`` or ``"cubic"``, see :func:`lightning_drive.find_masks`.
         scope: ``"global"`` or ``"layerwise"``, see :func:`lightning_drive.find_masks`.
         include: Glob patterns over parameter names. ``None``: the weights of all layers that multiply by them, see
             :func:`lightning_drive.network.prunable.prunable_parameters`.

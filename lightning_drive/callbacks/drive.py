@@ -21,7 +21,7 @@ class DRIVEPruningCallback(WarmupPruningCallback):
         rounds: Pruning rounds, N in the paper, at least 1. Each costs a forward and backward pass per batch.
         batches_per_round: Training batches whose gradients are summed in each round, at least 1.
         schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
-            number of weights.
+            number of weights, ``cubic`` many in the first rounds and few in the last.
         scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
         include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
             layers that multiply by them. ``["*"]``: everything of two dimensions or more.

@@ -20,6 +20,7 @@ from lightning_drive.trainer import (
     checks,
     end_of_training,
     lightning_internals,
+    loggers,
     loop_counts,
     other_callbacks,
     restored_masks,
@@ -67,6 +68,11 @@ class PruningCallback(PruningActions):
         if self._step is not None:
             return f"before step {self._step}"
         return f"at the start of epoch {self._last_epoch} (counted from 0)"
+
+    @property
+    def _trains_sparse(self) -> bool:
+        """Whether it is time to train in sparse forms, which are chosen anew for other masks."""
+        return self.accelerate and self.pruned
 
     # Checks.
 
@@ -181,7 +187,7 @@ class PruningCallback(PruningActions):
                 self._fit.enforcement.check(pl_module)
         if self._fit.unmasked is not None:
             self._fit.unmasked.at_batch_start(self.masks, batch_idx)
-        if self.accelerate and self.pruned:
+        if self._trains_sparse:
             loss_fn = getattr(self, "loss_fn", None)
             self._pruning = self._fit.sparse.begin_batch(trainer, pl_module, self._pruning, batch, loss_fn)
 
@@ -267,9 +273,7 @@ class PruningCallback(PruningActions):
         return True
 
     def _log_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.barebones:
-            # With a batch size of 1 Lightning does not look for one in batches, which may be of any kind.
-            pl_module.log_dict(self._metrics(), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        loggers.log_with_epoch(trainer, pl_module, self._metrics())
 
     # Checkpoints.
 

@@ -1,28 +1,26 @@
 """Iterative magnitude pruning: cycles of training, pruning and rewinding inside one fit."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_drive.callbacks.hooks import PruningCallback
-from lightning_drive.core import arguments, saved_values
+from lightning_drive.callbacks.repeated_base import RepeatedPruningCallback
+from lightning_drive.core import arguments
 from lightning_drive.core.arguments import Control, Schedule, Scope
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
-from lightning_drive.search import unscored_parameters
 from lightning_drive.search.methods import Magnitude
-from lightning_drive.trainer import cycle_checks, end_of_training, step_counts, terminal
+from lightning_drive.trainer import cycle_checks, end_of_training, search_in_fit, step_counts, terminal
 from lightning_drive.trainer.cycle_schedules import Cycles, CycleSchedules
 from lightning_drive.trainer.saved_state import SavedState
 
 
-class IMPPruningCallback(PruningCallback):
+class IMPPruningCallback(RepeatedPruningCallback):
     """Find a lottery ticket by iterative magnitude pruning (IMP), and train it, inside one ``trainer.fit``.
 
     In each cycle the network trains for ``epochs_per_cycle`` epochs. Then the weights of the smallest magnitude are
@@ -47,7 +45,7 @@ class IMPPruningCallback(PruningCallback):
         rewind_epoch: The epoch of the first cycle to whose start everything returns, from 0 (the initial weights) to
             ``epochs_per_cycle - 1``.
         schedule: ``exponential`` removes the same fraction of the survivors in every cycle, ``linear`` the same
-            number of weights.
+            number of weights, ``cubic`` many in the first cycles and few in the last.
         scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
         include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
             layers that multiply by them. ``["*"]``: everything of two dimensions or more.
@@ -122,7 +120,6 @@ class IMPPruningCallback(PruningCallback):
             accelerate=accelerate,
             remember_epoch=self.rewind_epoch,
         )
-        self._without_gradient: set[str] | None = None  # names of parameters without one in the first cycle
         self._schedules: CycleSchedules | None = None  # those of this ``fit``
 
     @property
@@ -161,32 +158,6 @@ class IMPPruningCallback(PruningCallback):
                 cycle_checks.check_epochs(self, self._cycles, self._fit.max_epochs)
             self._schedules.resume(trainer, pl_module, self._cut_step)
         super().on_train_start(trainer, pl_module)
-        if self._without_gradient is None:
-            self._without_gradient = set() if self.pruned else set(self._selected(trainer, pl_module))
-
-    @override
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Mask the gradients; in the first cycle, note which parameters have one."""
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self._without_gradient and not self.pruned:
-            names = self._without_gradient
-            self._without_gradient = {name for name in names if pl_module.get_parameter(name).grad is None}
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of any pruning callback, and the names of parameters without a gradient so far."""
-        names = self._without_gradient
-        return {**super().state_dict(), "without_gradient": None if names is None else sorted(names)}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` of this or an earlier version returned."""
-        what = "the names of parameters without a gradient in the callback state"
-        names = saved_values.check(list[str] | None, dict(state_dict).get("without_gradient"), what)
-        super().load_state_dict(state_dict)
-        self._without_gradient = None if names is None else set(names)
 
     @override
     def on_train_batch_start(
@@ -195,7 +166,7 @@ class IMPPruningCallback(PruningCallback):
         """Name the cycle in the progress bar, which has just named the epoch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if batch_idx == 0 and not self._finished:
-            terminal.name_epoch(trainer, f", cycle {self.cycle + 1}/{self.cycles}")
+            terminal.name_epoch(trainer, f"cycle {self.cycle + 1}/{self.cycles}")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -207,11 +178,6 @@ class IMPPruningCallback(PruningCallback):
     @override
     def _check_settings(self, saved: SavedState) -> None:
         cycle_checks.check_settings(saved, self._settings())
-
-    @override
-    def _start_afresh(self) -> None:
-        super()._start_afresh()
-        self._without_gradient = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the live parameters, schedulers and hooks of this process out of copies and pickles."""
@@ -266,38 +232,22 @@ class IMPPruningCallback(PruningCallback):
         start = time.monotonic()
         cycle = self._due_cycle(trainer)
         control: Control = self.control if cycle == self.cycles else "none"
-        names = list(super()._selected(trainer, pl_module))
-        selected = self._selected(trainer, pl_module)
-        left_out = [] if self.pruned else [name for name in names if name not in selected]
+        left_out = self._left_out(trainer, pl_module, "first cycle")
         outcome = self._search(
             trainer,
             pl_module,
             Magnitude(rounds=self.cycles),
-            selected,
+            self._selected(trainer, pl_module),
             only_round=cycle,
-            shuffle=control == "shuffle",
+            shuffle=search_in_fit.shuffle(trainer, control),
         )
         if not step_counts.is_quick_check(trainer):
             cycle_checks.check_paths(outcome, cycle, self._cycles, self.scope)
-        if left_out:
-            outcome.found.warnings.append(unscored_parameters.unreached_in_cycle(left_out, names))
+        outcome.found.warnings.extend(left_out)
         # Everything is computed: from here on only commit.
         self._record(trainer, outcome, self._cycles.method, start, control=control, cycle=cycle)
         forgotten = self._commit(trainer, pl_module)
         self._announce(trainer, outcome, forgotten, None if cycle == self.cycles else self._line())
-
-    @override
-    def _selected(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, nn.Parameter]:
-        """Select the prunable parameters that an optimizer holds and, from the first cut on, that had gradients."""
-        selected = super()._selected(trainer, pl_module)
-        left_out = self._without_gradient if self.pruned or self._is_due(trainer) else None
-        reached = {name: parameter for name, parameter in selected.items() if name not in (left_out or ())}
-        return reached or selected  # if none is left, there was no step yet
-
-    @override
-    def _others(self, trainer: pl.Trainer, pl_module: pl.LightningModule, selected: Iterable[str]) -> list[str]:
-        others = super()._others(trainer, pl_module, selected)
-        return [name for name in others if name not in (self._without_gradient or ())]
 
     @override
     def _settle(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

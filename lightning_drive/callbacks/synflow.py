@@ -20,7 +20,7 @@ class SynFlowPruningCallback(WarmupPruningCallback):
             be left out. For endless streams. Steps are counted as by ``trainer.global_step``.
         rounds: Pruning rounds, at least 1. Each costs a forward and backward pass on one image of ones.
         schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
-            number of weights.
+            number of weights, ``cubic`` many in the first rounds and few in the last.
         scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
         include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
             layers that multiply by them. ``["*"]``: everything of two dimensions or more.

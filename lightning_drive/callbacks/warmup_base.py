@@ -3,26 +3,22 @@
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from typing_extensions import override
 
 from lightning_drive.callbacks.hooks import PruningCallback
 from lightning_drive.core import arguments
 from lightning_drive.core.arguments import Control, Schedule, Scope
-from lightning_drive.core.messages import listed
-from lightning_drive.network import prunable
-from lightning_drive.network.masks import Masks
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
 from lightning_drive.search import methods
 from lightning_drive.search.methods import Method
-from lightning_drive.trainer import batches, checks, end_of_training, other_callbacks, search_in_fit, step_counts
+from lightning_drive.trainer import batches, checks, end_of_training, frozen_layers, search_in_fit, step_counts
 from lightning_drive.trainer.dense_copies import zeros_without_masks
 
 
@@ -82,15 +78,13 @@ class WarmupPruningCallback(PruningCallback):
             remember_epoch=0 if control == "reinit" else None,
         )
         methods.check_method(method)
-        if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(f"`loss_fn` must be a function `loss_fn(pl_module, batch)` or None, got {loss_fn!r}.")
         self.method = method
         self.warmup_epochs = arguments.check_count("warmup_epochs", warmup_epochs, least=0)
         self.warmup_steps = None
         if warmup_steps is not None:
             self.warmup_steps = arguments.check_count("warmup_steps", warmup_steps, least=0)
             _check_left_out(type(self), "warmup_epochs", self.warmup_epochs, "warmup_steps", self.warmup_steps)
-        self.loss_fn = loss_fn
+        self.loss_fn = arguments.check_loss_fn(loss_fn)
         self.bn_batches = arguments.check_count("bn_batches", bn_batches, least=0)
 
     @override
@@ -148,13 +142,13 @@ class WarmupPruningCallback(PruningCallback):
         start = time.monotonic()
         method = methods.with_fewer_rounds(self.method, 2) if step_counts.is_quick_check(trainer) else self.method
         names = self._selected(trainer, pl_module)
-        is_shuffled = self.control == "shuffle"
-        outcome = self._search(trainer, pl_module, method, names, loss_fn=self.loss_fn, shuffle=is_shuffled)
+        shuffle = search_in_fit.shuffle(trainer, self.control)
+        outcome = self._search(trainer, pl_module, method, names, loss_fn=self.loss_fn, shuffle=shuffle)
         masks = outcome.found.masks
         before = time.monotonic()
         statistics = search_in_fit.batch_norm_statistics(trainer, pl_module, masks, self.bn_batches, self.loss_fn)
         outcome.phases["batch_norm"] = time.monotonic() - before
-        outcome.found.warnings.extend(self._frozen_layers(trainer, pl_module, masks))
+        outcome.found.warnings.extend(frozen_layers.warnings(self, trainer, pl_module, masks, *self._warmup))
         outcome.found.warnings.extend(zeros_without_masks(self, pl_module, masks, masks))
         # Everything is computed: from here on only commit.
         self._record(trainer, outcome, methods.described(method), start, control=self.control, statistics=statistics)
@@ -168,24 +162,6 @@ class WarmupPruningCallback(PruningCallback):
             self._start.rewind_optimizers_(trainer.optimizers, learning_rates=False)
             self._pruned_along(trainer, pl_module).restart_()
         super()._settle(trainer, pl_module)
-
-    def _frozen_layers(self, trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Masks) -> Iterator[str]:
-        """Warn of layers that were left out because a finetuning callback has not unfrozen them yet."""
-        for other in other_callbacks.callbacks_of(trainer):
-            if isinstance(other, BaseFinetuning):
-                known = {*masks, *self.prunable_parameters(pl_module)}
-                named = pl_module.named_parameters()
-                before = {name for name, parameter in named if not parameter.requires_grad}
-                with prunable.unfrozen(pl_module):
-                    frozen = [name for name in self.prunable_parameters(pl_module) if name in before - known]
-                if frozen:
-                    name, value = self._warmup
-                    yield (
-                        f"{listed(map(repr, frozen))} were not pruned, since {type(other).__name__} froze them, and"
-                        f" stay dense when they are unfrozen. Set `{name}` to more than the"
-                        f" {name.removeprefix('warmup_')[:-1]} in which that happens, got {value}, or name them in"
-                        " `exclude` if they are to stay dense."
-                    )
 
     @property
     @override

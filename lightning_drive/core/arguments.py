@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_drive.core.messages import shown
 
-Schedule: TypeAlias = Literal["exponential", "linear"]
+Schedule: TypeAlias = Literal["exponential", "linear", "cubic"]
 """How the number of weights falls from round to round."""
 
 Scope: TypeAlias = Literal["global", "layerwise"]
@@ -54,6 +54,13 @@ def check_flag(argument: str, value: object) -> bool:
     if not isinstance(flag, bool):
         raise TypeError(f"`{argument}` must be True or False, got {_shown(value)}.")
     return flag
+
+
+def check_loss_fn(value: Any) -> Any:
+    """Return a function or ``None``; raise a ``TypeError`` otherwise."""
+    if value is not None and not callable(value):
+        raise TypeError(f"`loss_fn` must be a function `loss_fn(pl_module, batch)` or None, got {value!r}.")
+    return value
 
 
 def check_choice(argument: str, value: object, choices: Any) -> Any:

@@ -14,7 +14,7 @@ class Goal:
     Args:
         sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
         schedule: ``"exponential"`` removes the same fraction of the survivors in every round, ``"linear"`` the same
-            number of weights.
+            number of weights, ``"cubic"`` many in the first rounds and few in the last.
         scope: ``"global"``: one ranking for all parameters. ``"layerwise"``: every parameter keeps the same fraction.
 
     Raises:

@@ -76,7 +76,40 @@ def linear(round_index: int, num_rounds: int, sparsity: float, start: float = 0.
     return 1 - start - (sparsity - start) * (round_index / num_rounds)
 
 
-SCHEDULES: dict[str, Callable[[int, int, float, float], float]] = {"exponential": exponential, "linear": linear}
+def cubic(round_index: int, num_rounds: int, sparsity: float, start: float = 0.0) -> float:
+    r"""Remove many weights in the first rounds, and fewer and fewer towards the last.
+
+    .. math:: d_k = 1 - s + (s - s_0) \left(1 - \frac{k}{n}\right)^3
+
+    The schedule of gradual pruning (Zhu & Gupta, 2018, Eq. 1), :math:`s_k = s + (s_0 - s) (1 - k/n)^3`: a network
+    that has many weights to spare loses them early, and has the later rounds to recover from each cut.
+
+    Args:
+        round_index: The round just reached, :math:`k`, counted from 1.
+        num_rounds: The number of rounds, :math:`n`, at least 1.
+        sparsity: Fraction of all prunable weights removed after the last round, :math:`s`, in ``[start, 1)``.
+        start: Fraction already removed before the first round, :math:`s_0`, in ``[0, 1)``.
+
+    Returns:
+        Fraction of all prunable weights to keep after this round, in ``(0, 1]``.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> [round(cubic(k, 4, 0.9), 3) for k in (1, 2, 3, 4)]
+        [0.48, 0.212, 0.114, 0.1]
+
+    """
+    round_index, num_rounds, sparsity, start = _checked(round_index, num_rounds, sparsity, start)
+    return 1 - sparsity + (sparsity - start) * (1 - round_index / num_rounds) ** 3
+
+
+SCHEDULES: dict[str, Callable[[int, int, float, float], float]] = {
+    "exponential": exponential,
+    "linear": linear,
+    "cubic": cubic,
+}
 
 
 def num_kept(num_weights: int, density: float) -> int:

@@ -130,7 +130,7 @@ class Masks(Mapping[str, Tensor]):
         """
         return Masks({name: mask.to(device) for name, mask in self.items()})
 
-    def shuffled(self, generator: torch.Generator) -> "Masks":
+    def shuffled(self, generator: torch.Generator, among: Mapping[str, Tensor] | None = None) -> "Masks":
         """Return random masks that keep as many weights of every parameter as these do.
 
         The control of Frankle et al. (2021, "Pruning Neural Networks at Initialization: Why Are We Missing the
@@ -139,6 +139,7 @@ class Masks(Mapping[str, Tensor]):
 
         Args:
             generator: A random generator; equal seeds on equal devices give equal masks.
+            among: Masks that keep at least as much of every parameter; only what they keep may be kept. Default: all.
 
         Example:
             >>> masks = Masks({"weight": torch.tensor([[True, True, False], [False, False, False]])})
@@ -147,11 +148,16 @@ class Masks(Mapping[str, Tensor]):
             (2, False)
 
         """
-        orders = {
-            name: torch.randperm(mask.numel(), generator=generator, device=generator.device).to(mask.device)
-            for name, mask in self.items()
-        }
-        return Masks({name: mask.flatten()[orders[name]].view_as(mask) for name, mask in self.items()})
+        masks = {}
+        for name, mask in self.items():
+            places = slice(None) if among is None else among[name].flatten()
+            kept = mask.flatten()
+            candidates = kept if among is None else kept[places]
+            order = torch.randperm(len(candidates), generator=generator, device=generator.device).to(mask.device)
+            shuffled = torch.zeros_like(kept)
+            shuffled[places] = candidates[order]
+            masks[name] = shuffled.view_as(mask)
+        return Masks(masks)
 
     def apply_(self, module: nn.Module) -> None:
         """Set the pruned weights of a module to exactly 0, in place.

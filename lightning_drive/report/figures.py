@@ -13,19 +13,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Picture: TypeAlias = Literal["density", "rounds", "scores", "cycles"]
+Picture: TypeAlias = Literal["density", "rounds", "scores", "cycles", "cuts"]
 """The functions of this module, by name."""
 
 _BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#999999"
 _WIDTH = 8.0
 """Inches; a picture is read at about 900 pixels."""
 
+_DRIVE = r"$|\theta g|$, which ranks as $|\theta \cdot \partial L/\partial m \cdot \partial L/\partial\theta|$"
+_MAGNITUDE = r"$|\theta|$, the magnitude of a weight"
 _SCORES = {
-    "DRIVE": r"$|\theta g|$, which ranks as $|\theta \cdot \partial L/\partial m \cdot \partial L/\partial\theta|$",
+    "DRIVE": _DRIVE,
     "SNIP": r"$|\theta \cdot \partial L / \partial \theta|$",
     "SynFlow": r"$|\theta \cdot \partial R / \partial \theta|$",
-    "IMP": r"$|\theta|$, the magnitude of a weight",
-    "Magnitude": r"$|\theta|$, the magnitude of a weight",
+    "IMP": _MAGNITUDE,
+    "Magnitude": _MAGNITUDE,
+    "GradualMagnitude": _MAGNITUDE,
+    "GradualDRIVE": _DRIVE,
 }
 
 
@@ -163,6 +167,29 @@ def cycles(known: Sequence[tuple[int, float, float]], metric: str) -> "Figure":
     axes.set_xlabel("weights left during the cycle (%)")
     axes.set_ylabel(f"{metric}, at the end of the cycle")
     axes.set_title("Iterative magnitude pruning: what each cycle, by its number, reached before its cut")
+    return figure
+
+
+def cuts(sparsities: Sequence[tuple[float, float]], known: Sequence[tuple[float, float]], metric: str) -> "Figure":
+    """Draw the sparsity after each cut, and a metric where it is known, both over the epoch."""
+    figure = _figure(4.2)
+    axes = figure.add_subplot()
+    epochs = [0.0, *(epoch for epoch, _ in sparsities)]
+    percents = [0.0, *(100 * sparsity for _, sparsity in sparsities)]
+    axes.step(epochs, percents, "-", where="post", color=_BLUE, label="sparsity after each cut")
+    axes.plot(epochs[1:], percents[1:], "o", color=_BLUE, markersize=3)
+    axes.set_ylim(0, 105)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("weights removed (%)")
+    axes.set_title("Gradual pruning: the sparsity, and what training reached with it")
+    if known:
+        other = axes.twinx()
+        other.plot(*zip(*known, strict=True), "s-", color=_RED, markersize=4, label=f"{metric}, at the end of an epoch")
+        other.set_ylabel(metric)
+        other.margins(y=0.12)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

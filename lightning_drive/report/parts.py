@@ -1,4 +1,4 @@
-"""The records that a report consists of: one for each prunable parameter, and one for each cycle of IMP."""
+"""The records that a report consists of: one for each prunable parameter, cycle of IMP, and cut of gradual pruning."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -67,6 +67,27 @@ class CycleReport:
     cycle: int
     num_kept: int
     phases: Mapping[str, float]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CutReport:
+    """One cut of gradual pruning.
+
+    Args:
+        cut: Which one, from 1.
+        epoch: When it was, in epochs of training: 2.5 is in the middle of epoch 2, counted from 0.
+        step: ``trainer.global_step`` at that moment.
+        num_kept: How many weights are left after it.
+        metrics: At the start of an epoch what was logged last, with the weights that were left by the cut before; what
+            ModelCheckpoint or EarlyStopping monitor comes first. Empty within an epoch.
+
+    """
+
+    cut: int
+    epoch: float
+    step: int
+    num_kept: int
     metrics: Mapping[str, float]
 
 

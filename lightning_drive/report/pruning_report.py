@@ -13,7 +13,7 @@ from lightning_drive.network.masks import Masks
 from lightning_drive.report import columns, figures, parts, saved_reports, sentences, tables
 from lightning_drive.report.acceleration_report import AccelerationReport
 from lightning_drive.report.figures import Picture
-from lightning_drive.report.parts import CycleReport, LayerReport
+from lightning_drive.report.parts import CutReport, CycleReport, LayerReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +48,7 @@ class PruningReport:
             ones, too; ``None`` in reports of earlier versions.
         acceleration: Which layers train in a sparse form, measured last; ``None`` if that was not asked for. It stands
             in no text of this report: ``print(report.acceleration)``.
+        cuts: One for each cut of gradual pruning, where ``seconds`` and ``phases`` are those of all cuts together.
 
     Example:
         >>> layer = LayerReport("fc.weight", (2, 4), num_weights=8, num_kept=2, num_active=1)
@@ -81,6 +82,7 @@ class PruningReport:
     other_multiply_adds: int | None = None
     num_parameters: int | None = None
     acceleration: AccelerationReport | None = None
+    cuts: tuple[CutReport, ...] = field(default=(), hash=False)
 
     @classmethod
     def of(
@@ -163,8 +165,9 @@ class PruningReport:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain types that JSON and ``torch.load(weights_only=True)`` know."""
         values: dict[str, Any] = saved_reports.plain(asdict(self))
-        if self.acceleration is None:
-            del values["acceleration"]  # which earlier versions do not know
+        for name in ("acceleration", "cuts"):  # which earlier versions do not know
+            if not values[name]:
+                del values[name]
         if self.scores is not None and self.scores.width is None:
             del values["scores"]["width"]  # likewise
         return values
@@ -253,6 +256,7 @@ class PruningReport:
             "rounds": self.rounds,
             "scores": self.scores,
             "cycles": any(cycle.metrics for cycle in self.cycles),
+            "cuts": self.cuts,
         }
         return [kind for kind, data in has.items() if data]
 
@@ -262,9 +266,10 @@ class PruningReport:
         Args:
             kind: ``"density"``: which fraction of every layer is left, against the whole. ``"rounds"``: how many
                 weights each round removed, and what it left of every layer. ``"scores"``: how the scores of the last
-                round lay, and the threshold. ``"cycles"``: a metric at the end of every IMP cycle.
-            metric: The metric for ``"cycles"``; by default the one that ModelCheckpoint or EarlyStopping monitor, or
-                else the first one that was logged.
+                round lay, and the threshold. ``"cycles"``: a metric at the end of every IMP cycle. ``"cuts"``: the
+                sparsity over the epochs of gradual pruning, and a metric at the end of each.
+            metric: The metric for ``"cycles"`` and ``"cuts"``; by default the one that ModelCheckpoint or EarlyStopping
+                monitor, or else the first one that was logged.
 
         Returns:
             A ``matplotlib.figure.Figure`` that pyplot does not know of.
@@ -290,7 +295,7 @@ class PruningReport:
         if kind == "scores":
             assert self.scores is not None
             return figures.scores(self.scores, self.rounds[-1].threshold if self.rounds else None, method)
-        return self._cycles(metric)
+        return self._cuts(metric) if kind == "cuts" else self._cycles(metric)
 
     def plot(self, path: str | Path, kind: Picture = "density", *, metric: str | None = None) -> None:
         """Draw a picture and save it. Needs matplotlib.
@@ -303,11 +308,14 @@ class PruningReport:
         """
         self.figure(kind, metric=metric).savefig(Path(path), dpi=150)
 
+    def _cuts(self, metric: str | None) -> "Figure":
+        sparsities = [(cut.epoch, 1 - cut.num_kept / self.num_weights) for cut in self.cuts]
+        name = _metric_to_draw(metric, self.cuts)
+        known = [(cut.epoch, cut.metrics[name]) for cut in self.cuts if name in cut.metrics] if name else []
+        return figures.cuts(sparsities, known, name)
+
     def _cycles(self, metric: str | None) -> "Figure":
-        names = list(dict.fromkeys(name for cycle in self.cycles for name in cycle.metrics))
-        if metric is not None and metric not in names:
-            raise ValueError(f"`metric` must be one that was logged ({listed(names)}), got {metric!r}.")
-        name = metric or names[0]
+        name = _metric_to_draw(metric, self.cycles)
         before = [self.num_weights, *(cycle.num_kept for cycle in self.cycles)]
         known = [
             (cycle.cycle, left / self.num_weights, cycle.metrics[name])
@@ -315,3 +323,11 @@ class PruningReport:
             if name in cycle.metrics
         ]
         return figures.cycles(known, name)
+
+
+def _metric_to_draw(metric: str | None, parts_with_metrics: Sequence[CycleReport | CutReport]) -> str:
+    """Return the metric that was asked for, or the first one; empty if none was logged."""
+    names = list(dict.fromkeys(name for part in parts_with_metrics for name in part.metrics))
+    if metric is not None and metric not in names:
+        raise ValueError(f"`metric` must be one that was logged ({listed(names)}), got {metric!r}.")
+    return metric or next(iter(names), "")

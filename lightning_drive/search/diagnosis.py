@@ -34,7 +34,7 @@ def diagnose(network: Network, method: Method, goal: Goal, found: Found, others:
     masks, history = found.masks, found.history
     causes = _causes(network, method, masks, history)
     active, costs = _measured(network, masks)
-    remedy = _remedy(goal, "More cycles" if history.is_cycle else "More rounds" if network.reached else "")
+    remedy = _remedy(goal, "More cycles or cuts" if history.is_cycle else "More rounds" if network.reached else "")
     remarks = [*_zero_cuts(history, method), *_collapses(masks, active.masks, causes.explained, remedy)]
     if remarks and network.reached and not network.is_sharded:
         remarks.extend(unscored_parameters.behind_norms(network.module))

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_drive.core import shards
@@ -56,7 +55,7 @@ def find_masks(
             for the next one if the function returns ``None`` for it, or a loss that depends on no prunable parameter.
         masks: Continue from these masks, at their sparsity, instead of from the dense network.
         schedule: ``"exponential"`` removes the same fraction of the survivors in every round, ``"linear"`` the same
-            number of weights.
+            number of weights, ``"cubic"`` many in the first rounds and few in the last.
         scope: ``"global"``: one ranking for all parameters. ``"layerwise"``: every parameter keeps the same fraction.
         include: Glob patterns over parameter names, see
             :func:`lightning_drive.network.prunable.prunable_parameters`; default: the weights of all layers that
@@ -127,13 +126,13 @@ def search_reached(
     others: Sequence[str] = (),
     on_round: Callable[[int, Masks], None] | None = None,
     only_round: int | None = None,
-    shuffle: torch.Generator | None = None,
+    shuffle: Callable[[Masks], Masks] | None = None,
 ) -> tuple[Found, Diagnosis]:
     """Search, once more without the parameters that had no gradient in any round, and diagnose the outcome.
 
     The masks are the same as if these parameters had been excluded, so counts refer to what is trained. ``opened``
     returns the network with the named parameters, always on the same batches. ``others`` names matrices that are
-    trained and stay dense. ``shuffle`` shuffles the masks within each parameter. For the rest see :func:`search`.
+    trained and stay dense. ``shuffle`` returns other masks, with the same counts. For the rest see :func:`search`.
     """
     left_out: set[str] = set()
     while True:
@@ -143,7 +142,7 @@ def search_reached(
             outcome = search(network, method, goal, masks=start, on_round=on_round, only_round=only_round)
             if not outcome.history.unreached:
                 if shuffle is not None:
-                    outcome = replace(outcome, masks=outcome.masks.shuffled(shuffle))
+                    outcome = replace(outcome, masks=shuffle(outcome.masks))
                 diagnosis = diagnose(network, method, goal, outcome, others)
                 break
         left_out.update(outcome.history.unreached)

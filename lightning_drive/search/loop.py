@@ -103,6 +103,21 @@ def search(
     return Found(whole, recorder.history(whole, unreached, is_cycle=is_cycle), [*network.warnings])
 
 
+def cut_once(network: Network, method: Method, goal: Goal, round_index: int, masks: Mapping[str, Tensor]) -> Found:
+    """Do one of the method's rounds, from the masks of the rounds before it, and leave the network as it is.
+
+    There is nothing in its history but the round.
+    """
+    current = network.starting_masks(masks, goal.sparsity)
+    scores = method.score(network)
+    with function_modes.set_aside():
+        cut = _cut(network, scores, current, goal.density(round_index, method.rounds), goal, {})
+        whole = network.whole(cut.masks)
+        recorder = _Recorder({})
+        recorder.add(round_index, cut)
+        return Found(whole, recorder.history(whole, (), is_cycle=True), [*network.warnings])
+
+
 @dataclass(frozen=True)
 class _Cut:
     """One cut."""

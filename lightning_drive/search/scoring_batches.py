@@ -10,6 +10,10 @@ _MOST_IN_A_ROW = 10_000
 """How many batches in a row may be skipped where the length of a pass over the data is not known."""
 
 
+class NothingToScoreByError(ValueError):
+    """All batches of a whole pass over the data have no loss, or one that depends on no prunable parameter."""
+
+
 class ScoringBatches:
     """The batches of one search.
 
@@ -44,7 +48,7 @@ class ScoringBatches:
             batch = next(self._batches)
             if self._skipped_in_a_row >= (self._passes.length or _MOST_IN_A_ROW):
                 where = ", a whole pass over the data" if self._passes.length else ""
-                raise ValueError(
+                raise NothingToScoreByError(
                     f"{self._reason} This was the case for {self._skipped_in_a_row:,} batches in a row{where}: there is"
                     " nothing to score by."
                 )

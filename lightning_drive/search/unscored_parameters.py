@@ -49,10 +49,10 @@ def unreached(names: Collection[str], among: Iterable[str], method: Method) -> s
     )
 
 
-def unreached_in_cycle(names: Collection[str], among: Iterable[str]) -> str:
-    """Return the warning that parameters without a gradient before IMP's first cut are left out."""
+def unreached_before_cut(names: Collection[str], among: Iterable[str], phase: str) -> str:
+    """Return the warning that parameters without a gradient before the first cut are left out."""
     return (
-        f"{listed(map(repr, names))} had no gradient in all of the first cycle: the loss does not depend on them, since"
+        f"{listed(map(repr, names))} had no gradient in all of the {phase}: the loss does not depend on them, since"
         " they are not used, or only under `no_grad` or through `detach`. They are left out and stay dense, as with"
         f" `exclude={patterns(names, among)}`."
     )

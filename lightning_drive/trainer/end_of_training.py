@@ -126,6 +126,15 @@ def warn_of_open_cycles(trainer: pl.Trainer, cycles: Cycles, cycle: int, sparsit
     )
 
 
+def warn_of_open_window(trainer: pl.Trainer, sparsity: float, goal: float, when: str) -> None:
+    """Warn, in ``on_train_end``, that training ended before the last cut of gradual pruning."""
+    rank_zero_warn(
+        f"Training ended in epoch {_last_epoch(trainer)}, after {trainer.global_step} steps{_reason(trainer)}, before"
+        f" the last cut, which would have been {when}: the network has a sparsity of {sparsity:.4f}, not {goal}. Let"
+        " training run longer, or lower `end_epoch`."
+    )
+
+
 def _last_epoch(trainer: pl.Trainer) -> int:
     """Return the epoch, counted from 0, in which training ended; the Trainer has counted on."""
     return max(trainer.current_epoch - 1, 0)

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -19,6 +20,14 @@ def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
     """Log numbers at once, with the step and epoch that Lightning logs with its own."""
     for logger in trainer.loggers:
         logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=lightning_internals.logged_step(trainer))
+
+
+def log_with_epoch(trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: Mapping[str, float]) -> None:
+    """Have Lightning log numbers when the epoch ends; of numbers that were given before in the epoch the highest."""
+    if not trainer.barebones:
+        settings: Any = {"on_step": False, "on_epoch": True, "reduce_fx": "max", "sync_dist": True}
+        # With a batch size of 1 Lightning does not look for one in batches, which may be of any kind.
+        pl_module.log_dict(metrics, batch_size=1, **settings)
 
 
 def log_pictures(trainer: pl.Trainer, report: PruningReport) -> None:

@@ -1,7 +1,7 @@
 """Build the report of a pruning, show it, and log its numbers."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import lightning.pytorch as pl
@@ -9,10 +9,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_drive.core.arguments import Control
 from lightning_drive.network import prunable
-from lightning_drive.report.parts import CycleReport
+from lightning_drive.report.parts import CutReport, CycleReport
 from lightning_drive.report.pruning_report import PruningReport
 from lightning_drive.search.diagnosis import Diagnosis
-from lightning_drive.trainer import loggers, other_callbacks, terminal
+from lightning_drive.search.loop import Found
+from lightning_drive.trainer import loggers, other_callbacks, step_counts, terminal
 from lightning_drive.trainer.search_in_fit import Outcome
 
 
@@ -24,8 +25,8 @@ def report(
     start: float,
     phase_start: float | None,
     control: Control,
-    cycle: int | None,
-    before: PruningReport | None,
+    cycle: int | None = None,
+    before: PruningReport | None = None,
 ) -> PruningReport:
     """Build the report of a search that began at ``start``, in a phase of training that began at ``phase_start``.
 
@@ -60,9 +61,48 @@ def report(
     )
 
 
+def of_cut(
+    trainer: pl.Trainer, found: Found, method: str, *, start: float, phase_start: float | None, control: Control
+) -> PruningReport:
+    """Build the report of a cut that is not the last one, without what takes a forward pass to find out."""
+    seconds = time.monotonic() - start
+    return PruningReport.of(
+        found.masks,
+        None,
+        method=method,
+        seconds=seconds,
+        epoch=trainer.current_epoch,
+        step=trainer.global_step,
+        warnings=found.warnings,
+        control=control,
+        phases={**({} if phase_start is None else {"warmup": start - phase_start}), "rounds": seconds},
+        rounds=found.history.rounds,
+        num_parameters=prunable.count_all(trainer.lightning_module),
+    )
+
+
+def after_cuts(report: PruningReport, before: PruningReport | None, cut: int, trainer: pl.Trainer) -> PruningReport:
+    """Return the report of a cut together with those of the cuts before it, the last of which reported ``before``."""
+    batch = step_counts.batch_index(trainer)
+    epoch = trainer.current_epoch + (batch / trainer.num_training_batches if batch else 0.0)
+    metrics = {} if batch else other_callbacks.last_metrics(trainer)
+    entry = CutReport(cut, epoch, report.step, report.num_kept, metrics)
+    if before is None:
+        return replace(report, cuts=(entry,))
+    own = {name: seconds for name, seconds in report.phases.items() if name != "warmup"}
+    return replace(
+        report,
+        seconds=before.seconds + report.seconds,
+        phases={**before.phases, **{name: before.phases.get(name, 0.0) + own[name] for name in own}},
+        warnings=(*before.warnings, *report.warnings),
+        rounds=before.rounds + report.rounds,
+        cuts=(*before.cuts, entry),
+    )
+
+
 def with_commit(report: PruningReport, seconds: float) -> PruningReport:
-    """Return the report with the seconds that putting the masks into effect took."""
-    phases = {**report.phases, "commit": seconds}
+    """Return the report with the seconds that putting the masks into effect took, of all cuts together."""
+    phases = {**report.phases, "commit": report.phases.get("commit", 0.0) + seconds}
     cycles = report.cycles and (*report.cycles[:-1], replace(report.cycles[-1], phases=phases))
     return replace(report, phases=phases, cycles=cycles)
 
@@ -86,6 +126,15 @@ def announce(
         **metrics,
     }
     loggers.log_metrics(trainer, {name: value for name, value in numbers.items() if value is not None})
+
+
+def announce_cut(trainer: pl.Trainer, warnings: Sequence[str], metrics: Mapping[str, float]) -> None:
+    """Warn above the progress bar, and log the numbers of a cut that is not the last one."""
+    if warnings:
+        with terminal.above_bar(trainer):
+            for warning in warnings:
+                rank_zero_warn(warning)
+    loggers.log_metrics(trainer, metrics)
 
 
 def metrics(report: PruningReport | None) -> dict[str, float]:

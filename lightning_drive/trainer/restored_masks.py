@@ -5,6 +5,7 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -69,6 +70,18 @@ def is_selection(
             if set(select(pl_module)) == set(masks):
                 return True
     return False
+
+
+def check_selection(
+    pruning: Any, select: Callable[[pl.LightningModule], Mapping[str, nn.Parameter]], pl_module: pl.LightningModule
+) -> None:
+    """Raise if restored masks, which are to be pruned further, are for other parameters than are selected now."""
+    if not is_selection(pruning.masks, select, pl_module):
+        raise MisconfigurationException(
+            f"The checkpoint is from {type(pruning).__name__} with cuts to come, in other parameters than"
+            f" `include={pruning.include}` and `exclude={pruning.exclude}` select now: its cuts would not continue that"
+            f" run. Resume with the settings of the checkpoint, which select: {listed(pruning.masks)}."
+        )
 
 
 def check_belong_together(masks: Masks, report: PruningReport | None) -> None:

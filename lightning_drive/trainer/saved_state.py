@@ -91,14 +91,14 @@ def of_renamed(
     pruned = [name for name, state in others.items() if state["report"] is not None]
     if own and (not pruned or saved_values.check(dict[str, object], own[0], "the callback state").get("report")):
         return None
-    fitting = [name for name, state in others.items() if _is_in_cycles(state) == _is_in_cycles(callback.state_dict())]
+    fitting = [name for name, state in others.items() if _kind(state) == _kind(callback.state_dict())]
     if len(others) == 1 and fitting and not own:
         return fitting[0], others[fitting[0]]
     if pruned and trainer.state.fn == TrainerFn.FITTING:
         raise ValueError(
-            f"{type(callback).__name__} can only take over the masks of one callback of its kind, IMP or not, but the"
-            f" checkpoint was pruned by {listed(others)}. Resume with the callback that the checkpoint was saved with,"
-            " or begin anew from a dense checkpoint."
+            f"{type(callback).__name__} can only take over the masks of one callback of its kind (IMP, gradual"
+            f" pruning, or neither), but the checkpoint was pruned by {listed(others)}. Resume with the callback that"
+            " the checkpoint was saved with, or begin anew from a dense checkpoint."
         )
     return None
 
@@ -114,10 +114,10 @@ def hold_still(checkpoint: dict[str, Any], callback: pl.Callback, pruning: Calla
     checkpoint["callbacks"][callback.state_key] = state
 
 
-def _is_in_cycles(state: Mapping[str, Any]) -> bool:
-    """Whether the state of a callback is one of IMP."""
+def _kind(state: Mapping[str, Any]) -> set[str]:
+    """Return which of the settings that only IMP or only gradual pruning has are in the state of a callback."""
     settings = state.get("settings")
-    return isinstance(settings, dict) and "cycles" in settings
+    return {"cycles", "cuts_per_epoch"} & set(settings if isinstance(settings, dict) else ())
 
 
 def _copied(state: Any) -> Any:

@@ -31,6 +31,11 @@ def is_accumulating(trainer: pl.Trainer) -> bool:
 
     At the start of an epoch none do: the Trainer steps after its last batch.
     """
+    return batch_index(trainer) % trainer.accumulate_grad_batches > 0
+
+
+def batch_index(trainer: pl.Trainer) -> int:
+    """Return the index in its epoch of the batch that is about to be trained on; 0 at the start of an epoch."""
     batches = lightning_internals.counts(trainer).batches["current"]
     is_between_batches = batches["ready"] == batches["processed"]
-    return not is_between_batches and (batches["ready"] - 1) % trainer.accumulate_grad_batches > 0
+    return 0 if is_between_batches else batches["ready"] - 1

@@ -44,14 +44,18 @@ def progress(trainer: pl.Trainer, description: str, total: int) -> Generator[Cal
         yield lambda: None
 
 
-def name_epoch(trainer: pl.Trainer, suffix: str) -> None:
-    """Add something to the name of the epoch, which the Trainer's progress bar sets in ``on_train_epoch_start``."""
+def name_epoch(trainer: pl.Trainer, more: str) -> None:
+    """Add more to the name of the epoch, which the Trainer's progress bar sets, in place of what was added before."""
     bar = _bar(trainer)
     if isinstance(bar, RichProgressBar) and bar.progress is not None and bar.train_progress_bar_id is not None:
-        description = f"{bar.train_progress_bar.description.rstrip()}{suffix}"
+        description = f"{_without_more(bar.train_progress_bar.description)}, {more}"
         bar.progress.update(bar.train_progress_bar_id, description=description)
     elif isinstance(bar, TQDMProgressBar):
-        bar.train_progress_bar.set_description(f"{bar.train_progress_bar.desc.removesuffix(': ')}{suffix}")
+        bar.train_progress_bar.set_description(f"{_without_more(bar.train_progress_bar.desc)}, {more}")
+
+
+def _without_more(description: str) -> str:
+    return description.partition(", ")[0].removesuffix(": ").rstrip()
 
 
 @contextmanager

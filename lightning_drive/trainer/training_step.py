@@ -15,15 +15,16 @@ from lightning_drive.trainer import lightning_internals
 from lightning_drive.trainer.sandbox import Sandbox
 
 
-def loss_of(sandbox: Sandbox) -> LossFunction:
+def loss_of(sandbox: Sandbox, first: int = 0) -> LossFunction:
     """Return the loss of ``training_step``, or a pass through ``forward`` where optimization is manual.
 
-    With manual optimization nothing but the statistics of BatchNorm is wanted.
+    With manual optimization nothing but the statistics of BatchNorm is wanted. ``first`` is the index in its epoch of
+    the first batch that the loss is of.
     """
-    return _training_step_loss(sandbox.trainer) if sandbox.module.automatic_optimization else _forward
+    return _training_step_loss(sandbox.trainer, first) if sandbox.module.automatic_optimization else _forward
 
 
-def _training_step_loss(trainer: pl.Trainer) -> LossFunction:
+def _training_step_loss(trainer: pl.Trainer, first: int) -> LossFunction:
     """Return a loss function that calls ``training_step`` of a sandbox; ``None`` skips a batch, as in training.
 
     The module's ``on_train_epoch_start`` and ``on_train_batch_start`` are called before it, as in training, where they
@@ -31,11 +32,11 @@ def _training_step_loss(trainer: pl.Trainer) -> LossFunction:
     pass over the data.
     """
     length = trainer.num_training_batches
-    numbers = count()
+    numbers = count(first)
 
     def loss_fn(pl_module: pl.LightningModule, batch: Any) -> Tensor | None:
         number = next(numbers)
-        if number == 0:
+        if number == first:
             pl_module.on_train_epoch_start()
         batch_idx = int(number % length)  # infinite for a stream
         pl_module.on_train_batch_start(batch, batch_idx)

@@ -32,6 +32,8 @@ CALLBACKS: dict[str, Any] = {
     "SNIP": SNIPPruningCallback,
     "SynFlow": lambda **settings: SynFlowPruningCallback(**{"rounds": 7, **settings}),
     "IMP": lambda **settings: IMPPruningCallback(**{"cycles": 2, "epochs_per_cycle": 1, **settings}),
+    "Gradual": lambda **settings: fits.gradual(**{"start_epoch": 0, **settings}),
+    "Gradual_by_drive": lambda **settings: fits.gradual(**{"start_epoch": 0, "criterion": "drive", **settings}),
 }
 EACH = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
 
@@ -107,7 +109,11 @@ def test_each__takes_keywords_only(make: Any) -> None:
     [
         ({"sparsity": 1.0}, ValueError, r"must be in \[0, 1\), got 1.0"),
         ({"sparsity": 98}, ValueError, "For 98 % pass 0.98"),
-        ({"sparsity": 0.5, "schedule": "cubic"}, ValueError, "`schedule` must be one of 'exponential', 'linear'"),
+        (
+            {"sparsity": 0.5, "schedule": "square"},
+            ValueError,
+            "`schedule` must be one of .* 'linear', 'cubic'",
+        ),
         ({"sparsity": 0.5, "scope": "local"}, ValueError, "`scope` must be one of 'global', 'layerwise'"),
         ({"sparsity": 0.5, "control": "random"}, ValueError, "`control` must be one of 'none', 'shuffle', 'reinit'"),
         ({"sparsity": 0.5, "bn_batches": -1}, ValueError, "`bn_batches` must be a whole number of at least 0"),
@@ -155,7 +161,11 @@ class Stream(IterableDataset[Any]):
         return next(self.samples)
 
 
-@pytest.mark.parametrize("make", [CALLBACKS["SynFlow"], CALLBACKS["IMP"]], ids=["SynFlow", "IMP"])
+WITHOUT_LOSS = {name: CALLBACKS[name] for name in ("SynFlow", "IMP", "Gradual")}
+NO_LOSS = pytest.mark.parametrize("make", WITHOUT_LOSS.values(), ids=WITHOUT_LOSS)
+
+
+@NO_LOSS
 def test_stream(tmp_path: Path, make: Any) -> None:
     """Who needs no data works where data can be read only once, and takes nothing from training."""
     callback, module = make(sparsity=0.9), ConvModule()
@@ -186,7 +196,7 @@ def test_stream__error(tmp_path: Path, callback: PruningCallback) -> None:
     assert not module.calls
 
 
-@pytest.mark.parametrize("make", [CALLBACKS["SynFlow"], CALLBACKS["IMP"]], ids=["SynFlow", "IMP"])
+@NO_LOSS
 def test_manual_optimization(tmp_path: Path, make: Any) -> None:
     """Who needs no loss needs no `loss_fn` for it, and never calls ``training_step``, which would train."""
     settings = {"warmup_epochs": 1} if make is CALLBACKS["SynFlow"] else {}

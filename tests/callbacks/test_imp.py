@@ -938,7 +938,7 @@ def test_evaluation_from_a_checkpoint(tmp_path: Path, stage: str, epoch: int) ->
         ({"control": "magic"}, ValueError, "`control` must be one of 'none', 'shuffle', 'reinit', got 'magic'"),
         ({"bn_batches": -1}, ValueError, "`bn_batches` must be a whole number of at least 0, got -1"),
         ({"sparsity": 98}, ValueError, r"`sparsity` .* in \[0, 1\), got 98. For 98 % pass 0.98"),
-        ({"schedule": "cubic"}, ValueError, "`schedule` must be one of"),
+        ({"schedule": "square"}, ValueError, "`schedule` must be one of"),
         ({"scope": "local"}, ValueError, "`scope` must be one of"),
         ({"reset_best": None}, TypeError, "`reset_best` must be True or False"),
         ({"include": "head"}, TypeError, "`include` must be a list of glob patterns"),

@@ -29,6 +29,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_drive import (
     DRIVEPruningCallback,
+    GradualPruningCallback,
     IMPPruningCallback,
     KeepZerosCallback,
     Magnitude,
@@ -49,10 +50,14 @@ METHODS: dict[str, Callable[..., Any]] = {
     "snip": lambda **kwargs: SNIPPruningCallback(**{"sparsity": 0.8} | kwargs),
     "synflow": lambda **kwargs: SynFlowPruningCallback(**{"sparsity": 0.8, "rounds": 5} | kwargs),
     "imp": lambda **kwargs: IMPPruningCallback(**{"sparsity": 0.8, "cycles": 2, "epochs_per_cycle": 1} | kwargs),
+    "gradual": lambda **kwargs: GradualPruningCallback(**GRADUAL | kwargs),
+    "gradual_by_drive": lambda **kwargs: GradualPruningCallback(**GRADUAL | {"criterion": "drive"} | kwargs),
 }
-CONTROLLED = [(name, "none") for name in METHODS] + [(name, "shuffle") for name in ("snip", "imp")]
-CONTROLLED += [(name, "reinit") for name in ("drive", "imp")]
+GRADUAL: dict[str, Any] = {"sparsity": 0.8, "start_epoch": 0, "end_epoch": 2, "cuts_per_epoch": 3}
+CONTROLLED = [(name, "none") for name in METHODS] + [(name, "shuffle") for name in ("snip", "imp", "gradual")]
+CONTROLLED += [(name, "reinit") for name in ("drive", "imp", "gradual")]
 RESUMED = [("drive", "sgd"), ("drive", "adamw"), ("snip", "adamw"), ("synflow", "sgd"), ("imp", "adamw")]
+RESUMED += [("gradual", "sgd"), ("gradual_by_drive", "adamw")]
 DDP_VARIANTS: dict[str, tuple[int, dict[str, bool]]] = {
     "default": (1, {}),
     "static_graph": (1, {"static_graph": True}),  # accumulation fails with it in Lightning, dense networks too
@@ -451,6 +456,10 @@ def sharded(folder: Path) -> dict[str, Any]:
                 ckpt_path=own / f"{epoch}.ckpt",
                 num_sanity_val_steps=1,
             )
+    for name in ("gradual", "gradual_by_drive"):
+        own = folder / name
+        results[name] = train(own, Sharded(), METHODS[name](), strategy(), save=True)
+        results[f"{name}-0"] = train(own, Sharded(), METHODS[name](), strategy(), ckpt_path=own / "0.ckpt")
     results["unsaved"] = train(folder, Sharded(), METHODS["drive"](), strategy())
     module = Sharded()
     fits.trainer(folder, max_epochs=1, strategy=strategy(), devices=2).fit(module, datamodule=Data())

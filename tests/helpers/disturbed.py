@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_drive
 from lightning_drive import (
     DRIVEPruningCallback,
+    GradualPruningCallback,
     IMPPruningCallback,
     KeepZerosCallback,
     Random,
@@ -30,6 +31,10 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "SynFlow": lambda: SynFlowPruningCallback(sparsity=0.8, warmup_epochs=1, rounds=3, bn_batches=2),
     "IMP": lambda: IMPPruningCallback(sparsity=0.8, cycles=2, epochs_per_cycle=1),
     "KeepZeros": lambda: KeepZerosCallback(masks=find_masks(Net(), Random(seed=2), sparsity=0.8)),
+    "Gradual": lambda: GradualPruningCallback(sparsity=0.8, start_epoch=0, end_epoch=2, cuts_per_epoch=2),
+    "Gradual_by_drive": lambda: GradualPruningCallback(
+        sparsity=0.8, start_epoch=0, end_epoch=2, cuts_per_epoch=2, criterion="drive", bn_batches=2
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_drive import DRIVEPruningCallback, IMPPruningCallback
+from lightning_drive import DRIVEPruningCallback, GradualPruningCallback, IMPPruningCallback
 from lightning_drive.callbacks.hooks import PruningCallback
 
 NUM_CLASSES = 4
@@ -153,14 +153,28 @@ def drive(**kwargs: Any) -> DRIVEPruningCallback:
     return DRIVEPruningCallback(**(settings | kwargs))
 
 
+def gradual(**kwargs: Any) -> GradualPruningCallback:
+    settings: dict[str, Any] = {"sparsity": 0.8, "start_epoch": 1, "end_epoch": 2, "cuts_per_epoch": 3}
+    return GradualPruningCallback(**(settings | kwargs))
+
+
 PRUNABLE = ("features.0.weight", "features.4.weight", "head.weight")  # of `ConvModule`
 NUM_PRUNABLE = 6 * 9 + 8 * 6 * 9 + 8 * 16 * 4
 NUM_KEPT = 200  # at a sparsity of 0.8
 LAST_CUT = 2  # epoch, of the callbacks below
-NUM_KEPT_IN = {"DRIVE": (998, 998, 200, 200), "IMP": (998, 446, 200, 200)}  # epochs 0 to 3
+NUM_KEPT_IN = {  # epochs 0 to 3
+    "DRIVE": (998, 998, 200, 200),
+    "IMP": (998, 446, 200, 200),
+    "Gradual": (998, 299, 200, 200),
+    "Gradual_by_drive": (998, 299, 200, 200),
+}
 CALLBACKS: dict[str, Callable[..., PruningCallback]] = {
     "DRIVE": drive,
     "IMP": lambda **settings: IMPPruningCallback(**{"sparsity": 0.8, "cycles": 2, "epochs_per_cycle": 1, **settings}),
+    "Gradual": lambda **settings: gradual(**{"start_epoch": 0, "cuts_per_epoch": 1, **settings}),
+    "Gradual_by_drive": lambda **settings: gradual(
+        **{"start_epoch": 0, "cuts_per_epoch": 1, "criterion": "drive", **settings}
+    ),
 }
 
 

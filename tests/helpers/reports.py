@@ -9,7 +9,7 @@ import torch
 from lightning_drive import Masks, PruningReport
 from lightning_drive.core.rounds import Round, ScoreHistogram
 from lightning_drive.report.acceleration_report import AccelerationReport, LayerForm
-from lightning_drive.report.parts import CycleReport, LayerReport
+from lightning_drive.report.parts import CutReport, CycleReport, LayerReport
 
 CONV = torch.zeros(8, 4, 3, 3, dtype=torch.bool)
 CONV[0] = True
@@ -37,7 +37,7 @@ def small_report(active: Masks | None = ACTIVE, warnings: Sequence[str] = ()) ->
 
 
 def full_report(**others: Any) -> PruningReport:
-    """With all there can be in one: costs, phases, rounds, scores and cycles."""
+    """With all there can be in one: costs, phases, rounds, scores, cycles and cuts."""
     return replace(
         small_report(warnings=["Layer collapse: no weight is left in 'fc.weight'."]),
         layers=(
@@ -53,6 +53,10 @@ def full_report(**others: Any) -> PruningReport:
         ),
         other_multiply_adds=2_000,
         acceleration=ACCELERATION,
+        cuts=(
+            CutReport(1, 1.5, 30, 788, {}),
+            CutReport(2, 2.0, 40, 36, {"val_loss": 0.5, "val_accuracy": 0.9}),
+        ),
         **others,
     )
 

@@ -1,10 +1,9 @@
 """A search that leaves the module as it is, with its diagnosis."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_drive.core.arguments import Schedule, Scope
@@ -42,7 +41,7 @@ def search(
     batches: Any = None,
     loss_fn: Any = None,
     example_input: Any = None,
-    shuffle: torch.Generator | None = None,
+    shuffle: Callable[[Masks], Masks] | None = None,
     **options: Any,
 ) -> Searched:
     data = {"batches": batches, "loss_fn": loss_fn, "example_input": example_input}
@@ -50,7 +49,7 @@ def search(
     with Network.of(module, parameters, method.mode, **data) as network:
         found = search_network(network, method, goal, **options)
         if shuffle is not None:
-            found = replace(found, masks=found.masks.shuffled(shuffle))
+            found = replace(found, masks=shuffle(found.masks))
         diagnosis = diagnose(network, method, goal, found)
     return Searched(
         found.masks,

@@ -255,6 +255,19 @@ def test_shuffled__seed() -> None:
     assert not one["a"].equal(one["b"])
 
 
+def test_shuffled__among() -> None:
+    """Within other masks, every one of their weights has the same chance, and none outside of them has any."""
+    among = {"a": torch.arange(12).view(3, 4) % 2 == 0, "b": torch.ones(5, dtype=torch.bool)}
+    masks = Masks({"a": torch.arange(12).view(3, 4) == 4, "b": torch.arange(5) < 5})
+    seen = torch.zeros(3, 4)
+    for seed in range(200):
+        shuffled = masks.shuffled(torch.Generator().manual_seed(seed), among)
+        assert [int(mask.sum()) for mask in shuffled.values()] == [1, 5]
+        assert (shuffled["a"] <= among["a"]).all()
+        seen += shuffled["a"]
+    assert torch.equal(seen > 15, among["a"])
+
+
 # --- masks read off zeros
 
 

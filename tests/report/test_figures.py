@@ -142,6 +142,20 @@ def test_figure__cycles() -> None:
     assert list(axes.lines[0].get_ydata()) == [0.9]
 
 
+def test_figure__cuts() -> None:
+    """Sparsities step up at the cuts, and a metric stands where an epoch ended; without one there is no axis for it."""
+    pytest.importorskip("matplotlib")
+    axes, other = full_report().figure("cuts").axes
+    assert list(axes.lines[0].get_xdata()) == [0, 1.5, 2]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([0, 100 * 800 / 1588, 100 * 1552 / 1588])
+    assert [*other.lines[0].get_xdata(), *other.lines[0].get_ydata()] == [2, 0.5]
+    assert other.get_ylabel() == "val_loss"
+    _, other = full_report().figure("cuts", metric="val_accuracy").axes
+    assert list(other.lines[0].get_ydata()) == [0.9]
+    silent = replace(full_report(), cuts=full_report().cuts[:1])
+    assert len(silent.figure("cuts").axes) == 1
+
+
 def test_figure__nothing_removed() -> None:
     """A sparsity of 0 is no reason to fail."""
     pytest.importorskip("matplotlib")
@@ -153,8 +167,8 @@ def test_figure__nothing_removed() -> None:
 @pytest.mark.parametrize(
     ("kind", "metric", "message"),
     [
-        ("cycle", None, r"`kind` must be one of 'density', 'rounds', 'scores', 'cycles', got 'cycle'"),
-        ("scores", None, r"does not have the data for the picture 'scores', only for density, cycles"),
+        ("cycle", None, r"`kind` must be one of 'density', 'rounds', 'scores', 'cycles', 'cuts', got 'cycle'"),
+        ("scores", None, r"does not have the data for the picture 'scores', only for density, cycles, cuts"),
         ("cycles", "loss", r"`metric` must be one that was logged \(val_loss, val_accuracy\), got 'loss'"),
     ],
 )

@@ -106,7 +106,7 @@ def test_methods(ranks: Any, method: str, control: str) -> None:
     assert first["start"] == second["start"]
     assert first["statistics"] == second["statistics"]  # BatchNorm's, right after pruning
     assert (first["start"] is None) == (method != "imp" and control != "reinit")
-    assert first["changes"] == second["changes"] == (2 if method == "imp" else 1)
+    assert first["changes"] == second["changes"] == {"imp": 2, "gradual": 6, "gradual_by_drive": 6}.get(method, 1)
     assert first["report"]["layers"] == second["report"]["layers"]
     assert first["logged"] == second["logged"]
     assert not any("pruning/" in text for text in first["warned"])  # Lightning's advice on what is not synchronised
@@ -239,6 +239,20 @@ def test_sharded__resume(ranks: Any, kind: str, epoch: int) -> None:
     check_same(first[f"{kind}-{epoch}"], second[f"{kind}-{epoch}"])
     assert fits.equal_states(first[f"{kind}-{epoch}"]["state"], first[kind]["state"])
     assert first[f"{kind}-{epoch}"]["digest"] == first[kind]["digest"]
+
+
+@pytest.mark.parametrize("method", ["gradual", "gradual_by_drive"])
+def test_sharded__gradual(ranks: Any, tmp_path: Path, method: str) -> None:
+    """Cut after cut, ranks keep what one process does, also after a resume in the middle of the window."""
+    first, second = ranks("sharded")
+    masks = check_same(first[method], second[method])
+    check_same(first[f"{method}-0"], second[f"{method}-0"])
+    assert fits.equal_states(first[f"{method}-0"]["state"], first[method]["state"])
+    assert first[method]["changes"] == 6
+    alone = distributed.METHODS[method]()
+    trainer = fits.trainer(tmp_path, alone, max_epochs=distributed.EPOCHS)
+    trainer.fit(distributed.Exact(), datamodule=distributed.Data(2 * distributed.BATCH))
+    assert alone.masks == masks
 
 
 def test_sharded__after_validation(ranks: Any) -> None:

@@ -25,15 +25,18 @@ class Watching(pl.Callback):
         self.steps = [0]
         self.accumulating: list[bool] = []
         self.at_epoch_start: list[bool] = []
+        self.indices: list[tuple[int, int]] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.per_epoch = [step_counts.steps_per_epoch(trainer, epoch) for epoch in range(2)]
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self.at_epoch_start.append(step_counts.is_accumulating(trainer))
+        self.indices.append((step_counts.batch_index(trainer), 0))
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.accumulating.append(step_counts.is_accumulating(trainer))
+        self.indices.append((step_counts.batch_index(trainer), batch_idx))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.steps.append(trainer.global_step)
@@ -58,6 +61,7 @@ def test_steps(settings: Any, callbacks: Any, per_epoch: Any, accumulating: Any,
     assert [after - before for before, after in zip(watching.steps, watching.steps[1:], strict=False)] == per_epoch
     assert watching.accumulating == accumulating
     assert watching.at_epoch_start == [False, False]
+    assert all(found == expected for found, expected in watching.indices)
 
 
 def test_steps_per_epoch__unknown_length(tmp_path: Path) -> None:

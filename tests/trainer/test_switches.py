@@ -28,7 +28,7 @@ from lightning_drive import Masks, SNIPPruningCallback, SynFlowPruningCallback
 from lightning_drive.callbacks.hooks import PruningCallback
 
 EACH = pytest.mark.parametrize("method", CALLBACKS)
-NUM_CUTS = {"DRIVE": 1, "IMP": 2}
+NUM_CUTS = {"DRIVE": 1, "IMP": 2, "Gradual": 2, "Gradual_by_drive": 2}
 
 
 class Watch(Callback):

@@ -124,6 +124,25 @@ def test_progress__cycles(name: str, tmp_path: Path, log_to: LogTo) -> None:
     assert "cycle" not in last
 
 
+@pytest.mark.parametrize("name", BARS)
+def test_progress__sparsity(name: str, tmp_path: Path, log_to: LogTo) -> None:
+    """The epochs' own bar names the sparsity of now, which a later cut replaces, and no other bar is opened."""
+    log_to()
+    watched = Watched(tmp_path, BARS[name](), fits.gradual(start_epoch=0))
+    names = {found[0] for lines in watched.bars() for found in [re.match(r"Epoch [^:━╸╺]*", lines[-1])] if found}
+    of = "/3" if name == "rich" else ""
+    named = {each.strip() for each in names if "sparsity" in each}
+    assert named <= {
+        *(f"Epoch 0{of}, sparsity {percent}%" for percent in (33.7, 56.3)),
+        *(f"Epoch 1{of}, sparsity {percent}%" for percent in (70.0, 77.1, 79.7)),
+    }
+    assert any(each.startswith(f"Epoch 1{of}, sparsity") for each in named)
+    assert "Pruning by" not in watched.text
+    last = [line for line in watched.text.splitlines() if BAR.match(line)][-1]
+    assert last.startswith(f"Epoch 3{of}")
+    assert "sparsity" not in last
+
+
 @pytest.mark.parametrize("method", fits.CALLBACKS)
 @pytest.mark.parametrize("name", BARS)
 def test_messages(name: str, method: str, tmp_path: Path, log_to: LogTo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +155,7 @@ def test_messages(name: str, method: str, tmp_path: Path, log_to: LogTo, monkeyp
     assert report is not None
     assert report.warnings
     assert all(watched.has(warning) for warning in report.warnings)
-    assert watched.has(f"Pruned by {method}(")
+    assert watched.has(f"Pruned by {report.method.partition('(')[0]}(")
     assert watched.has("EarlyStopping (monitor='val_loss'): tracking of the best begins again with the sparse network.")
     if method == "IMP":
         assert watched.has(
