@@ -58,8 +58,8 @@ def accelerate(module: nn.Module, example_input: Any) -> nn.Module:
         >>> fast = accelerate(net, images)
         >>> torch.allclose(fast(images), net(images), atol=1e-4)
         True
-        >>> [layer.name for layer in fast.report.layers]
-        ['0']
+        >>> len(fast.report.layers)
+        1
 
     """
     _check(module, example_input)
