@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from chosen_forms import IN_TRAINING, prefer
 from fits import CALLBACKS, ConvModule
+from optimizers import Drifting
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -470,16 +471,6 @@ class Disturbed(ConvModule):
         if self.kind == "optimizer":
             return Drifting(self.parameters(), lr=0.05, momentum=0.9)
         return super().configure_optimizers()
-
-
-class Drifting(torch.optim.SGD):
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        loss = super().step(closure)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.add_(1e-3)
-        return loss
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])
