@@ -143,11 +143,13 @@ class Enforcement:
         self._parameters.zero_gradients_()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        masked = self._masked_gradients()
-        stay = self._at_zero.intersection(masked) if optimizer_state.keeps_zeros(optimizer) else ()
+        is_known = len(self._followed) == 1 and optimizer_state.keeps_zeros(optimizer)
+        masked = self._masked_gradients() if is_known else ()
+        stay = self._at_zero.intersection(masked)
         self._parameters.zero_weights_(stay)
         self._versions, self._at_zero = {weight: weight._version for weight in masked}, set()
-        if self._parameters.may_divide_by_zero:
+        stay_from_now_on = len(stay) < len(masked)  # if nothing but zeros is remembered of them
+        if self._parameters.may_divide_by_zero or stay_from_now_on:
             self._parameters.zero_optimizer_state_(optimizer)
 
 

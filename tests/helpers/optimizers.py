@@ -50,3 +50,15 @@ class Drifting(torch.optim.SGD):
             for parameter in group["params"]:
                 parameter.add_(1e-3)
         return loss
+
+
+class Wandering(Optimizer):
+    """Steps along the gradient, and moves every weight by a little besides. It is none of torch's own."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(0.05 * parameter.grad).add_(1e-3)
+        return loss
