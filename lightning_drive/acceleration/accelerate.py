@@ -1,7 +1,6 @@
 """Make a faster network of the same function: layers compute with their nonzero weights only, where that is faster."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,12 +8,11 @@ import torch
 from torch import nn
 
 from lightning_drive.acceleration import batch_norm_folding, timing, trials
+from lightning_drive.acceleration.operations import TYPES
 from lightning_drive.core.messages import listed
 from lightning_drive.network import comparison, given_modules
 from lightning_drive.network.comparison import Example
-from lightning_drive.report.acceleration_report import DENSE, AccelerationReport, LayerForm
-
-_TYPES = (torch.float32, torch.float64)
+from lightning_drive.report.acceleration_report import AccelerationReport, LayerForm, all_dense
 
 
 def accelerate(module: nn.Module, example_input: Any) -> nn.Module:
@@ -58,8 +56,8 @@ def accelerate(module: nn.Module, example_input: Any) -> nn.Module:
         >>> fast = accelerate(net, images)
         >>> torch.allclose(fast(images), net(images), atol=1e-4)
         True
-        >>> [layer.name for layer in fast.report.layers]
-        ['0']
+        >>> len(fast.report.layers)
+        1
 
     """
     _check(module, example_input)
@@ -68,7 +66,7 @@ def accelerate(module: nn.Module, example_input: Any) -> nn.Module:
         example = comparison.example_of(dense, example_input)
         folded = batch_norm_folding.folded(dense, example)
         tried = [trials.with_sparse_layers(folded, form, example) for form in _memory_formats(folded)]
-        candidates = [(dense, _all_dense(tried[0][1])), *(variant for variant in tried if _is_right(*variant, example))]
+        candidates = [(dense, all_dense(tried[0][1])), *(variant for variant in tried if _is_right(*variant, example))]
         works = [partial(comparison.call, variant, example.inputs[0]) for variant, _ in candidates]
         seconds = timing.least_seconds(dict(enumerate(works)))
     fastest = min(seconds, key=lambda index: seconds[index])
@@ -87,7 +85,7 @@ def _check(module: nn.Module, example_input: Any) -> None:
                 f"{name!r} is on {parameter.device}, but whether zeros pay was measured on CPUs only. Accelerate the"
                 " module on the CPU, with `module.cpu()`, or leave it dense."
             )
-        if parameter.is_floating_point() and parameter.dtype not in _TYPES:
+        if parameter.is_floating_point() and parameter.dtype not in TYPES:
             raise ValueError(
                 f"{name!r} is in {parameter.dtype}, but sparse forms compute in float32 or float64. Accelerate"
                 " `module.float()`."
@@ -101,10 +99,6 @@ def _check(module: nn.Module, example_input: Any) -> None:
             f"Some weights must be 0, but those of {names} have no zeros: there is nothing to skip. Apply the masks"
             " first (`masks.apply_(module)`), or load a checkpoint of the pruned network."
         )
-
-
-def _all_dense(forms: Iterable[LayerForm]) -> tuple[LayerForm, ...]:
-    return tuple(replace(form, form=DENSE) for form in forms)
 
 
 def _is_right(variant: nn.Module, forms: Iterable[LayerForm], example: Example) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from lightning_drive.acceleration.operations import Operation
+from lightning_drive.acceleration.operations import KINDS, Operation
 from lightning_drive.network import comparison, given_modules
 from lightning_drive.network.comparison import Example
 
@@ -40,7 +40,7 @@ def _pairs(module: nn.Module, example: Example) -> Iterator[tuple[str, str]]:
 
     def after_layer(layer: nn.Module, _: Any, output: Tensor) -> None:
         calls[layer] += 1
-        if not isinstance(layer, nn.Linear) or output.ndim == 2:  # else BatchNorm normalises another dimension
+        if output.ndim == layer._parameters["weight"].ndim:  # type: ignore[union-attr]  # else of another dimension
             outputs.append((layer, weakref.ref(output)))
 
     def before_norm(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -49,7 +49,7 @@ def _pairs(module: nn.Module, example: Example) -> Iterator[tuple[str, str]]:
 
     with ExitStack() as stack:
         for layer in names:
-            if Operation.of_layer(layer) is not None:
+            if Operation.of_layer(layer) is not None and issubclass(type(layer), tuple(KINDS)):
                 stack.callback(layer.register_forward_hook(after_layer).remove)
             elif type(layer) in _KINDS and layer.running_mean is not None:
                 stack.callback(layer.register_forward_pre_hook(before_norm).remove)

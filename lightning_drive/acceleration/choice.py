@@ -9,7 +9,9 @@ from lightning_drive.report.acceleration_report import DENSE, LayerForm
 def fastest(
     name: str, sparsity: float, dense: Callable[[], object], forms: Mapping[str, Callable[[], object]]
 ) -> LayerForm:
-    """Time the dense form of a layer and its sparse forms, and choose the fastest."""
+    """Time the dense form of a layer and its sparse forms, and choose the fastest; without any, it stays dense."""
+    if not forms:
+        return LayerForm(name, sparsity, reason="no sparse form gives its outputs")
     seconds = timing.least_seconds({DENSE: dense, **forms})
     dense_seconds = seconds.pop(DENSE)
     form = min(seconds, key=lambda form: seconds[form])

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,6 +56,10 @@ class Axis(NamedTuple):
         return slice(first, last + 1), slice(begin, begin + (last - first) * self.stride + 1, self.stride)
 
 
+_Copy: TypeAlias = tuple[tuple[int | slice, ...], Tensor]
+"""A place in a table, and the part of the images that stands there."""
+
+
 class Convolution(Layout):
     """A convolution over images: blocks of images, each with all of their channels."""
 
@@ -65,28 +69,17 @@ class Convolution(Layout):
     def empty_output(self, input: Tensor, num_outputs: int) -> Tensor:
         """Return a tensor of images in the memory format of the input."""
         output = input.new_empty(len(input), num_outputs, self.height.outputs, self.width.outputs)
-        return output.contiguous(memory_format=torch.channels_last) if _is_channels_last(input) else output
+        return output.contiguous(memory_format=torch.channels_last) if is_channels_last(input) else output
 
     def blocks(self, tensor: Tensor) -> Sequence[Tensor]:
         """Return blocks of images."""
         return split(tensor, max(1, COLUMNS // self._columns_per_image))
 
-    def table(self, block: Tensor, used: Tensor | None = None) -> Tensor:
-        """Return shifted copies of the images, one below the other; what lies beside images is zero in all tables."""
-        copies = list(self._copies(_by_channel(block)))
-        if len(copies) == 1 and copies[0].is_whole:
-            return copies[0].source.reshape(self._num_rows(block.shape[1]), -1)
-        shape = self._table_shape(block)
-        table = block.new_zeros(shape) if used is None or used.numel() != prod(shape) else used.view(shape)
-        for copy in copies:
-            table[copy.target] = copy.source
-        return table.view(self._num_rows(block.shape[1]), -1)
-
     def add_table_(self, block: Tensor, table: Tensor) -> None:
         """Add the shifted copies up."""
         parts = table.view(self._table_shape(block))
-        for copy in self._copies(block.transpose(0, 1)):
-            copy.source.add_(parts[copy.target])
+        for target, source in self._copies(block.transpose(0, 1)):
+            source.add_(parts[target])
 
     @property
     def _lines(self) -> int:
@@ -105,15 +98,8 @@ class Convolution(Layout):
     def _table_shape(self, block: Tensor) -> tuple[int, ...]: ...
 
     @abstractmethod
-    def _copies(self, images: Tensor) -> Iterator["_Copy"]:
-        """Return which part of the table each part of a block, its channels first, is copied to."""
-
-
-class _Copy(NamedTuple):
-    target: tuple[int | slice, ...]
-    source: Tensor
-    is_whole: bool
-    """Whether the source is all of the table."""
+    def _copies(self, images: Tensor) -> Iterator[_Copy]:
+        """Yield which part of the table each part of a block, its channels first, is copied to."""
 
 
 class Windows(Convolution):
@@ -140,8 +126,9 @@ class Windows(Convolution):
         for x in range(self.width.kernel):
             to_columns, from_columns = self.width.read(x)
             lines[x, :, :, inside, to_columns] = images[..., from_columns]
-        shape = self._table_shape(block)
-        table = block.new_empty(shape) if used is None or used.numel() != prod(shape) else used.view(shape)
+        table = _room(used, self._table_shape(block))
+        if table is None:
+            table = block.new_empty(self._table_shape(block))
         reach = (self.height.outputs - 1) * self.height.stride + 1
         for y in range(self.height.kernel):
             begin = y * self.height.dilation
@@ -150,7 +137,7 @@ class Windows(Convolution):
 
     def write_(self, block: Tensor, product: Tensor) -> None:
         """Write the product with the images first."""
-        if _is_channels_last(block):
+        if is_channels_last(block):
             block.permute(0, 2, 3, 1).view(-1, block.shape[1]).copy_(product.t())
         else:
             block.transpose(0, 1).copy_(product.view(block.shape[1], len(block), *block.shape[2:]))
@@ -171,13 +158,11 @@ class Windows(Convolution):
         return (*kernel, block.shape[1], len(block), self.height.outputs, self.width.outputs)
 
     def _copies(self, images: Tensor) -> Iterator[_Copy]:
-        is_whole = self.height.is_pointwise and self.width.is_pointwise
         for y in range(self.height.kernel):
             to_rows, from_rows = self.height.read(y)
             for x in range(self.width.kernel):
                 to_columns, from_columns = self.width.read(x)
-                target = (y, x, slice(None), slice(None), to_rows, to_columns)
-                yield _Copy(target, images[:, :, from_rows, from_columns], is_whole)
+                yield (y, x, slice(None), slice(None), to_rows, to_columns), images[:, :, from_rows, from_columns]
 
 
 class Lines(Convolution):
@@ -195,6 +180,18 @@ class Lines(Convolution):
         columns = (x * channels + channel) * self._lines + y * self.height.dilation
         first = Pattern.of(output, columns, num_rows=num_outputs, num_columns=self._num_rows(channels))
         return first.repeated(self.height.outputs, self.height.stride)
+
+    def table(self, block: Tensor, used: Tensor | None = None) -> Tensor:
+        """Return shifted copies of the images, one below the other; what lies beside images is zero in all tables."""
+        images = _by_channel(block)
+        if self._lines == self.height.inputs and self.width.is_pointwise:
+            return images.transpose(1, 2).reshape(self._num_rows(len(images)), -1)
+        table = _room(used, self._table_shape(block))
+        if table is None:
+            table = block.new_zeros(self._table_shape(block))
+        for target, source in self._copies(images):
+            table[target] = source
+        return table.view(self._num_rows(len(images)), -1)
 
     def write_(self, block: Tensor, product: Tensor) -> None:
         """Write the product with images and channels first."""
@@ -218,10 +215,9 @@ class Lines(Convolution):
     def _copies(self, images: Tensor) -> Iterator[_Copy]:
         images = images.transpose(1, 2)
         lines = slice(self.height.padding, self.height.padding + self.height.inputs)
-        is_whole = self._lines == self.height.inputs and self.width.is_pointwise
         for x in range(self.width.kernel):
             to_columns, from_columns = self.width.read(x)
-            yield _Copy((x, slice(None), lines, slice(None), to_columns), images[..., from_columns], is_whole)
+            yield (x, slice(None), lines, slice(None), to_columns), images[..., from_columns]
 
 
 class Pixels(Lines):
@@ -246,13 +242,19 @@ class Pixels(Lines):
         return super().blocks(tensor.view(*tensor.shape[:2], self.height.outputs, self.width.outputs))
 
 
-def _is_channels_last(images: Tensor) -> bool:
-    return images.stride(1) == 1 and not images.is_contiguous()
+def _room(used: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """Return the table of another block as room for one of this shape, if it has that many numbers."""
+    return None if used is None or used.numel() != prod(shape) else used.view(shape)
+
+
+def is_channels_last(images: Tensor) -> bool:
+    """Whether images have their channels last in memory, and not first as well."""
+    return images.ndim == 4 and images.stride(1) == 1 and not images.is_contiguous()
 
 
 def _by_channel(images: Tensor) -> Tensor:
     """Return images with their channels first: a view, or, if channels are last in memory, a copy made at once."""
-    if not _is_channels_last(images):
+    if not is_channels_last(images):
         return images.transpose(0, 1)
     number, channels, *sizes = images.shape
     return images.permute(0, 2, 3, 1).reshape(-1, channels).t().contiguous().view(channels, number, *sizes)

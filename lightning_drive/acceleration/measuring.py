@@ -12,7 +12,7 @@ from lightning_drive.acceleration import choice, timing
 from lightning_drive.acceleration.operations import Operation
 from lightning_drive.acceleration.sparse_calls import SparseCalls, SparseWeight, product
 from lightning_drive.acceleration.weight_calls import Call, WeightCalls
-from lightning_drive.report.acceleration_report import DENSE, AccelerationReport, LayerForm
+from lightning_drive.report.acceleration_report import DENSE, AccelerationReport, LayerForm, all_dense
 
 LEAST_SPARSITY = 0.5
 """Fraction of zeros. With fewer no form won wherever we measured it, and measuring takes long then."""
@@ -83,8 +83,7 @@ def measure(pruned: Iterable[Pruned], step: Callable[[], bool], runs: int | None
     if timing.is_faster(seconds["sparse"], seconds[DENSE]):
         report = replace(choice.report, dense_seconds=seconds[DENSE], seconds=seconds["sparse"])
     else:
-        dense = tuple(replace(layer, form=DENSE) for layer in layers)
-        report = replace(choice.report, layers=dense, dense_seconds=seconds[DENSE], seconds=seconds[DENSE])
+        report = replace(choice.report, layers=all_dense(layers), dense_seconds=seconds[DENSE], seconds=seconds[DENSE])
     return choice._replace(report=report)
 
 

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_drive.acceleration.convolution_layouts import Axis, Lines, Pixels, PixelTokens, Windows
+from lightning_drive.acceleration.convolution_layouts import (
+    Axis,
+    Lines,
+    Pixels,
+    PixelTokens,
+    Windows,
+    is_channels_last,
+)
 from lightning_drive.acceleration.layouts import Layout, Tokens
 from lightning_drive.acceleration.pattern import Pattern
 
@@ -26,6 +33,10 @@ KINDS: dict[type[nn.Module], Callable[..., Tensor]] = {
 
 _LINEAR = {"torch_geometric.nn.dense.linear.Linear", *_INPUTS_FIRST}
 """Linear layers of other libraries."""
+
+
+TYPES = (torch.float32, torch.float64)
+"""The precisions that sparse forms compute in."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,8 @@ class Operation:
     @classmethod
     def of_layer(cls, layer: nn.Module) -> "Operation | None":
         """Return the operation of a layer, or nothing if it has no sparse form."""
-        if layer._parameters.get("weight") is None:  # it may be computed
+        weight = layer._parameters.get("weight")
+        if weight is None or weight.dtype not in TYPES:  # it may be computed, or complex
             return None
         shape = tuple(weight_of(layer).shape)
         if _qualified_name(layer) in _LINEAR:
@@ -121,7 +133,7 @@ class Operation:
             return {"tokens": Tokens()}
         axes = self._axes(images.shape[2:])
         if all(axis.is_pointwise for axis in axes):
-            if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
+            if is_channels_last(images):
                 return {"tokens": PixelTokens()}
             return {"pixels": Pixels(images.shape[2:].numel())}
         return {"lines": Lines(*axes), "windows": Windows(*axes)}
@@ -130,6 +142,10 @@ class Operation:
         """Return the layout of this name for inputs of this shape; in another memory format it may be another one."""
         layouts = self.layouts(images)
         return layouts.get(name) or next(iter(layouts.values()))
+
+    def kind(self, images: Tensor) -> tuple[object, ...]:
+        """Return what a layout depends on: nothing for a linear layer, else sizes and memory format of the images."""
+        return (images.shape[2:], is_channels_last(images)) if self.stride else ()
 
     def pattern(self, layout: Layout, places: Tensor) -> Pattern:
         """Return the pattern of the weights that are kept, at ``places`` of the flattened weight, for a layout."""
@@ -175,6 +191,8 @@ def output(
     """
     images = layout.arranged(images)
     result, table = layout.empty_output(images, operation.num_outputs), None
+    if not images.numel():
+        return result
     blocks = layout.blocks(images)
     for block, target in zip(blocks, layout.blocks(result), strict=True):
         table = layout.table(block, table)

@@ -79,14 +79,13 @@ class SparseWeight:
 
     def pattern(self, images: Tensor) -> tuple[Layout, Pattern]:
         """Return layout and pattern for a batch."""
-        is_last = images.ndim == 4 and images.stride(1) == 1 and not images.is_contiguous()
-        key = (images.shape[2:], is_last) if self.operation.stride else ()
-        if key not in self._patterns:
+        kind = self.operation.kind(images)
+        if kind not in self._patterns:
             if len(self._patterns) == _MOST_PATTERNS:
                 del self._patterns[next(iter(self._patterns))]
             layout = self.operation.layout(self._form, images)
-            self._patterns[key] = layout, self.operation.pattern(layout, self._places)
-        return self._patterns[key]
+            self._patterns[kind] = layout, self.operation.pattern(layout, self._places)
+        return self._patterns[kind]
 
 
 class SparseCalls(WeightCalls):

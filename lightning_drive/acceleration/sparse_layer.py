@@ -84,8 +84,7 @@ class SparseLayer(nn.Module):
 
     def _prepare(self, images: Tensor) -> _Prepared:
         """Return what the layer computes with on such inputs, and keep it for the next ones."""
-        is_last = self.operation.stride and images.stride(1) == 1
-        kind = (images.shape[2:] if self.operation.stride else (), is_last, self.kept.dtype, self.kept.device)
+        kind = (*self.operation.kind(images), self.kept.dtype, self.kept.device)
         prepared = self._prepared  # read once: another thread may replace it
         if prepared is None or prepared.kind != kind:
             layout = self.operation.layout(self.form, images)

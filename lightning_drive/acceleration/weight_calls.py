@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_drive.acceleration.operations import KINDS, Operation
+from lightning_drive.acceleration.operations import KINDS, TYPES, Operation
 from lightning_drive.core import function_modes
 from lightning_drive.core.function_modes import FunctionMode
 
@@ -19,7 +19,6 @@ _FUNCTIONS = frozenset(KINDS.values())
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CALLERS = frozenset({F.multi_head_attention_forward})
 """Functions of torch that call those, and would run as a whole without the mode."""
-_TYPES = (torch.float32, torch.float64)
 
 
 class Call(NamedTuple):
@@ -111,7 +110,7 @@ def obstacle_of(tensor: Tensor) -> str:
     if tensor.device.type != "cpu":
         where = "a GPU" if tensor.device.type in ("cuda", "mps", "xpu") else f"{tensor.device.type!r}"
         return f"not measured on {where}"
-    return "" if tensor.dtype in _TYPES else f"its numbers are of type {tensor.dtype}"
+    return "" if tensor.dtype in TYPES else f"its numbers are of type {tensor.dtype}"
 
 
 def _surroundings() -> str:

@@ -1,6 +1,6 @@
 """Keep the pruned parameters of a live module at zero in every step: weights, gradients and optimizer state."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from copy import copy
 
 import torch
@@ -43,7 +43,6 @@ class MaskedParameters:
         self.may_divide_by_zero = any(parameter.dtype == torch.float16 for parameter in parameters.values())
         self._parameters = parameters
         self._fast_masks = {parameter: _FastMask(masks[name], parameter) for name, parameter in parameters.items()}
-        self._versions: dict[Tensor, int] = {}
 
     def replaced_in(self, module: nn.Module) -> list[str]:
         """Return the names of the parameters that the module no longer has, or has replaced by others."""
@@ -60,11 +59,6 @@ class MaskedParameters:
         for parameter, mask in self._fast_masks.items():
             if parameter not in at_zero:
                 mask.zero_(parameter)
-            self._versions[parameter] = parameter._version
-
-    def unwritten(self, parameters: Iterable[Tensor]) -> set[Tensor]:
-        """Return those of the parameters that nobody has written to since :meth:`zero_weights_`."""
-        return {parameter for parameter in parameters if self._versions.get(parameter) == parameter._version}
 
     @torch.no_grad()
     def renew_weights_(self) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """AccelerationReport, the record of which form every layer computes in, and of the times that decided it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,11 @@ class LayerForm:
         return self.form != DENSE
 
 
+def all_dense(layers: Iterable[LayerForm]) -> tuple[LayerForm, ...]:
+    """Return the same layers, measured as they are, in their dense form."""
+    return tuple(replace(layer, form=DENSE) for layer in layers)
+
+
 @dataclass(frozen=True)
 class AccelerationReport:
     """Which layers compute in a sparse form, since that was faster on this machine.
@@ -71,7 +76,7 @@ class AccelerationReport:
     @property
     def num_sparse(self) -> int:
         """How many layers compute in a sparse form."""
-        return sum(layer.is_sparse for layer in self.layers)
+        return len(self.sparse_names)
 
     @property
     def sparse_names(self) -> list[str]:
@@ -96,28 +101,23 @@ class AccelerationReport:
     @property
     def notes(self) -> tuple[str, ...]:
         """A line for each reason for which layers were not measured."""
-        return tuple(self._below())
-
-    def with_layers(self, layers: tuple[LayerForm, ...]) -> "AccelerationReport":
-        """Return the report with other layers.
-
-        Args:
-            layers: One entry for each layer with zeros.
-
-        """
-        return replace(self, layers=layers)
+        reasons: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.reason:
+                reasons.setdefault(layer.reason, []).append(layer.name)
+        return tuple(f"not measured: {listed(names)}: {reason}" for reason, names in reasons.items())
 
     def __str__(self) -> str:
-        return "\n".join([self.headline, *tables.plain(self._rows()), *self._below()])
+        return "\n".join([self.headline, *tables.plain(self._rows()), *self.notes])
 
     def to_markdown(self) -> str:
         """Return the table, with the lines above and below it, in Markdown."""
-        notes = [f"- {line}".replace("<", "\\<") for line in self._below()]
+        notes = [f"- {line}".replace("<", "\\<") for line in self.notes]
         return "\n".join([self.headline, "", *tables.markdown(self._rows()), *([""] if notes else []), *notes])
 
     def to_html(self) -> str:
         """Return the table, with the lines above and below it, as a fragment of HTML that needs nothing else."""
-        return tables.to_html(self._rows(), [self.headline], self._below())
+        return tables.to_html(self._rows(), [self.headline], self.notes)
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
@@ -125,7 +125,7 @@ class AccelerationReport:
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         """Yield what ``rich.print`` and a rich console show."""
-        yield tables.for_terminal(self._rows(), [self.headline], self._below(), options.max_width)
+        yield tables.for_terminal(self._rows(), [self.headline], self.notes, options.max_width)
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [
@@ -136,14 +136,6 @@ class AccelerationReport:
             ),
             ("all", "", "", _ms(self.dense_seconds), _ms(self.seconds)),
         ]
-
-    def _below(self) -> Iterator[str]:
-        reasons: dict[str, list[str]] = {}
-        for layer in self.layers:
-            if layer.reason:
-                reasons.setdefault(layer.reason, []).append(layer.name)
-        for reason, names in reasons.items():
-            yield f"not measured: {listed(names)}: {reason}"
 
 
 def _ms(seconds: float | None) -> str:

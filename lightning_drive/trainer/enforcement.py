@@ -44,7 +44,8 @@ class Enforcement:
         self._hookless = False
         self._followed: list[Optimizer] = []
         self._masked_gradients = masked_gradients  # of accelerated weights, which spare the work twice in each step
-        self._at_zero: set[Tensor] = set()  # parameters in whose pruned weights nothing but 0 was written
+        self._versions: dict[Tensor, int] = {}  # of these weights, after the last step
+        self._at_zero: set[Tensor] = set()  # those that nobody has written to since
         self.warned = warned
 
     def begin(self, pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -86,7 +87,7 @@ class Enforcement:
         """Mask the gradients, where they are unscaled already."""
         self.follow(trainer, pl_module, optimizer)
         masked = self._masked_gradients()
-        self._at_zero = self._parameters.unwritten(masked)
+        self._at_zero = {weight for weight in masked if self._versions.get(weight) == weight._version}
         if not lightning_internals.unscales_in_step(trainer, optimizer):
             self._parameters.zero_gradients_(masked)
 
@@ -142,10 +143,13 @@ class Enforcement:
         self._parameters.zero_gradients_()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        stay = self._at_zero.intersection(self._masked_gradients()) if self._at_zero else ()
-        self._at_zero = set()
-        self._parameters.zero_weights_(stay if optimizer_state.keeps_zeros(optimizer) else ())
-        if self._parameters.may_divide_by_zero:
+        is_known = len(self._followed) == 1 and optimizer_state.keeps_zeros(optimizer)
+        masked = self._masked_gradients() if is_known else ()
+        stay = self._at_zero.intersection(masked)
+        self._parameters.zero_weights_(stay)
+        self._versions, self._at_zero = {weight: weight._version for weight in masked}, set()
+        stay_from_now_on = len(stay) < len(masked)  # if nothing but zeros is remembered of them
+        if self._parameters.may_divide_by_zero or stay_from_now_on:
             self._parameters.zero_optimizer_state_(optimizer)
 
 

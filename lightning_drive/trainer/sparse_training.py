@@ -101,7 +101,7 @@ def _choice(
         for name, mask in masks.items()
         if not mask.all()
     )
-    choice = measured._replace(report=measured.report.with_layers(layers))
+    choice = measured._replace(report=replace(measured.report, layers=layers))
     with terminal.above_bar(trainer):
         if failed:
             rank_zero_warn(f"Training goes on with dense layers, since a training step could not be measured: {failed}")

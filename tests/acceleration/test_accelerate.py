@@ -109,6 +109,17 @@ def test_accelerate__images_of_other_sizes(monkeypatch: pytest.MonkeyPatch, shap
         assert difference(given, fast, example) < 1e-5
 
 
+@pytest.mark.parametrize("form", ["lines", "windows"])
+def test_accelerate__empty_batches(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """A batch may be empty, such as the regions that a detector proposes."""
+    prefer(monkeypatch, "tokens", "pixels", form, 1)
+    given = thinned(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 1), nn.Linear(6, 4)), density=0.5)
+    fast = accelerate(given, numbers(2, *IMAGES))
+    assert set(forms(fast).values()) == {"tokens", "pixels", form}
+    for empty in (numbers(0, *IMAGES), numbers(0, *IMAGES).to(memory_format=torch.channels_last)):
+        assert fast(empty).shape == given(empty).shape == (0, 3, 6, 4)
+
+
 def test_accelerate__float64(monkeypatch: pytest.MonkeyPatch) -> None:
     prefer(monkeypatch, *ALWAYS_SPARSE)
     given = thinned(ConvNet()).double()
@@ -149,6 +160,36 @@ def test_accelerate__folds_batch_norm_of_the_same_dimension(
     assert difference(given, fast, numbers(*shape)) < 1e-5
 
 
+class InputsFirst(nn.Module):
+    """A linear layer as transformers has it, which is known by its name."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+@pytest.mark.parametrize("outputs", [6, 8])
+def test_accelerate__batch_norm_after_layers_of_other_libraries(monkeypatch: pytest.MonkeyPatch, outputs: int) -> None:
+    """BatchNorm is only folded into torch's own layers; one with the inputs first is sparse all the same."""
+    prefer(monkeypatch, *ALWAYS_SPARSE)
+    kind: Any = type("Conv1D", (InputsFirst,), {"__module__": "transformers.pytorch_utils"})
+    given = thinned(nn.Sequential(kind(8, outputs), nn.BatchNorm1d(outputs)), density=0.5)
+    fast = accelerate(given, numbers(4, 8))
+    assert [type(part) for part in fast.children()] == [SparseLayer, nn.BatchNorm1d]
+    assert difference(given, fast, numbers(5, 8)) < 1e-5
+
+
+def test_accelerate__batch_norm_over_unbatched_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the places of a sequence without a batch for channels."""
+    prefer(monkeypatch, *ALWAYS_SPARSE)
+    given = thinned(nn.Sequential(nn.Conv1d(2, 5, 3), nn.BatchNorm1d(6)), density=0.5)
+    fast = accelerate(given, numbers(2, 8))
+    assert difference(given, fast, numbers(2, 8)) < 1e-5
+
+
 def test_accelerate__dense_where_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer whose dense form is the fastest stays the layer that it was."""
     prefer(monkeypatch, 1, "dense", "tokens")
@@ -177,6 +218,34 @@ def test_accelerate__dense_where_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = accelerate(given, numbers(2, *IMAGES))
     assert forms(fast) == {"0": "lines"}
     assert difference(given, fast, numbers(2, *IMAGES)) < 1e-5
+
+
+def test_accelerate__dense_where_all_forms_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer(monkeypatch, *ALWAYS_SPARSE)
+    monkeypatch.setattr(
+        "lightning_drive.acceleration.layouts.Tokens.write_", lambda self, block, product: block.zero_()
+    )
+    given = thinned(nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 3, 2)), density=0.5)
+    fast = accelerate(given, numbers(4, 6))
+    assert forms(fast) == {"0": "dense", "2": "lines"}
+    assert fast.report.notes == ("not measured: 0: no sparse form gives its outputs",)  # type: ignore[union-attr]
+    assert difference(given, fast, numbers(5, 6)) < 1e-5
+
+
+def test_accelerate__complex_layers_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.out = nn.Linear(6, 6, dtype=torch.complex64), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.mix(x.to(torch.complex64)).abs())
+
+    prefer(monkeypatch, *ALWAYS_SPARSE)
+    given = Spectral()
+    with torch.no_grad():
+        given.mix.weight[::2], given.out.weight[::2] = 0, 0
+    assert forms(accelerate(given, numbers(4, 6))) == {"mix": "dense", "out": "tokens"}
 
 
 class Others(nn.Module):

@@ -38,3 +38,27 @@ class Orthogonal(OnMatrices):
         momentum = state.setdefault("momentum_buffer", torch.zeros_like(gradient)).mul_(0.9).add_(gradient)
         left, _, right = torch.linalg.svd(momentum, full_matrices=False)
         return left @ right
+
+
+class Drifting(torch.optim.SGD):
+    """Moves every weight in every step, whatever its gradient, as Muon does, which came with torch 2.9."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(1e-3)
+        return loss
+
+
+class Wandering(Optimizer):
+    """Steps along the gradient, and moves every weight by a little besides. It is none of torch's own."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(0.05 * parameter.grad).add_(1e-3)
+        return loss

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from chosen_forms import IN_TRAINING, prefer
+from optimizers import Drifting
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
@@ -28,18 +29,6 @@ OPTIMIZERS = {
 WANTED = {"momentum": 0.9, "weight_decay": 0.05, "nesterov": True, "centered": True, "amsgrad": True, "etas": (0.5, 2)}
 CONSTANTS = {("Rprop", "step_size"), ("Adamax", "exp_inf")}
 """States that such an optimizer keeps above 0 whatever the gradient: a step size, and a bound that includes eps."""
-
-
-class Drifting(SGD):
-    """Moves every weight in every step, whatever its gradient, as Muon does, which came with torch 2.9."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        loss = super().step(closure)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.add_(1e-3)
-        return loss
 
 
 def variants() -> dict[str, Make]:
