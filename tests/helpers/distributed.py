@@ -184,13 +184,13 @@ class FindsTies(pl.Callback):
 
 
 def masks_among_ties(module: nn.Module) -> dict[str, Any]:
-    """Round all weights to one decimal, and find masks by methods that need no data."""
+    """Round all weights to multiples of 0.05, and find masks by methods that need no data."""
     with torch.no_grad():
         for parameter in module.parameters():
-            local(parameter).copy_(local(parameter).mul(10).round().div(10))
+            local(parameter).copy_(local(parameter).mul(20).round().div(20))
     methods = {"magnitude": Magnitude(rounds=2), "random": Random(seed=3), "same": Same()}
     return {
-        f"{name}-{scope}": find_masks(module, method, sparsity=0.37, scope=scope).state_dict()
+        f"{name}-{scope}": find_masks(module, method, sparsity=0.17, scope=scope).state_dict()
         for name, method in methods.items()
         for scope in ("global", "layerwise")
     }
