@@ -68,10 +68,14 @@ class PaperCLI(OneLineErrorsCLI):
         parser.add_subclass_arguments(PruningCallback, "pruning", required=False, help="the callback that prunes")
         parser.add_argument("--dense_first", type=bool, default=False, help="prune after `protocol.warmup_epochs`")
         parser.add_argument("--as_long_as_imp", type=bool, default=False, help="add the epochs of IMP's cycles")
+        explained = "the fraction of all epochs after which gradual pruning is over"
+        parser.add_argument("--prune_until", type=float | None, default=None, help=explained)
         when = ("dense_first", "protocol.warmup_epochs")
         parser.link_arguments(when, "pruning.init_args.warmup_epochs", lambda dense_first, epochs: dense_first * epochs)
         parser.link_arguments("protocol.cycles", "pruning.init_args.cycles")
         parser.link_arguments("protocol.epochs_per_cycle", "pruning.init_args.epochs_per_cycle")
+        end = ("protocol", "as_long_as_imp", "prune_until")
+        parser.link_arguments(end, "pruning.init_args.end_epoch", last_cut)
         parser.link_arguments(("protocol", "pruning", "as_long_as_imp"), "trainer.max_epochs", all_epochs)
 
     def after_instantiate_classes(self) -> None:
@@ -84,6 +88,11 @@ def all_epochs(protocol: Namespace, pruning: Namespace | None, as_long_as_imp: b
     """Return the number of epochs of the tested network, with those of IMP's cycles before."""
     has_cycles = pruning is not None and "cycles" in pruning.init_args
     return protocol.epochs + protocol.cycles * protocol.epochs_per_cycle * (has_cycles or as_long_as_imp)
+
+
+def last_cut(protocol: Namespace, as_long_as_imp: bool, prune_until: float | None) -> int | None:
+    """Return the epoch of gradual pruning's last cut; ``None`` is the default of the callback."""
+    return None if prune_until is None else round(prune_until * all_epochs(protocol, None, as_long_as_imp))
 
 
 def find_configs(args: Sequence[str]) -> list[str]:

@@ -42,6 +42,13 @@ METHODS = {
     "warmup_snip": "warm-up + SNIP",
     "warmup_synflow": "warm-up + SynFlow",
     "drive_long": "DRIVE, as long as IMP",
+    "gradual": "gradual",
+    "gradual_exponential": "gradual, exponential",
+    "gradual_drive": "gradual by DRIVE's score",
+    "gradual_drive_exponential": "gradual by DRIVE's score, exponential",
+    "gradual_half": "gradual, until 50% of the run",
+    "gradual_late": "gradual, until 80% of the run",
+    "gradual_long": "gradual, as long as IMP",
 }
 CONTROLS = get_args(Control)
 PAPER_ROUNDS = 100  # of DRIVE

@@ -10,8 +10,8 @@ folder next to the results until the run is finished. Several jobs share the pro
 ordered by seed, so that half of them are a whole comparison with fewer seeds.
 
 Accuracy is measured on the test images after the last epoch; nothing is selected. Seconds are those of training epochs,
-without validation, checkpoints and start-up: "warmup" has the dense epochs before pruning, "pruning" the search for
-masks (with IMP all its cycles), "training" the rest.
+without validation, checkpoints and start-up: "warmup" has the epochs before the masks are final, "pruning" the search
+for them (with IMP all its cycles), "training" the rest.
 """
 
 import argparse
@@ -124,6 +124,8 @@ class Stopwatch(pl.Callback):
         before, after = sum(self.seconds[: report.epoch]), sum(self.seconds[report.epoch :]) - report.seconds
         if report.cycle is not None:
             return {"warmup": 0.0, "pruning": before + report.seconds, "training": after}
+        if report.cuts:  # all but the last one are within the epochs before it
+            return {"warmup": before - report.seconds, "pruning": report.seconds, "training": after + report.seconds}
         return {"warmup": before, "pruning": report.seconds, "training": after}
 
 
@@ -257,7 +259,7 @@ def do_all(wanted: Sequence[Wanted], options: argparse.Namespace) -> int:
     """Do runs, several at once, print the result of each, and return how many failed."""
     folder = options.results.with_name(f"{options.results.name}.checkpoints")
     start, failed = time.monotonic(), 0
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    threads = max(1, torch.get_num_threads() // options.jobs)  # follows OMP_NUM_THREADS and the affinity
     spawn = multiprocessing.get_context("spawn")  # CUDA cannot be used in forked processes
     with ProcessPoolExecutor(options.jobs, spawn, start_worker, (threads,)) as pool:
         jobs = {pool.submit(do, run, options.overrides, folder / run.folder): run for run in wanted}

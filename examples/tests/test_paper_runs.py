@@ -93,6 +93,13 @@ METHODS = {
     "warmup_snip": ("SNIPPruningCallback", 1, 2, 15),
     "warmup_synflow": ("SynFlowPruningCallback", 100, 2, 15),
     "drive_long": ("DRIVEPruningCallback", 100, 2, 5 * 4 + 15),
+    "gradual": ("GradualPruningCallback", None, None, 15),
+    "gradual_exponential": ("GradualPruningCallback", None, None, 15),
+    "gradual_drive": ("GradualPruningCallback", None, None, 15),
+    "gradual_drive_exponential": ("GradualPruningCallback", None, None, 15),
+    "gradual_half": ("GradualPruningCallback", None, None, 15),
+    "gradual_late": ("GradualPruningCallback", None, None, 15),
+    "gradual_long": ("GradualPruningCallback", None, None, 5 * 4 + 15),
 }
 
 
@@ -109,6 +116,26 @@ def test_method(paper: Callable[[str], ModuleType], method: str) -> None:
     assert (pruning.sparsity, pruning.control, cli.config.seed_everything) == (0.95, "shuffle", 3)
     if method == "imp":
         assert (pruning.cycles, pruning.epochs_per_cycle) == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "end_epoch", "criterion", "schedule"),
+    [
+        ("gradual", None, "magnitude", "cubic"),
+        ("gradual_exponential", None, "magnitude", "exponential"),
+        ("gradual_drive", None, "drive", "cubic"),
+        ("gradual_drive_exponential", None, "drive", "exponential"),
+        ("gradual_half", 8, "magnitude", "cubic"),
+        ("gradual_late", 12, "magnitude", "cubic"),
+        ("gradual_long", None, "magnitude", "cubic"),
+    ],
+)
+def test_gradual(
+    paper: Callable[[str], ModuleType], method: str, end_epoch: int | None, criterion: str, schedule: str
+) -> None:
+    run = paper("run")
+    pruning = run.build(run.Wanted("convnet_cifar10", method, "none", 0.95, 3), []).trainer.callbacks[0]
+    assert (pruning.end_epoch, pruning.criterion, pruning.schedule) == (end_epoch, criterion, schedule)
 
 
 def test_results_know_every_configuration(paper: Callable[[str], ModuleType]) -> None:
