@@ -8,7 +8,7 @@ not exist is looked for in `configs/`, next to this script:
 
     experiments     alexnet_cifar10, vgg16_cifar10, resnet18_cifar10, vgg16_cifar100, resnet18_cifar100,
                     vgg16_tinyimagenet, resnet18_tinyimagenet, resnet18_imagenet32; and two of our own
-                    for a CPU: convnet_cifar10, and digits (of scikit-learn)
+                    for a CPU: convnet_cifar10, convnet_cifar10_full, and digits (of scikit-learn)
     methods         drive, imp, snip, synflow, gradual; for comparison magnitude, iterative_snip, warmup_snip,
                     warmup_synflow, drive_long, gradual_long, gradual_half, gradual_late, gradual_exponential,
                     gradual_drive, gradual_drive_exponential

@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "resnet18_tinyimagenet": "ResNet-18, Tiny ImageNet",
     "resnet18_imagenet32": "ResNet-18, ImageNet at 32x32",
     "convnet_cifar10": "Small ConvNet, CIFAR-10 (our own protocol)",
+    "convnet_cifar10_full": "Small ConvNet, all of CIFAR-10 (our own protocol)",
     "digits": "Small network, digits (our own protocol)",
 }
 METHODS = {

@@ -17,7 +17,6 @@ for them (with IMP all its cycles), "training" the rest.
 import argparse
 import logging
 import multiprocessing
-import os
 import platform
 import shutil
 import subprocess

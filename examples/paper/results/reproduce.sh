@@ -13,6 +13,14 @@ collapse=(python "$paper/collapse.py" --experiments vgg16_cifar10 --results coll
 "${run[@]}" --methods iterative_snip warmup_snip --sparsities 0.98 0.993 -- "${data[@]}"
 "${run[@]}" --methods drive_long --sparsities 0.98 0.993 -- "${data[@]}" --model.lr_scheduler.T_max=35
 
+gradual=(gradual gradual_exponential gradual_drive gradual_drive_exponential)
+"${run[@]}" --methods "${gradual[@]}" --sparsities 0.98 0.993 -- "${data[@]}"
+"${run[@]}" --methods gradual_long -- "${data[@]}" --model.lr_scheduler.T_max=35
+"${run[@]}" --methods gradual_half gradual_late --sparsities 0.98 0.993 -- "${data[@]}"
+"${run[@]}" --methods gradual --sparsities 0.9 0.95 -- "${data[@]}"
+full=(python "$paper/run.py" --experiments convnet_cifar10_full --jobs 2 --results convnet_cifar10_full.jsonl)
+"${full[@]}" --methods dense synflow drive gradual imp --sparsities 0.98 -- "${data[@]}"
+
 "${speedup[@]}" --experiments alexnet_cifar10 --steps 10 --rounds 100
 "${speedup[@]}" --experiments vgg16_cifar10 resnet18_cifar10 vgg16_cifar100 resnet18_cifar100 --steps 6 --rounds 10
 "${speedup[@]}" --experiments vgg16_tinyimagenet resnet18_tinyimagenet resnet18_imagenet32 --steps 4 --rounds 5
