@@ -87,13 +87,13 @@ class Copier(pickle.Pickler):
         buffer = io.BytesIO()
         super().__init__(buffer, protocol=4)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of iterators of itertools
+            warnings.simplefilter("ignore", DeprecationWarning)  # of iterators of itertools, written and read
             try:
                 self.dump(value)
             except RecursionError:
                 raise self._error(f"{self._attribute} (nested too deep)") from None
-        buffer.seek(0)
-        return _Reader(buffer, self._twins).load()
+            buffer.seek(0)
+            return _Reader(buffer, self._twins).load()
 
     def copy_for_workers(self, value: Any) -> None:
         """Copy a part of what :meth:`copy` is called with afterwards, as worker processes need it that run it.
