@@ -204,6 +204,14 @@ def test_links__in_the_repository(document: Path) -> None:
         check_place(document.parent / path if path else document, anchor)
 
 
+@pytest.mark.parametrize("document", sorted((ROOT / ".github").glob("*.md")), ids=lambda path: path.name)
+def test_paths__are_there(document: Path) -> None:
+    """Whoever looks for what a document names finds it, in the repository or in the package."""
+    named = re.findall(r"`([\w.]+/[\w./]*|\w+\.(?:md|py|toml|yml|cff))`", document.read_text(encoding="utf-8"))
+    places = (ROOT, ROOT / "lightning_drive", WORKFLOWS)
+    assert [path for path in named if not any((place / path).exists() for place in places)] == []
+
+
 def test_links__outside_the_repository(metadata: RawMetadata, repository: str) -> None:
     """On PyPI all links of the README are whole addresses; those of files lead to them at the tag of the version."""
     here, there = shown((ROOT / "README.md").read_text(encoding="utf-8")), shown(metadata["description"])
