@@ -5,7 +5,6 @@ commands do is in ``command_plan`` and ``command_files``, which are imported whe
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,10 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     """
     parser = _parser()
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next, by argcomplete; this ends the process
-        import argcomplete
-
-        argcomplete.autocomplete(parser)
     known, unknown = parser.parse_known_args(arguments)
     settings = vars(known)
     command = settings.pop("parser", parser)
@@ -123,7 +118,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     keep_lines = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="lightning-drive", description=_ABOUT, epilog=_EXAMPLES, formatter_class=keep_lines)
-    parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
 
     def add(name: str, run: Callable[..., None], about: str, summary: str) -> argparse.ArgumentParser:

@@ -648,41 +648,13 @@ def test_command__imports_nothing_heavy(arguments: list[str], status: int, strea
     assert imported & HEAVY == set()
 
 
-@pytest.mark.parametrize("option", ["--version", "-V"])
-def test_command__version(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command__version(capsys: pytest.CaptureFixture[str]) -> None:
     """The version stands in one place, where the build takes it from, too."""
     with pytest.raises(SystemExit, match=r"^0$"):
-        main([option])
+        main(["--version"])
     source = (PACKAGE / "lightning_drive" / "__init__.py").read_text()
     [version] = re.findall(r'^__version__ = "([\d.]+)"$', source, flags=re.MULTILINE)
     assert capsys.readouterr().out == f"lightning-drive {version}\n"
-
-
-@pytest.mark.parametrize(
-    ("typed", "next_words"),
-    [
-        pytest.param("", {"plan", "report", "compress", "expand"}, id="commands"),
-        pytest.param("exp", {"expand"}, id="beginning"),
-        pytest.param("report --tr", {"--trust-pickle"}, id="option"),
-        pytest.param("plan mymodels:net --method ", {"drive", "snip", "synflow", "imp", "gradual"}, id="choices"),
-        pytest.param("report la", {"last.ckpt"}, id="file"),
-    ],
-)
-def test_command__completion(typed: str, next_words: set[str], tmp_path: Path) -> None:
-    """What argcomplete's shell function is told may come next; torch is not imported for it."""
-    line, answer = f"lightning-drive {typed}", tmp_path / "answer"
-    (tmp_path / "last.ckpt").touch()
-    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
-    told = {"_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
-    paths = {"PYTHONPATH": os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-X", "importtime", "-m", "lightning_drive"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, **paths, **asked, **told}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert next_words <= {word.strip() for word in answer.read_text().split("\n")}
-    assert all(word.strip() in next_words or word.startswith("-") for word in answer.read_text().split("\n"))
-    assert not re.search(r"\b(torch|lightning)$", done.stderr, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("width", [80, 120])
