@@ -39,6 +39,18 @@ _NOT_COPIED = ("threading", "multiprocessing", "concurrent", "asyncio", "logging
 """Packages whose objects are shared, such as locks."""
 
 
+class _Reader(pickle.Unpickler):
+    """Reads what a :class:`Copier` wrote, with what stands for values at their places."""
+
+    def __init__(self, buffer: io.BytesIO, twins: list[Any]) -> None:
+        super().__init__(buffer)
+        self._twins = twins
+
+    def persistent_load(self, place: int) -> Any:
+        """Return what stands for a value."""
+        return self._twins[place]
+
+
 class Copier(pickle.Pickler):
     """Copies objects with all that moves when they are used, so that the originals stay where they are.
 
@@ -75,15 +87,13 @@ class Copier(pickle.Pickler):
         buffer = io.BytesIO()
         super().__init__(buffer, protocol=4)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of iterators of itertools
+            warnings.simplefilter("ignore", DeprecationWarning)  # of iterators of itertools, written and read
             try:
                 self.dump(value)
             except RecursionError:
                 raise self._error(f"{self._attribute} (nested too deep)") from None
-        buffer.seek(0)
-        reader = pickle.Unpickler(buffer)
-        reader.persistent_load = self._twins.__getitem__  # type: ignore[method-assign]
-        return reader.load()
+            buffer.seek(0)
+            return _Reader(buffer, self._twins).load()
 
     def copy_for_workers(self, value: Any) -> None:
         """Copy a part of what :meth:`copy` is called with afterwards, as worker processes need it that run it.
