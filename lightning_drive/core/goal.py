@@ -125,10 +125,10 @@ class Goal:
 
     def check_start(self, shapes: Shapes, alive: Mapping[str, int]) -> None:
         """Raise a ``ValueError`` if masks to start from already remove more than is asked for."""
-        sizes = quotas.num_weights(shapes)
+        sizes, asked = quotas.num_weights(shapes), self.quotas(shapes, 1, 1)
         for group in self.groups(shapes):
-            size, left = (sum(numbers[name] for name in group.parameters) for numbers in (sizes, alive))
-            if left < schedules.num_kept(size, 1 - group.sparsity):
+            needed = sum(quota.num_kept for quota in asked if quota.parameters[0] in group.parameters)
+            if sum(alive[name] for name in group.parameters) < needed:
                 where = f" in {group.name!r}" if group.name else ""
                 raise ValueError(
                     f"`masks` already have sparsity {_removed(group, sizes, alive):g}{where}, more than the `sparsity`"

@@ -125,6 +125,14 @@ def test_check_start() -> None:
         Goal(0.4).check_start(SHAPES, {name: size // 2 for name, size in SIZES.items()})
 
 
+def test_check_start__rounds_as_the_scope_does() -> None:
+    """Half of five weights is two, in each of a hundred parameters: these are as many as are asked for."""
+    shapes = {str(index): (5,) for index in range(100)}
+    Goal(0.5, scope="layerwise").check_start(shapes, dict.fromkeys(shapes, 2))
+    with pytest.raises(ValueError, match=r"already have sparsity 0.6, more than"):
+        Goal(0.5).check_start(shapes, dict.fromkeys(shapes, 2))
+
+
 @pytest.mark.parametrize(
     ("sparsity", "error", "message"),
     [

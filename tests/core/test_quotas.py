@@ -2,11 +2,11 @@
 
 import random
 from collections.abc import Mapping
-from fractions import Fraction
 from math import prod
 from typing import Any
 
 import pytest
+import reference
 
 from lightning_drive.core import quotas
 from lightning_drive.core.quotas import Quota
@@ -19,19 +19,6 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 
 
-def by_hand(shares: Mapping[str, int], total: int, most: Mapping[str, int]) -> dict[str, int]:
-    """Hand out one by one what is due first: number k of a share s at (k - 1/2) / s, everyone's first one at once."""
-    due = sorted(
-        (Fraction(2 * k - 1, 2 * max(1, share)) if k > 1 else Fraction(0), place, name)
-        for place, (name, share) in enumerate(shares.items())
-        for k in range(1, most[name] + 1)
-    )
-    counts = dict.fromkeys(shares, 0)
-    for _, _, name in due[:total]:
-        counts[name] += 1
-    return counts
-
-
 @pytest.mark.parametrize("seed", range(300))
 def test_proportional__is_handed_out_one_by_one(seed: int) -> None:
     rng = random.Random(seed)
@@ -39,7 +26,7 @@ def test_proportional__is_handed_out_one_by_one(seed: int) -> None:
     shares = {name: rng.choice([0, 1, rng.randint(1, 9), rng.randint(1, 400)]) for name in names}
     most = {name: rng.choice([0, 1, rng.randint(1, 9), rng.randint(1, 60)]) for name in names}
     total = rng.randint(0, sum(most.values()) + 2)
-    assert quotas.proportional(shares, total, most) == by_hand(shares, total, most)
+    assert quotas.proportional(shares, total, most) == reference.handed_out(shares, total, most)
 
 
 @pytest.mark.parametrize("seed", range(20))
