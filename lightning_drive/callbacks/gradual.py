@@ -336,6 +336,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._window is None or not self.pruned:
             self._window = cut_window.of_run(self, trainer, self._fit.max_epochs)
+            self._goal.check_schedule(self._num_cuts)
         super()._check_module(trainer, pl_module)
         if self.criterion == "drive" and self.loss_fn is None:
             checks.check_training_step(pl_module)
