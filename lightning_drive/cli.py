@@ -72,16 +72,20 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 _PLACE = re.compile(r"""(?:Parser key "|Problem with given class_path ')([^"']+)["']""")
 
+_NO_FUNCTION = re.compile(r"Type .* expects a function or a callable class: .*")
+
 
 def _one_line(error: BaseException) -> str:
     """Return where the error is and what it is, without the lists of everything that was tried."""
     places: dict[str, None] = {}  # as an ordered set: jsonargparse repeats them
-    text = str(error)
+    text, no_function = str(error), _NO_FUNCTION.search(str(error))
     for text in map(str, _causes(error)):
         if "Does not validate against any of the Union" not in text:
             break
         if place := _PLACE.match(text):
             places[place[1]] = None
+    if no_function:  # of several kinds of values, jsonargparse names the first in the end, and not what was meant
+        text = f"{no_function[0]}. Got value:{text.rpartition('Got value:')[2]}"
     return ": ".join([*places, " ".join(_PLACE.sub(r"\1", text).split())])
 
 

@@ -136,9 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--sparsity",
         metavar="FRACTION",
-        type=float,
+        action="append",
         required=True,
-        help="fraction of the prunable weights to remove, from 0 to less than 1; 0.98 keeps 2%% of them",
+        help="fraction of the prunable weights to remove, from 0 to less than 1; 0.98 keeps 2%% of them. Or"
+        ' PATTERN=FRACTION, such as "encoder.*=0.9", for the parameters that a glob pattern matches; may then be'
+        ' repeated: the first pattern that matches decides, and "*=FRACTION" is for the rest',
     )
     plan.add_argument(
         "--method",
@@ -152,7 +154,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         dest="settings",
         metavar="NAME=VALUE",
-        help="another argument of the callback, such as rounds=50 or \"exclude=['fc.*']\"; may be repeated",
+        help="another argument of the callback, such as rounds=50 or \"exclude=['fc.*']\"; a function is"
+        " PACKAGE.MODULE:NAME; may be repeated",
     )
     plan.add_argument("--max-epochs", metavar="N", type=int, help="epochs of the whole run, to compare pruning with it")
     plan.add_argument(

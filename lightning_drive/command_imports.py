@@ -1,4 +1,4 @@
-"""Import of torch modules and classes by name for the command, also from the folder that it is called in."""
+"""Import of torch modules and functions by name for the command, also from the folder that it is called in."""
 
 import importlib
 import inspect
@@ -13,22 +13,28 @@ from torch import nn
 
 def module_at(path: str) -> nn.Module:
     """Return the torch module with a path such as ``torchvision.models:resnet18``, or what a function there returns."""
-    package, _, name = path.partition(":")
-    if not package or not name:
+    if not all(path.partition(":")):
         raise ValueError(f"MODULE must be PACKAGE.MODULE:NAME, such as torchvision.models:resnet18, got {path!r}.")
-    try:
-        with current_folder():
-            module: Any = importlib.import_module(package)
-            for part in name.split("."):
-                module = getattr(module, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{path!r} cannot be imported: {error}.") from error
+    module = object_at(path)
     if not isinstance(module, nn.Module) and callable(module):
         _check_call(module, path)
         module = module()
     if not isinstance(module, nn.Module):
         raise TypeError(f"{path!r} must be a torch module or return one, got {type(module).__name__}.")
     return module
+
+
+def object_at(path: str) -> Any:
+    """Return what is at a path, PACKAGE.MODULE:NAME."""
+    package, _, name = path.partition(":")
+    try:
+        with current_folder():
+            found: Any = importlib.import_module(package)
+            for part in name.split("."):
+                found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path!r} cannot be imported: {error}.") from error
+    return found
 
 
 @contextmanager

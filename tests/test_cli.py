@@ -63,6 +63,24 @@ def squared_outputs(module: Any, batch: Any) -> Any:
     return module(batch[0]).square().mean()
 
 
+def falling(done: float) -> float:
+    return 1 - done
+
+
+def early(done: float) -> float:
+    return done**0.5
+
+
+class Early:
+    """A schedule with a setting of its own."""
+
+    def __init__(self, power: float = 1.0) -> None:
+        self.power = power
+
+    def __call__(self, done: float) -> float:
+        return done**self.power
+
+
 @pytest.fixture
 def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LightningCLI]:
     """Return a function that runs ``main.py fit --config config.yaml ...`` as a person would, in this process."""
@@ -89,6 +107,39 @@ def test_command_line(command_line: Any) -> None:
     """Arguments on the command line go over those in the file."""
     [callback, *_] = command_line("--trainer.callbacks.sparsity=0.5").trainer.callbacks
     assert [int(mask.sum()) for mask in callback.masks.values()] == [27, 216]
+
+
+@pytest.mark.parametrize(
+    "schedule", ["test_cli.early", {"class_path": "test_cli.Early", "init_args": {"power": 0.5}}], ids=str
+)
+def test_sparsities(
+    command_line: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], schedule: str | dict[str, Any]
+) -> None:
+    """A mapping, whose rest comes first where YAML is sorted, and a function, by its name or as a class with settings.
+
+    The config prints itself again, and finds the same masks.
+    """
+    config = yaml.safe_load(CONFIG)
+    settings = config["trainer"]["callbacks"][0]["init_args"]
+    settings |= {"sparsity": {"features.0.*": 0.5, "*": 0.9}, "scope": "erk", "schedule": schedule}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    [callback, *_] = command_line().trainer.callbacks
+    kept = {name: int(mask.sum()) for name, mask in callback.masks.items()}
+    assert kept == {"features.0.weight": 27, "features.4.weight": 43}
+    removed = [sum(each.removed) for each in callback.report.rounds]
+    assert removed[0] == 54 - round(54 * (1 - 0.5 * 0.5)) + 432 - round(432 * (1 - 0.9 * 0.5))
+    assert callback.sparsity == {"features.0.*": 0.5, "*": 0.9}
+
+    text = printed(lambda: command_line("--print_config"), capsys)
+    assert yaml.safe_load(text)["trainer"]["callbacks"][0]["init_args"]["schedule"] == schedule
+    (tmp_path / "config.yaml").write_text(text)
+    assert printed(lambda: command_line("--print_config"), capsys) == text
+    assert command_line().trainer.callbacks[0].masks.digest() == callback.masks.digest()
+
+
+def test_sparsities__on_the_command_line(command_line: Any) -> None:
+    [callback, *_] = command_line('--trainer.callbacks.sparsity={"*.4.*": 0.75, "*": 0.5}').trainer.callbacks
+    assert [int(mask.sum()) for mask in callback.masks.values()] == [27, 108]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +184,11 @@ WRONG = {
     "sparsity=half": ".*DRIVEPruningCallback: sparsity: Expected a <class 'float'>. Got value: half",
     "include=features": ".*DRIVEPruningCallback: include: Expected a <class 'list'>. Got value: features",
     "schedule=square": r".*schedule: Expected a typing.Literal\['exponential', 'linear', 'cubic'\]. Got value: square",
+    "schedule=nowhere.f": ".*schedule: Type .* a callable class: No module named 'nowhere'. Got value: nowhere.f",
+    "schedule=test_cli.falling": "`schedule` is a function, 'falling', .* it must never fall, got 0.75 at 0.25 and .*",
+    'sparsity={"head.*":90}': r"`sparsity\['head.\*'\]` is the fraction removed .*, got 90.0. For 90 % pass 0.9.",
+    'sparsity={"head.*":[]}': ".*Callback: sparsity: Expected a <class 'float'>. Got value: {'head.*': \\[\\]}",
+    "sparsity={}": "`sparsity` must be a number or map at least one glob pattern to one, got an empty mapping.",
     "loss_fn=nowhere.f": ".*loss_fn: Type .* a callable class: No module named 'nowhere'. Got value: nowhere.f",
     "sparsty=0.5": ".*DRIVEPruningCallback: Option 'sparsty' is not accepted",
 }

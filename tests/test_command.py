@@ -679,6 +679,9 @@ from torch import nn
 net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
 number = 3
 
+def early(done):
+    return done**0.5
+
 class Models:
     def wide(width):
         return nn.Linear(width, width)
@@ -713,6 +716,42 @@ def test_plan__method(models_here: str, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out.startswith("IMP(cycles=2, epochs_per_cycle=20")
 
 
+def test_plan__sparsities(models_here: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sparsity for each pattern, the rest wherever it stands, and a schedule that is a function here."""
+    arguments = ["--sparsity", "*=0.5", "--sparsity", "0.*=0.75", "--set", f"schedule={models_here}:early"]
+    assert main(["plan", f"{models_here}:net", *arguments, "--set", "rounds=4"]) == 0
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    callback = DRIVEPruningCallback(sparsity={"0.*": 0.75, "*": 0.5}, schedule=lambda done: done**0.5, rounds=4)
+    printed = capsys.readouterr().out
+    assert printed == f"{callback.plan(module)}\n"
+    assert "'0.*' keeps 8 of 32 weights, a sparsity of 75.00%\n'*' keeps 12 of 24 weights" in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["half"], "`--sparsity` takes one FRACTION, such as 0.98, or PATTERN=FRACTION, .* got 'half'"),
+        (["0.5", "0.9"], "once for every pattern, got '0.5' and '0.9'"),
+        (["0.5", "0.*=0.9"], "got '0.5' and '0.\\*=0.9'"),
+        (["0.*=0.5", "0.*=0.9"], "once for every pattern, got '0.\\*=0.5' and '0.\\*=0.9'"),
+        (["0.*=half"], "got '0.\\*=half'"),
+        (["=0.5"], "got '=0.5'"),
+        (["98"], r"`sparsity` is the fraction removed and must be in \[0, 1\), got 98.0. For 98 % pass 0.98"),
+        (["*=98"], r"`sparsity\['\*'\]` is the fraction removed .* got 98.0. For 98 % pass 0.98"),
+        (["0.weigt=0.5", "*=0.9"], "`sparsity` pattern '0.weigt' matches no parameter. Did you mean '0.weight'?"),
+        (["0.*=0.5"], "`sparsity` has no pattern that matches '2.weight'. Add '\\*' for the rest"),
+    ],
+)
+def test_plan__sparsity_error(
+    given: list[str], message: str, models_here: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [word for text in given for word in ("--sparsity", text)]
+    assert main(["plan", f"{models_here}:net", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -724,6 +763,8 @@ def test_plan__method(models_here: str, capsys: pytest.CaptureFixture[str]) -> N
         (["{}:net", "--set", "rounds=0"], "`rounds` must be a whole number of at least 1, got 0"),
         (["{}:net", "--set", "cycles=2"], "DRIVEPruningCallback has no such argument. Apart from the sparsity: warmup"),
         (["{}:net", "--set", "sparsity=0.9"], "`--set sparsity=0.9`: DRIVEPruningCallback has no such argument"),
+        (["{}:net", "--set", "schedule=square"], "`schedule` must be one of 'exponential', 'linear', 'cubic', or a"),
+        (["{}:net", "--set", "schedule={}:nothing"], "cannot be imported: module"),
         (["builtins:dict"], "must be a torch module or return one, got dict"),
         (["{}:Models.wide"], "needs arguments (missing a required argument: 'width'). Name a module"),
         (["{}:net", "--max-epochs", "0"], "`max_epochs` must be a whole number of at least 1, got 0"),

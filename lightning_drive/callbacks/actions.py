@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_drive.core import arguments
-from lightning_drive.core.arguments import Control, Schedule, Scope
+from lightning_drive.core.arguments import Control, Schedule, Scope, Sparsity
 from lightning_drive.core.goal import Goal
-from lightning_drive.network import batch_norm, prunable
+from lightning_drive.network import batch_norm, prunable, sparsity_groups
 from lightning_drive.network.masks import Masks
 from lightning_drive.network.rewinding import RewindPoint
 from lightning_drive.report.plan import PruningPlan
@@ -43,9 +43,10 @@ class PruningActions(pl.Callback):
     prunable, override :meth:`prunable_parameters`; to prune copies of the network as well, :meth:`averages`.
 
     Args:
-        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
-        schedule: ``"exponential"``, ``"linear"`` or ``"cubic"``, see :func:`lightning_drive.find_masks`.
-        scope: ``"global"`` or ``"layerwise"``, see :func:`lightning_drive.find_masks`.
+        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``, or a mapping from glob patterns over
+            parameter names to such fractions, see :func:`lightning_drive.find_masks`.
+        schedule: ``"exponential"``, ``"linear"``, ``"cubic"`` or a function, see :func:`lightning_drive.find_masks`.
+        scope: ``"global"``, ``"layerwise"`` or ``"erk"``, see :func:`lightning_drive.find_masks`.
         include: Glob patterns over parameter names. ``None``: the weights of all layers that multiply by them, see
             :func:`lightning_drive.network.prunable.prunable_parameters`.
         exclude: Glob patterns over parameter names that stay dense.
@@ -60,7 +61,7 @@ class PruningActions(pl.Callback):
     def __init__(
         self,
         *,
-        sparsity: float,
+        sparsity: Sparsity,
         schedule: Schedule,
         scope: Scope,
         include: list[str] | None,
@@ -175,15 +176,18 @@ class PruningActions(pl.Callback):
             The plan, to be printed or read.
 
         Raises:
-            ValueError: If nothing is prunable, a pattern matches nothing, or a number is not an integer of at least 1.
+            ValueError: If nothing is prunable, a pattern matches nothing, ``sparsity`` has no pattern for a prunable
+                parameter, or a number is not an integer of at least 1.
 
         """
         module: Any = pl_module
         trainer: Any = lightning_internals.trainer_of(module)
         in_fit = trainer is not None and trainer.optimizers
+        selected = self._selected(trainer, module) if in_fit else self.prunable_parameters(module)
+        sparsity_groups.check(self._goal, module, selected, self.prunable_parameters)
         return self._plan(
             module,
-            self._selected(trainer, module) if in_fit else self.prunable_parameters(module),
+            selected,
             exclude=self.exclude,
             max_epochs=max_epochs,
             steps_per_epoch=steps_per_epoch,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from lightning_drive.callbacks.warmup_base import WarmupPruningCallback
-from lightning_drive.core.arguments import Control, Mode, Schedule, Scope
+from lightning_drive.core.arguments import Control, Mode, Schedule, Scope, Sparsity
 from lightning_drive.search.methods import DRIVE
 
 
@@ -14,15 +14,18 @@ class DRIVEPruningCallback(WarmupPruningCallback):
     ``round(P * (1 - sparsity))`` of the ``P`` prunable weights are kept.
 
     Args:
-        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``; 0.98 keeps 2 %.
+        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``; 0.98 keeps 2 %. Or a mapping
+            from glob patterns over parameter names to such fractions, see :func:`lightning_drive.find_masks`.
         warmup_epochs: Dense epochs before pruning, E in the paper, at least 0.
         warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which must then
             be left out. For endless streams. Steps are counted as by ``trainer.global_step``.
         rounds: Pruning rounds, N in the paper, at least 1. Each costs a forward and backward pass per batch.
         batches_per_round: Training batches whose gradients are summed in each round, at least 1.
         schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
-            number of weights, ``cubic`` many in the first rounds and few in the last.
-        scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
+            number of weights, ``cubic`` many in the first rounds and few in the last. Or a function, see
+            :func:`lightning_drive.find_masks`.
+        scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction, with
+            ``erk`` (Evci et al., 2020) a larger one the smaller it is.
         include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
             layers that multiply by them. ``["*"]``: everything of two dimensions or more.
         exclude: Glob patterns over parameter names that stay dense.
@@ -59,7 +62,7 @@ class DRIVEPruningCallback(WarmupPruningCallback):
     def __init__(
         self,
         *,
-        sparsity: float,
+        sparsity: Sparsity,
         warmup_epochs: int = 5,
         warmup_steps: int | None = None,
         rounds: int = 100,

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_drive.callbacks.repeated_base import RepeatedPruningCallback
 from lightning_drive.core import arguments
-from lightning_drive.core.arguments import Control, Schedule, Scope
+from lightning_drive.core.arguments import Control, Schedule, Scope, Sparsity
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
 from lightning_drive.search import methods
@@ -55,7 +55,8 @@ class GradualPruningCallback(RepeatedPruningCallback):
     to output and multiply-adds are measured once, at the last cut.
 
     Args:
-        sparsity: Fraction of the prunable weights to remove in all, in ``[0, 1)``; 0.98 keeps 2 %.
+        sparsity: Fraction of the prunable weights to remove in all, in ``[0, 1)``; 0.98 keeps 2 %. Or a mapping
+            from glob patterns over parameter names to such fractions, see :func:`lightning_drive.find_masks`.
         start_epoch: Dense epochs before the window, at least 0. Default: 2, which was tried in runs of 15 and 35
             epochs, or half of ``end_epoch`` if that is less.
         end_epoch: The epoch, counted from 0, at whose start the last cut is. It must be more than ``start_epoch``, and
@@ -64,8 +65,10 @@ class GradualPruningCallback(RepeatedPruningCallback):
             before each of them. Within gradient accumulation there is none.
         criterion: ``magnitude`` removes the smallest weights; ``drive`` those of the lowest DRIVE score.
         schedule: ``cubic`` removes many weights in the first cuts and few in the last, ``exponential`` the same
-            fraction of the survivors in every cut, ``linear`` the same number of weights.
-        scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
+            fraction of the survivors in every cut, ``linear`` the same number of weights. Or a function, see
+            :func:`lightning_drive.find_masks`.
+        scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction, with
+            ``erk`` (Evci et al., 2020) a larger one the smaller it is.
         include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
             layers that multiply by them. ``["*"]``: everything of two dimensions or more.
         exclude: Glob patterns over parameter names that stay dense.
@@ -104,7 +107,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
     def __init__(
         self,
         *,
-        sparsity: float,
+        sparsity: Sparsity,
         start_epoch: int | None = None,
         end_epoch: int | None = None,
         cuts_per_epoch: int = 4,
@@ -137,7 +140,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
         self.loss_fn = arguments.check_loss_fn(loss_fn)
         self.bn_batches = arguments.check_count("bn_batches", bn_batches, least=0)
         if self.end_epoch is not None:
-            self._window_of(-1)
+            self._goal.check_schedule(self._window_of(-1).num_cuts)
         self._window: CutWindow | None = None  # that of the run, once it is known
         self._batch: list[Any] | None = None  # the one that is about to be trained on
 
@@ -167,7 +170,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn if training ended before the last cut."""
         if not self._finished:
-            end_of_training.warn_of_open_window(trainer, self.masks.sparsity, self.sparsity, self._when)
+            end_of_training.warn_of_open_window(trainer, *self._sparsities(trainer, pl_module), self._when)
 
     @override
     def _log_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -184,14 +187,16 @@ class GradualPruningCallback(RepeatedPruningCallback):
     def _check_settings(self, saved: SavedState) -> None:
         report = saved.pruning.report
         if report is not None and report.cuts:
+            goal = self._goal.settings(CutWindow.saved(saved.settings).num_cuts)
             given = {"start_epoch": self.start_epoch, "end_epoch": self.end_epoch}
-            cut_window.check_settings(report.cuts[-1].cut, saved.settings, {**self._settings(), **given})
+            cut_window.check_settings(report.cuts[-1].cut, saved.settings, {**self._settings(), **goal, **given})
 
     @override
     def _settings(self) -> dict[str, Any]:
         start, end = (self.start_epoch, self.end_epoch) if self._window is None else self._window[:2]
         own = {"start_epoch": start, "end_epoch": end, "cuts_per_epoch": self.cuts_per_epoch}
-        return {**super()._settings(), **own, "criterion": self.criterion}
+        goal = self._goal.settings(self._num_cuts)
+        return {**goal, **super()._settings(), **own, "criterion": self.criterion}
 
     @override
     def _start_afresh(self) -> None:
@@ -252,7 +257,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
             module,
             selected,
             method=self._text(window),
-            kept=self._goal.kept([parameter.numel() for parameter in selected.values()], window.num_cuts),
+            **plan.counts(self._goal, selected, window.num_cuts),
             passes=methods.num_passes(self._method(window.num_cuts)),
             pass_over="a training batch",
             first_epoch=window.start,
@@ -331,6 +336,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._window is None or not self.pruned:
             self._window = cut_window.of_run(self, trainer, self._fit.max_epochs)
+            self._goal.check_schedule(self._num_cuts)
         super()._check_module(trainer, pl_module)
         if self.criterion == "drive":
             checks.check_batches_are_seen(pl_module)

@@ -15,10 +15,11 @@ from typing_extensions import override
 
 from lightning_drive.callbacks.actions import PruningActions
 from lightning_drive.core import arguments, saved_values, shards
-from lightning_drive.network import prunable_checks
+from lightning_drive.network import prunable_checks, sparsity_groups
 from lightning_drive.trainer import (
     checks,
     end_of_training,
+    frozen_layers,
     lightning_internals,
     loggers,
     loop_counts,
@@ -80,6 +81,8 @@ class PruningCallback(PruningActions):
         """Raise, before anything runs, if the module cannot be pruned."""
         selected = self._selected(trainer, pl_module)
         prunable_checks.check_numbers(selected)
+        names = frozen_layers.with_frozen(trainer, pl_module, selected, self.prunable_parameters)
+        sparsity_groups.check(self._goal, pl_module, names, self.prunable_parameters)
         shards.holders(selected)
         if text := trained_parameters.left_out(trainer, pl_module, self.prunable_parameters):
             terminal.show(trainer, text)
@@ -334,14 +337,13 @@ class PruningCallback(PruningActions):
 
     def _settings(self) -> dict[str, Any]:
         """Return the settings that the masks depend on, in plain types."""
-        names = ("schedule", "scope", "control")
         patterns = {name: arguments.check_patterns(name, getattr(self, name)) for name in ("include", "exclude")}
-        return {"sparsity": float(self.sparsity), **{name: getattr(self, name) for name in names}, **patterns}
+        return {"control": self.control, **patterns}
 
     def _warn_of_other_settings(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn if the network was pruned with other settings, since it stays as it is."""
         assert self.report is not None
-        restored_masks.warn_of_differences(self.masks, self.report, self.sparsity, self.control)
+        restored_masks.warn_of_differences(self.masks, self.report, self._goal, self.control)
         if self._fit.is_restored:
             then, now = self._restored_settings or {}, self._settings()
             selects = (partial(self._selected, trainer), self.prunable_parameters)

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_drive.callbacks.repeated_base import RepeatedPruningCallback
 from lightning_drive.core import arguments
-from lightning_drive.core.arguments import Control, Schedule, Scope
+from lightning_drive.core.arguments import Control, Schedule, Scope, Sparsity
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
 from lightning_drive.search.methods import Magnitude
@@ -39,14 +39,17 @@ class IMPPruningCallback(RepeatedPruningCallback):
     leaves no path from input to output ends the run with an error.
 
     Args:
-        sparsity: Fraction of the prunable weights to remove in all, in ``[0, 1)``; 0.98 keeps 2 %.
+        sparsity: Fraction of the prunable weights to remove in all, in ``[0, 1)``; 0.98 keeps 2 %. Or a mapping
+            from glob patterns over parameter names to such fractions, see :func:`lightning_drive.find_masks`.
         cycles: How often to train, prune and rewind, at least 1.
         epochs_per_cycle: Epochs to train before each cut, at least 1.
         rewind_epoch: The epoch of the first cycle to whose start everything returns, from 0 (the initial weights) to
             ``epochs_per_cycle - 1``.
         schedule: ``exponential`` removes the same fraction of the survivors in every cycle, ``linear`` the same
-            number of weights, ``cubic`` many in the first cycles and few in the last.
-        scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
+            number of weights, ``cubic`` many in the first cycles and few in the last. Or a function, see
+            :func:`lightning_drive.find_masks`.
+        scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction, with
+            ``erk`` (Evci et al., 2020) a larger one the smaller it is.
         include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
             layers that multiply by them. ``["*"]``: everything of two dimensions or more.
         exclude: Glob patterns over parameter names that stay dense.
@@ -82,7 +85,7 @@ class IMPPruningCallback(RepeatedPruningCallback):
     def __init__(
         self,
         *,
-        sparsity: float,
+        sparsity: Sparsity,
         cycles: int = 50,
         epochs_per_cycle: int = 20,
         rewind_epoch: int = 0,
@@ -120,6 +123,7 @@ class IMPPruningCallback(RepeatedPruningCallback):
             accelerate=accelerate,
             remember_epoch=self.rewind_epoch,
         )
+        self._goal.check_schedule(self.cycles)
         self._schedules: CycleSchedules | None = None  # those of this ``fit``
 
     @property
@@ -172,8 +176,8 @@ class IMPPruningCallback(RepeatedPruningCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn if training ended before the last cycle did."""
         if not self._finished:
-            sparsity = self.masks.sparsity
-            end_of_training.warn_of_open_cycles(trainer, self._cycles, self.cycle, sparsity, self.sparsity)
+            sparsities = self._sparsities(trainer, pl_module)
+            end_of_training.warn_of_open_cycles(trainer, self._cycles, self.cycle, *sparsities)
 
     @override
     def _check_settings(self, saved: SavedState) -> None:
@@ -210,7 +214,7 @@ class IMPPruningCallback(RepeatedPruningCallback):
             module,
             selected,
             method=self._cycles.method,
-            kept=self._goal.kept([parameter.numel() for parameter in selected.values()], self.cycles),
+            **plan.counts(self._goal, selected, self.cycles),
             passes=0,
             pass_over="",
             first_epoch=self.epochs_per_cycle,
@@ -275,7 +279,8 @@ class IMPPruningCallback(RepeatedPruningCallback):
     @override
     def _settings(self) -> dict[str, Any]:
         names = ("cycles", "epochs_per_cycle", "rewind_epoch")
-        return {**super()._settings(), **{name: int(getattr(self, name)) for name in names}}
+        own = {name: int(getattr(self, name)) for name in names}
+        return {**self._goal.settings(self.cycles), **super()._settings(), **own}
 
     @override
     def _release(self) -> None:

@@ -72,6 +72,11 @@ class RepeatedPruningCallback(PruningCallback):
         reached = {name: parameter for name, parameter in selected.items() if name not in (left_out or ())}
         return reached or selected  # if none is left, there was no step yet
 
+    def _sparsities(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[float, float]:
+        """Return the sparsity so far, and that which the last cut would reach, both of all parameters together."""
+        shapes = {name: parameter.shape for name, parameter in self._selected(trainer, pl_module).items()}
+        return self.masks.sparsity, round(self._goal.overall_sparsity(shapes), 6)
+
     def _left_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, phase: str) -> list[str]:
         """Return a warning if the first cut leaves out parameters, which had no gradient in the phase before it."""
         names, selected = list(super()._selected(trainer, pl_module)), self._selected(trainer, pl_module)

@@ -1,7 +1,7 @@
 """The callback that prunes by SynFlow."""
 
 from lightning_drive.callbacks.warmup_base import WarmupPruningCallback
-from lightning_drive.core.arguments import Control, Schedule, Scope
+from lightning_drive.core.arguments import Control, Schedule, Scope, Sparsity
 from lightning_drive.search.methods import SynFlow
 
 
@@ -14,14 +14,17 @@ class SynFlowPruningCallback(WarmupPruningCallback):
     defined for transformers. Exactly ``round(P * (1 - sparsity))`` of the ``P`` prunable weights are kept.
 
     Args:
-        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``; 0.98 keeps 2 %.
+        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``; 0.98 keeps 2 %. Or a mapping
+            from glob patterns over parameter names to such fractions, see :func:`lightning_drive.find_masks`.
         warmup_epochs: Dense epochs before pruning, at least 0; 0 prunes at initialisation, as the paper does.
         warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which must then
             be left out. For endless streams. Steps are counted as by ``trainer.global_step``.
         rounds: Pruning rounds, at least 1. Each costs a forward and backward pass on one image of ones.
         schedule: ``exponential`` removes the same fraction of the survivors in every round, ``linear`` the same
-            number of weights, ``cubic`` many in the first rounds and few in the last.
-        scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction.
+            number of weights, ``cubic`` many in the first rounds and few in the last. Or a function, see
+            :func:`lightning_drive.find_masks`.
+        scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction, with
+            ``erk`` (Evci et al., 2020) a larger one the smaller it is.
         include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
             layers that multiply by them. ``["*"]``: everything of two dimensions or more.
         exclude: Glob patterns over parameter names that stay dense.
@@ -54,7 +57,7 @@ class SynFlowPruningCallback(WarmupPruningCallback):
     def __init__(
         self,
         *,
-        sparsity: float,
+        sparsity: Sparsity,
         warmup_epochs: int = 0,
         warmup_steps: int | None = None,
         rounds: int = 100,

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_drive.callbacks.hooks import PruningCallback
 from lightning_drive.core import arguments
-from lightning_drive.core.arguments import Control, Schedule, Scope
+from lightning_drive.core.arguments import Control, Schedule, Scope, Sparsity
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
 from lightning_drive.search import methods
@@ -30,13 +30,13 @@ class WarmupPruningCallback(PruningCallback):
 
     Args:
         method: The method that finds the masks.
-        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
+        sparsity: See :class:`~lightning_drive.callbacks.actions.PruningActions`.
         warmup_epochs: Dense epochs before pruning, at least 0.
         warmup_steps: Dense optimizer steps before pruning, at least 0, in place of ``warmup_epochs``, which must then
             be left out: for endless streams, and warm-ups that are not whole epochs. Steps are counted as by
             ``trainer.global_step``: those of all optimizers together, and one for every ``accumulate_grad_batches``
             batches. ``None``: ``warmup_epochs`` decides.
-        schedule: See :class:`~lightning_drive.callbacks.actions.PruningActions`.
+        schedule: See there.
         scope: See there.
         include: See there.
         exclude: See there.
@@ -53,7 +53,7 @@ class WarmupPruningCallback(PruningCallback):
         self,
         method: Method,
         *,
-        sparsity: float,
+        sparsity: Sparsity,
         warmup_epochs: int = 0,
         warmup_steps: int | None = None,
         schedule: Schedule = "exponential",
@@ -79,6 +79,7 @@ class WarmupPruningCallback(PruningCallback):
         )
         methods.check_method(method)
         self.method = method
+        self._goal.check_schedule(method.rounds)
         self.warmup_epochs = arguments.check_count("warmup_epochs", warmup_epochs, least=0)
         self.warmup_steps = None
         if warmup_steps is not None:
@@ -113,7 +114,7 @@ class WarmupPruningCallback(PruningCallback):
             module,
             selected,
             method=methods.described(self.method),
-            kept=self._goal.kept([parameter.numel() for parameter in selected.values()], self.method.rounds),
+            **plan.counts(self._goal, selected, self.method.rounds),
             passes=methods.num_passes(self.method),
             pass_over=pass_over,
             first_epoch=self._last_epoch,
@@ -121,6 +122,10 @@ class WarmupPruningCallback(PruningCallback):
             first_step=self._step,
             **run,
         )
+
+    @override
+    def _settings(self) -> dict[str, Any]:
+        return {**self._goal.settings(self.method.rounds), **super()._settings()}
 
     @override
     def _is_due(self, trainer: pl.Trainer) -> bool:

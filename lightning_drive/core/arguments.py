@@ -3,7 +3,7 @@
 Numbers of numpy and torch and lists of configuration libraries are accepted; checkpoints hold no trace of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -11,11 +11,17 @@ from torch import Tensor, nn
 
 from lightning_drive.core.messages import shown
 
-Schedule: TypeAlias = Literal["exponential", "linear", "cubic"]
-"""How the number of weights falls from round to round."""
+Sparsity: TypeAlias = float | Mapping[str, float]
+"""The fraction of the weights to remove, or such a fraction for each glob pattern over names of parameters."""
 
-Scope: TypeAlias = Literal["global", "layerwise"]
-"""Whether all weights are ranked together, or those of every parameter by themselves."""
+NamedSchedule: TypeAlias = Literal["exponential", "linear", "cubic"]
+"""How the number of weights falls from round to round, by name."""
+
+Schedule: TypeAlias = NamedSchedule | Callable[[float], float]
+"""The same, or a function from the fraction of the rounds that are done to the fraction of the sparsity reached."""
+
+Scope: TypeAlias = Literal["global", "layerwise", "erk"]
+"""Whether all weights are ranked together, or those of every parameter by themselves, and then how many it keeps."""
 
 Mode: TypeAlias = Literal["train", "eval"]
 """The mode of the module while it is scored."""
@@ -63,13 +69,17 @@ def check_loss_fn(value: Any) -> Any:
     return value
 
 
-def check_choice(argument: str, value: object, choices: Any) -> Any:
-    """Return the choice of a ``Literal`` type that equals a value; raise a ``ValueError`` if there is none."""
+def check_choice(argument: str, value: object, choices: Any, otherwise: str = "") -> Any:
+    """Return the choice of a ``Literal`` type that equals a value; raise a ``ValueError`` if there is none.
+
+    ``otherwise`` says there what else the argument could be, such as ``", or a function"``.
+    """
     text = _plain(value)
     for choice in get_args(choices):
         if isinstance(text, str) and text == choice:
             return choice
-    raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, get_args(choices)))}, got {_shown(value)}.")
+    known = ", ".join(map(repr, get_args(choices)))
+    raise ValueError(f"`{argument}` must be one of {known}{otherwise}, got {_shown(value)}.")
 
 
 def check_patterns(argument: str, patterns: object) -> list[str] | None:

@@ -34,7 +34,8 @@ class Round:
 
     Args:
         index: Its number, from 1; in iterative magnitude pruning every cycle has one.
-        threshold: The lowest score that was kept; ``None`` where every parameter was ranked by itself.
+        threshold: The lowest score that was kept; ``None`` where there was more than one ranking, such as one for
+            every parameter.
         removed: How many weights it removed from each prunable parameter, in their order.
 
     """

@@ -1,14 +1,20 @@
 """Schedules: how dense the network is after each pruning round.
 
-Every schedule is a pure function ``(round_index, num_rounds, sparsity) -> density`` that falls to exactly
+Every schedule with a name is a pure function ``(round_index, num_rounds, sparsity) -> density`` that falls to exactly
 ``1 - sparsity`` at ``round_index == num_rounds``. Densities are fractions of *all* prunable weights, never of
-the survivors, so rounding does not drift from round to round.
+the survivors, so rounding does not drift from round to round. One of a user is a function of the fraction of the
+rounds that are done.
 """
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
-from lightning_drive.core.arguments import check_count, check_number
+from lightning_drive.core.arguments import Schedule, check_count, check_number
+from lightning_drive.core.messages import shown_error
+
+_SLACK = 1e-9
+"""By how much a user's own schedule may miss 1, or fall, for its arithmetic is rounded."""
 
 
 def exponential(round_index: int, num_rounds: int, sparsity: float, start: float = 0.0) -> float:
@@ -112,6 +118,39 @@ SCHEDULES: dict[str, Callable[[int, int, float, float], float]] = {
 }
 
 
+def density(schedule: Schedule, round_index: int, num_rounds: int, sparsity: float, start: float = 0.0) -> float:
+    """Return the fraction of all prunable weights to keep after a round, by the name of a schedule or by a function.
+
+    A function :math:`f` reaches :math:`s_0 + (s - s_0) f(k / n)`, see :func:`linear`, whose function is the identity.
+
+    Example:
+        >>> [round(density(lambda done: done**0.5, k, 4, 0.8), 3) for k in (1, 2, 3, 4)]
+        [0.6, 0.434, 0.307, 0.2]
+
+    """
+    if isinstance(schedule, str):
+        return SCHEDULES[schedule](round_index, num_rounds, sparsity, start)
+    round_index, num_rounds, sparsity, start = _checked(round_index, num_rounds, sparsity, start)
+    if round_index == num_rounds:
+        return 1 - sparsity
+    return 1 - start - (sparsity - start) * _reached(schedule, round_index / num_rounds)
+
+
+def fractions_reached(schedule: Callable[[float], float], num_rounds: int) -> list[float]:
+    """Return what a function reaches after each round.
+
+    Raise a ``ValueError`` if that is no number in ``[0, 1]``, falls, or does not end at 1.
+    """
+    reached = [_reached(schedule, index / num_rounds) for index in range(1, num_rounds + 1)]
+    for index, (before, after) in enumerate(pairwise([0.0, *reached])):
+        if after < before - _SLACK:
+            places = f"{before} at {index / num_rounds:g} and {after} at {(index + 1) / num_rounds:g}"
+            raise _bad_function(schedule, f"must never fall, got {places}")
+    if reached[-1] < 1 - _SLACK:
+        raise _bad_function(schedule, f"must end at 1, got {reached[-1]} at 1")
+    return reached
+
+
 def num_kept(num_weights: int, density: float) -> int:
     """Return the exact count behind a density: ``round(num_weights * density)``, and at least one.
 
@@ -127,13 +166,36 @@ def num_kept(num_weights: int, density: float) -> int:
     return max(1, round(num_weights * density))
 
 
-def check_sparsity(sparsity: object) -> float:
-    """Return a fraction removed as a ``float``; raise a ``TypeError`` or ``ValueError`` if it is not in ``[0, 1)``."""
-    fraction = check_number("sparsity", sparsity, "is the fraction removed and must be a number in [0, 1)")
+def check_sparsity(sparsity: object, argument: str = "sparsity", otherwise: str = "") -> float:
+    """Return a fraction removed as a ``float``; raise a ``TypeError`` or ``ValueError`` if it is not in ``[0, 1)``.
+
+    ``otherwise`` says there what else the argument could be.
+    """
+    fraction = check_number(argument, sparsity, f"is the fraction removed and must be a number in [0, 1){otherwise}")
     if not 0 <= fraction < 1:
         hint = f" For {fraction:g} % pass {fraction / 100:g}." if 1 < fraction < 100 else ""
-        raise ValueError(f"`sparsity` is the fraction removed and must be in [0, 1), got {sparsity}.{hint}")
+        raise ValueError(f"`{argument}` is the fraction removed and must be in [0, 1), got {sparsity}.{hint}")
     return fraction
+
+
+def _reached(schedule: Callable[[float], float], done: float) -> float:
+    """Return what a user's function reaches when this fraction of the rounds is done; raise ValueError if it fails."""
+    try:
+        value: object = schedule(done)
+    except Exception as error:
+        raise _bad_function(schedule, f"must take it, but raised {shown_error(error)} at {done:g}") from error
+    reached = check_number("schedule", value, "must be a function that returns a number from 0 to 1")
+    if not -_SLACK <= reached <= 1 + _SLACK:
+        raise _bad_function(schedule, f"must return a number from 0 to 1, got {reached} at {done:g}")
+    return min(max(reached, 0.0), 1.0)
+
+
+def _bad_function(schedule: object, complaint: str) -> ValueError:
+    name = getattr(schedule, "__qualname__", type(schedule).__name__)
+    return ValueError(
+        f"`schedule` is a function, {name!r}, of the fraction of the rounds that are done, and returns the fraction of"
+        f" `sparsity` that is reached: it {complaint}."
+    )
 
 
 def _checked(round_index: int, num_rounds: int, sparsity: float, start: float) -> tuple[int, int, float, float]:

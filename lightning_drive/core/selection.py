@@ -87,30 +87,6 @@ def keep_highest(
     return Ranking(_masks(parts, cut, num_kept, ranks), *cut, num_kept)
 
 
-def keep_highest_each(
-    scores: Mapping[str, Tensor],
-    num_kept: Mapping[str, int],
-    alive: Mapping[str, Tensor] | None = None,
-    ranks: Ranks = ALONE,
-    *,
-    num_alive: Mapping[str, int] | None = None,
-) -> dict[str, Ranking]:
-    """Rank the entries of each tensor by itself, as :func:`keep_highest` does, and keep its own ``num_kept`` highest.
-
-    Example:
-        >>> scores = {"a": torch.tensor([0.1, 0.2]), "b": torch.tensor([8.0, 9.0])}
-        >>> [ranking.masks for ranking in keep_highest_each(scores, {"a": 1, "b": 1}).values()]
-        [{'a': tensor([False,  True])}, {'b': tensor([False,  True])}]
-
-    """
-    return {
-        name: keep_highest(
-            {name: score}, num_kept[name], {name: alive[name]} if alive else None, ranks, num_alive=num_alive
-        )
-        for name, score in scores.items()
-    }
-
-
 def _comparable(score: Tensor, dtype: torch.dtype) -> Tensor:
     return score if score.dtype == dtype and score.is_contiguous() else score.to(dtype).contiguous()
 

@@ -22,6 +22,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+@torch.no_grad()
+def version(tensor: Tensor) -> int:
+    """Return a number that is another one once the tensor, or this rank's part of it, has been written to."""
+    return (tensor.to_local() if is_sharded(tensor) else tensor)._version  # type: ignore[attr-defined]
+
+
 def part(whole: Tensor, of: Tensor) -> Tensor:
     """Return the view of a whole tensor, such as a mask, that belongs to :func:`local` of another of its shape."""
     ranks = _holders(of)

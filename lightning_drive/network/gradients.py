@@ -75,7 +75,7 @@ def _state(parameters: Mapping[str, nn.Parameter]) -> list[tuple[int, int] | Non
     """Return the identity and version of every gradient, one of which changes where a backward pass adds to it."""
     with function_modes.set_aside():
         gradients = [parameter.grad for parameter in parameters.values()]
-    return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
+        return [None if gradient is None else (id(gradient), shards.version(gradient)) for gradient in gradients]
 
 
 def on_replica_only(loss_fn: LossFunction, original: nn.Module) -> LossFunction:

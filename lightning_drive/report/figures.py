@@ -113,7 +113,7 @@ def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round],
 
 
 def scores(histogram: ScoreHistogram, threshold: float | None, method: str) -> "Figure":
-    """Draw the distribution of the scores in the last round, and the threshold, ``None`` if each layer has its own."""
+    """Draw the distribution of the scores in the last round, and the threshold, ``None`` if there are many."""
     figure = _figure(4.2)
     axes = figure.add_subplot()
     edges = histogram.edges
@@ -143,7 +143,7 @@ def scores(histogram: ScoreHistogram, threshold: float | None, method: str) -> "
     lower = f"; {below:,} are lower (or 0)" if below else ""
     axes.set_xlabel(f"score: {_SCORES.get(method, 'as the method defines it')}{lower}")
     axes.set_ylabel("weights")
-    own = "" if threshold is not None else "\nEvery layer has its own threshold."
+    own = "" if threshold is not None else "\nEvery layer or group of layers has its own threshold."
     axes.set_title(f"Scores of the weights that were left for the last round of {method}{own}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure

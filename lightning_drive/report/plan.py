@@ -1,13 +1,15 @@
 """PruningPlan: what a callback will prune of a module, when, and at what cost, known before training."""
 
-from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_drive.core.arguments import check_count, check_patterns
+from lightning_drive.core.goal import Goal
 from lightning_drive.report import tables
 
 _SHOWN_ROUNDS = 8
@@ -24,6 +26,8 @@ class PlannedParameter:
         shape: Its shape.
         num_weights: How many weights it has.
         stays_dense: Why it is not pruned; empty if it is.
+        num_kept: How many of its weights are left in the end; ``None`` if it is ranked together with others, which
+            decides that, or not pruned.
 
     """
 
@@ -31,6 +35,27 @@ class PlannedParameter:
     shape: tuple[int, ...]
     num_weights: int
     stays_dense: str = ""
+    num_kept: int | None = None
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """The parameters of one pattern of ``sparsity`` before pruning.
+
+    Args:
+        pattern: The pattern.
+        num_weights: How many weights they have.
+        num_kept: How many of them are left in the end.
+
+    """
+
+    pattern: str
+    num_weights: int
+    num_kept: int
+
+    def __str__(self) -> str:
+        share = 1 - self.num_kept / self.num_weights
+        return f"{self.pattern!r} keeps {self.num_kept:,} of {self.num_weights:,} weights, a sparsity of {share:.2%}"
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,7 @@ class PruningPlan:
         steps: Training steps of the whole run; ``None`` if that is not known.
         max_epochs: Epochs of the whole run; ``None`` if that is not known.
         first_step: Before which global step all rounds are done; ``None``: at the start of an epoch.
+        groups: The parameters of every pattern of ``sparsity``, in its order, if there is more than one.
 
     Example:
         >>> parameters = PlannedParameter("0.weight", (3, 4), 12), PlannedParameter("0.bias", (3,), 3, "a bias or norm")
@@ -75,6 +101,7 @@ class PruningPlan:
     steps: int | None = None
     max_epochs: int | None = None
     first_step: int | None = None
+    groups: tuple[PlannedGroup, ...] = ()
 
     @property
     def when(self) -> str:
@@ -115,6 +142,7 @@ class PruningPlan:
             f"of all {self.num_weights:,} weights {self.num_prunable / self.num_weights:.2%} are prunable, an overall"
             f" sparsity of {self.overall_sparsity:.2%}"
         )
+        yield from map(str, self.groups)
         rounds = f"{len(self.kept)} round{'s' * (len(self.kept) != 1)}"
         if self.first_step is not None:
             yield f"when: before step {self.first_step}, in {rounds}"
@@ -129,15 +157,21 @@ class PruningPlan:
         yield f"weights left after round {shown}"
 
     def _rows(self) -> Iterator[Sequence[str]]:
-        yield "parameter", "shape", "weights", "pruned"
+        knows_kept = any(parameter.num_kept is not None for parameter in self.parameters)
+
+        def row(*columns: str, kept: int | None = None) -> Sequence[str]:
+            return (*columns, "-" if kept is None else f"{kept:,}") if knows_kept else columns
+
+        yield ("parameter", "shape", "weights", "pruned", *["kept"] * knows_kept)
         small = [parameter for parameter in self.parameters if parameter.stays_dense == _SMALL]
         for parameter in self.parameters:
             if parameter not in small or len(small) == 1:
                 answer = f"no: {parameter.stays_dense}" if parameter.stays_dense else "yes"
-                yield parameter.name, tables.shape(parameter.shape), f"{parameter.num_weights:,}", answer
+                shape = tables.shape(parameter.shape)
+                yield row(parameter.name, shape, f"{parameter.num_weights:,}", answer, kept=parameter.num_kept)
         if len(small) > 1:
-            yield f"{len(small)} biases and norms", "", f"{sum(one.num_weights for one in small):,}", "no"
-        yield "prunable", "", f"{self.num_prunable:,}", "-"
+            yield row(f"{len(small)} biases and norms", "", f"{sum(one.num_weights for one in small):,}", "no")
+        yield row("prunable", "", f"{self.num_prunable:,}", "-", kept=self.kept[-1])
 
     def _costs(self) -> str:
         parts = []
@@ -166,21 +200,26 @@ def plan(
     max_epochs: int | None = None,
     steps_per_epoch: int | None = None,
     untrained: Container[str] = (),
+    groups: Sequence[PlannedGroup] = (),
+    of_parameters: Mapping[str, int] | None = None,
 ) -> PruningPlan:
     """Return the plan for a module of which the ``selected`` parameters are prunable.
 
-    ``exclude`` (glob patterns) and ``untrained`` (names in no optimizer) are why others stay dense. The epoch of a
-    ``first_step`` follows from ``steps_per_epoch``, where that is given. Raise ``ValueError`` if ``max_epochs`` or
-    ``steps_per_epoch`` is not a whole number of at least 1.
+    For ``kept``, ``groups`` and ``of_parameters`` see :func:`counts`. ``exclude`` (glob patterns) and ``untrained``
+    (names in no optimizer) are why others stay dense. The epoch of a ``first_step`` follows from ``steps_per_epoch``,
+    where that is given. Raise ``ValueError`` if ``max_epochs`` or ``steps_per_epoch`` is not a whole number of at least
+    1.
 
     """
     max_epochs = None if max_epochs is None else check_count("max_epochs", max_epochs)
     steps_per_epoch = None if steps_per_epoch is None else check_count("steps_per_epoch", steps_per_epoch)
     if first_step is not None:
         first_epoch = last_epoch = None if steps_per_epoch is None else first_step // steps_per_epoch
+    known = of_parameters or {}
+    planned = planned_parameters(module, selected, exclude, untrained)
     return PruningPlan(
         method,
-        planned_parameters(module, selected, exclude, untrained),
+        tuple(replace(parameter, num_kept=known.get(parameter.name)) for parameter in planned),
         tuple(kept),
         passes,
         pass_over,
@@ -189,7 +228,33 @@ def plan(
         None if max_epochs is None or steps_per_epoch is None else max_epochs * steps_per_epoch,
         max_epochs,
         first_step,
+        tuple(groups),
     )
+
+
+def counts(goal: Goal, selected: Mapping[str, Tensor], num_rounds: int) -> dict[str, Any]:
+    """Return how many weights of the selected parameters a goal leaves, as arguments of :func:`plan`.
+
+    They are ``kept``, after each round; and in the end, those of the ``groups`` that patterns of ``sparsity`` make, and
+    ``of_parameters``, by name, where none is ranked together with others. Raise ``ValueError`` if the schedule is a
+    function that is none for this number of rounds.
+    """
+    goal.check_schedule(num_rounds)
+    shapes = {name: parameter.shape for name, parameter in selected.items()}
+    quotas = goal.quotas(shapes, num_rounds, num_rounds)
+    groups = [
+        PlannedGroup(
+            group.name,
+            sum(shapes[name].numel() for name in group.parameters),
+            sum(quota.num_kept for quota in quotas if quota.parameters[0] in group.parameters),
+        )
+        for group in goal.groups(shapes)
+        if group.name
+    ]
+    shared = [name for quota in quotas if not quota.name or len(quota.parameters) > 1 for name in quota.parameters]
+    own = {quota.parameters[0]: quota.num_kept for quota in quotas}
+    of_parameters = {name: own.get(name, 0) for name in shapes if name not in shared}
+    return {"kept": goal.kept(shapes, num_rounds), "groups": groups, "of_parameters": of_parameters}
 
 
 def planned_parameters(

@@ -107,7 +107,7 @@ def _collapses(masks: Masks, active: Masks | None, explained: Collection[str], r
 
 def _remedy(goal: Goal, more: str) -> str:
     """Return a remedy for a collapse; ``more`` is what improves the scores, such as "More rounds", or empty."""
-    if goal.scope == "layerwise":
+    if goal.scope != "global":
         return f" {more} or a lower `sparsity` commonly help." if more else " A lower `sparsity` commonly helps."
     return f" {f'{more}, a' if more else 'A'} lower `sparsity` or `scope='layerwise'` commonly help."
 

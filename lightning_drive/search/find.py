@@ -4,14 +4,15 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_drive.core import shards
-from lightning_drive.core.arguments import Schedule, Scope, check_patterns
+from lightning_drive.core.arguments import Schedule, Scope, Sparsity, check_patterns
 from lightning_drive.core.goal import Goal
-from lightning_drive.network import prunable, prunable_checks
+from lightning_drive.network import prunable, prunable_checks, sparsity_groups
 from lightning_drive.network.gradients import LossFunction
 from lightning_drive.network.masks import Masks
 from lightning_drive.network.repeated_batches import Passes
@@ -26,7 +27,7 @@ def find_masks(
     module: nn.Module,
     method: Method,
     *,
-    sparsity: float,
+    sparsity: Sparsity,
     batches: Iterable[Any] | None = None,
     loss_fn: LossFunction | None = None,
     masks: Mapping[str, Tensor] | None = None,
@@ -48,15 +49,21 @@ def find_masks(
         module: The network.
         method: ``DRIVE``, ``SNIP``, ``SynFlow``, ``Magnitude``, ``Random`` or a
             :class:`~lightning_drive.search.methods.Method` of your own.
-        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``.
+        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``. Or a mapping from glob patterns over
+            parameter names to such fractions, ``"*"`` for the rest: the first pattern that matches a parameter decides,
+            and ``scope`` applies among those of each pattern.
         batches: What ``loss_fn`` takes, read in order, ``method.batches_per_round`` in each round; a finite iterable
             is cycled. ``DRIVE`` and ``SNIP`` need it.
         loss_fn: ``loss_fn(module, batch)`` returns a scalar tensor. ``DRIVE`` and ``SNIP`` need it. A batch is skipped
             for the next one if the function returns ``None`` for it, or a loss that depends on no prunable parameter.
         masks: Continue from these masks, at their sparsity, instead of from the dense network.
         schedule: ``"exponential"`` removes the same fraction of the survivors in every round, ``"linear"`` the same
-            number of weights, ``"cubic"`` many in the first rounds and few in the last.
+            number of weights, ``"cubic"`` many in the first rounds and few in the last. Or a function from the
+            fraction of the rounds that are done, above 0 and up to 1, to the fraction of ``sparsity`` that is reached;
+            it never falls, and ends at 1.
         scope: ``"global"``: one ranking for all parameters. ``"layerwise"``: every parameter keeps the same fraction.
+            ``"erk"``: as many in all as ``"global"``, of every parameter in proportion to the sum of its dimensions,
+            so that small ones stay denser (Erdos-Renyi kernel, Evci et al., 2020).
         include: Glob patterns over parameter names, see
             :func:`lightning_drive.network.prunable.prunable_parameters`; default: the weights of all layers that
             multiply by them.
@@ -71,9 +78,10 @@ def find_masks(
         gradient in any round have no mask either: they stay dense, and masks are found once more without them.
 
     Raises:
-        ValueError: If an argument is out of range, nothing is prunable, all of a whole pass over ``batches`` is
-            skipped, the loss or a score is not finite, every score is zero, a method's scores are not those of the
-            prunable parameters, or ``masks`` do not fit.
+        ValueError: If an argument is out of range, nothing is prunable, a pattern matches nothing, ``sparsity`` has no
+            pattern for a prunable parameter, ``schedule`` is a function that falls or does not end at 1, all of a whole
+            pass over ``batches`` is skipped, the loss or a score is not finite, every score is zero, a method's scores
+            are not those of the prunable parameters, or ``masks`` do not fit.
         TypeError: If an argument has the wrong type.
 
     Warns:
@@ -93,13 +101,21 @@ def find_masks(
         >>> masks.num_kept, masks.num_prunable
         (14, 56)
 
+        Half of the first layer, and nine tenths of the rest:
+
+        >>> masks = find_masks(net, DRIVE(), sparsity={"0.*": 0.5, "*": 0.9}, batches=[batch], loss_fn=loss)
+        >>> [int(mask.sum()) for mask in masks.values()]
+        [16, 2]
+
     """
     check_method(method)
     goal = Goal(sparsity, schedule, scope)
+    goal.check_schedule(method.rounds)
     shards.reshard_(module)
     include, exclude = check_patterns("include", include), check_patterns("exclude", exclude)
     names = prunable.prunable_parameters(module, include, exclude)
     prunable_checks.check_numbers(names)
+    sparsity_groups.check(goal, module, names, partial(prunable.prunable_parameters, include=include, exclude=exclude))
     others = prunable.dense_matrices(module, names, exclude) if include is None else ()
     passes = None if batches is None else Passes(batches)
     example = getattr(module, "example_input_array", None) if example_input is None else example_input

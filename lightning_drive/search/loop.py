@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from lightning_drive.core import counting, function_modes, schedules, selection
+from lightning_drive.core import counting, function_modes, selection
 from lightning_drive.core.goal import Goal
+from lightning_drive.core.quotas import Quota
 from lightning_drive.core.rounds import Round, ScoreHistogram, removed_by_round, score_histogram
 from lightning_drive.core.selection import Ranking
 from lightning_drive.network.masks import Masks
@@ -21,7 +24,7 @@ class ZeroCut:
 
     round_index: int
     parameter: str
-    """Its name where every parameter is ranked by itself; empty where all are ranked together."""
+    """Its name, or the pattern of those that are ranked together; empty where all are."""
     num_above: int
     """How many weights scored above zero."""
     num_kept: int
@@ -69,23 +72,22 @@ def search(
     ``masks`` are the masks to start from. ``on_round`` is called after every round with its index, from 1, and this
     rank's part of the masks. ``only_round`` is the one round to do, from the masks of the rounds before it.
     """
-    current = network.starting_masks(masks, goal.sparsity)
-    start = min(Masks(masks).sparsity, goal.sparsity)  # rounding may have taken one weight more
+    current, start = _started(network, goal, masks)
     indices = range(1, method.rounds + 1)
     if only_round is not None:
-        start, indices = 0.0, range(only_round, only_round + 1)
+        start, indices = None, range(only_round, only_round + 1)
     with function_modes.set_aside():
         recorder = _Recorder(vanishing_scores.near_zero(network, current))
         network.mask_(current)
     for index in indices:
-        density = goal.density(index, method.rounds, start)
+        quotas = partial(goal.quotas, network.shapes, index, method.rounds, start=start)
         scores = method_scores.scores_of(network, method)
         with function_modes.set_aside():
             if index == indices[0] and not network.is_sharded:
                 recorder.silent = frozenset(
                     name for name, score in scores.items() if current[name].any() and not score.any()
                 )
-            cut = _cut(network, scores, current, density, goal, recorder.near_zero)
+            cut = _cut(network, scores, current, quotas, recorder.near_zero)
             if index == indices[-1]:
                 thresholds = [ranking.threshold for ranking in cut.rankings.values()]
                 recorder.scores = score_histogram(scores, current, cut.masks, thresholds, network.holders)
@@ -108,14 +110,29 @@ def cut_once(network: Network, method: Method, goal: Goal, round_index: int, mas
 
     There is nothing in its history but the round.
     """
-    current = network.starting_masks(masks, goal.sparsity)
+    current, _ = _started(network, goal, masks)
     scores = method.score(network)
     with function_modes.set_aside():
-        cut = _cut(network, scores, current, goal.density(round_index, method.rounds), goal, {})
+        cut = _cut(network, scores, current, partial(goal.quotas, network.shapes, round_index, method.rounds), {})
         whole = network.whole(cut.masks)
         recorder = _Recorder({})
         recorder.add(round_index, cut)
         return Found(whole, recorder.history(whole, (), is_cycle=True), [*network.warnings])
+
+
+def _started(
+    network: Network, goal: Goal, masks: Mapping[str, Tensor] | None
+) -> tuple[Masks, Mapping[str, int] | None]:
+    """Return this rank's part of the masks to start from, and how many weights of every parameter they keep.
+
+    Raise ValueError if they do not fit, or prune more than the goal.
+    """
+    current = network.starting_masks(masks)
+    if not masks:
+        return current, None
+    start = dict(zip(masks, counting.count_each(masks.values()), strict=True))
+    goal.check_start(network.shapes, start)
+    return current, start
 
 
 @dataclass(frozen=True)
@@ -124,7 +141,7 @@ class _Cut:
 
     masks: Masks
     rankings: dict[str, Ranking]
-    """By parameter name; one under the name ``""`` where all parameters are ranked together."""
+    """By the names of quotas; one under the name ``""`` where all parameters are ranked together."""
     num_alive: dict[str, int]
     """How many weights every parameter had before the cut."""
 
@@ -138,21 +155,23 @@ def _cut(
     network: Network,
     scores: dict[str, Tensor],
     masks: Masks,
-    density: float,
-    goal: Goal,
+    quotas: Callable[..., list[Quota]],
     near_zero: Mapping[str, float],
 ) -> _Cut:
-    """Keep the survivors with the highest scores: ``density`` times the number of all prunable weights."""
-    sizes, holders = network.num_weights(), network.holders
+    """Keep the survivors with the highest scores; ``quotas(alive=...)`` says how many of those that are ``alive``."""
+    holders = network.holders
     alive = dict(zip(masks, counting.count_each(masks.values(), holders), strict=True))
     own = alive if holders.size == 1 else None
-    if goal.scope == "global":
-        num_kept = min(schedules.num_kept(sum(sizes.values()), density), sum(alive.values()))
-        rankings = {"": selection.keep_highest(scores, num_kept, masks, holders, num_alive=own)}
-    else:
-        counts = {name: min(schedules.num_kept(sizes[name], density), left) for name, left in alive.items() if left}
-        ranked = {name: scores[name] for name in counts}
-        rankings = selection.keep_highest_each(ranked, counts, masks, holders, num_alive=own)
+    rankings = {
+        quota.name: selection.keep_highest(
+            {name: scores[name] for name in quota.parameters},
+            quota.num_kept,
+            {name: masks[name] for name in quota.parameters},
+            holders,
+            num_alive=own,
+        )
+        for quota in quotas(alive=alive)
+    }
     prunes = sum(ranking.num_kept for ranking in rankings.values()) < sum(alive.values())
     num_zero = sum(ranking.num_tied for ranking in rankings.values() if ranking.threshold == 0)
     if prunes and num_zero == sum(alive.values()):
@@ -161,8 +180,9 @@ def _cut(
         name: zeros_first.decided(ranking, scores, network.weights, masks, alive, holders)
         for name, ranking in rankings.items()
     }
-    kept = Masks({**masks, **{name: mask for ranking in rankings.values() for name, mask in ranking.masks.items()}})
-    return _Cut(kept, rankings, alive)
+    kept = {name: mask for ranking in rankings.values() for name, mask in ranking.masks.items()}
+    whole = {name: kept[name] if name in kept else torch.zeros_like(mask) for name, mask in masks.items()}
+    return _Cut(Masks(whole), rankings, alive)
 
 
 class _Recorder:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_drive.core import function_modes, schedules, scores, shards, zeroing
+from lightning_drive.core import function_modes, scores, shards, zeroing
 from lightning_drive.core.arguments import Mode, check_count
 from lightning_drive.core.messages import listed, shown
 from lightning_drive.core.processes import ALONE, Ranks
@@ -258,11 +258,12 @@ class Network:
         """Return a forward pass of the network, determined once; raise ValueError if none is known."""
         return self._input.forward_pass()
 
-    def num_weights(self) -> dict[str, int]:
-        """Return the number of weights of every parameter, on all ranks together."""
-        return {name: parameter.numel() for name, parameter in self.parameters.items()}
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The full shape of every parameter, which may be split over ranks."""
+        return {name: self.shape(name) for name in self.parameters}
 
-    def starting_masks(self, masks: Mapping[str, Tensor] | None, sparsity: float) -> Masks:
+    def starting_masks(self, masks: Mapping[str, Tensor] | None) -> Masks:
         """Return this rank's part of the masks to start from; raise ValueError if they do not fit."""
         if not masks:
             return Masks({name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()})
@@ -273,13 +274,7 @@ class Network:
                 " check `include`, `exclude` and what is frozen. What an earlier search left out, since nothing depends"
                 " on it, goes in `exclude`."
             )
-        start = Masks(masks)
-        start.parameters_of(self.module)  # raises an error that names a shape that differs
-        if start.num_kept < schedules.num_kept(start.num_prunable, 1 - sparsity):
-            raise ValueError(
-                f"`masks` already have sparsity {start.sparsity:g}, more than the `sparsity` of {sparsity:g} asked for,"
-                " and a pruned weight never returns."
-            )
+        Masks(masks).parameters_of(self.module)  # raises an error that names a shape that differs
         parameters = self.parameters.items()
         return Masks({name: shards.part(masks[name], of=value).to(value.device) for name, value in parameters})
 

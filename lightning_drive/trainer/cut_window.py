@@ -8,8 +8,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_drive.core import saved_values
-from lightning_drive.core.messages import shown
-from lightning_drive.trainer import step_counts
+from lightning_drive.trainer import restored_masks, step_counts
 
 _DENSE_EPOCHS = 2
 """Epochs of dense training before the window, where the window is long enough."""
@@ -124,10 +123,8 @@ def check_settings(cut: int, then: Mapping[str, Any], now: Mapping[str, Any]) ->
     """Raise if cuts are left and settings differ, but for the ends of the window that are ``None`` now."""
     if cut >= CutWindow.saved(then).num_cuts:
         return
-    names = [name for name in now if now[name] is not None and name not in ("include", "exclude")]
-    other = [name for name in names if name in then and (type(then[name]), then[name]) != (type(now[name]), now[name])]
-    if other:
-        before, after = (", ".join(f"{name}={shown(settings[name])}" for name in other) for settings in (then, now))
+    before, after = restored_masks.other_settings(then, now)
+    if before:
         raise ValueError(
             f"The checkpoint is from cut {cut} of gradual pruning with {before}, but this callback has {after}: its"
             " cuts would not continue that run. Resume with the settings of the checkpoint."

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_drive.core import saved_values
 from lightning_drive.core.arguments import Scope
-from lightning_drive.core.messages import listed, shown
+from lightning_drive.core.messages import listed
 from lightning_drive.network.masks import collapsed_layers
 from lightning_drive.trainer import other_callbacks, restored_masks, step_counts
 from lightning_drive.trainer.cycle_schedules import Cycles
@@ -20,24 +20,16 @@ from lightning_drive.trainer.saved_state import SavedState
 from lightning_drive.trainer.search_in_fit import Outcome
 
 
-def listed_settings(settings: Mapping[str, object]) -> str:
-    """Return settings as in a call."""
-    return ", ".join(f"{name}={value}" for name, value in settings.items())
-
-
 def check_settings(saved: SavedState, now: Mapping[str, object]) -> None:
     """Raise if cycles are left and settings differ; older checkpoints do not have all settings."""
     then, report = saved.settings, saved.pruning.report
     cycle = 0 if report is None else report.cycle or 0
     cycles = saved_values.check(int, then.get("cycles"), "the number of cycles in the checkpoint's settings")
-    names = [name for name in now if name in then and name not in ("include", "exclude")]
-    other = [name for name in names if type(then[name]) is not type(now[name]) or then[name] != now[name]]
-    if cycle < cycles and other:
-        before, after = ({name: shown(of[name]) for name in other} for of in (then, now))
+    before, after = restored_masks.other_settings(then, now)
+    if cycle < cycles and before:
         raise ValueError(
-            f"The checkpoint is from cycle {cycle} of an IMP run with {listed_settings(before)}, but this"
-            f" IMPPruningCallback has {listed_settings(after)}: its cycles would not continue that run. Resume with"
-            " the settings of the checkpoint."
+            f"The checkpoint is from cycle {cycle} of an IMP run with {before}, but this IMPPruningCallback has"
+            f" {after}: its cycles would not continue that run. Resume with the settings of the checkpoint."
         )
 
 
@@ -113,7 +105,7 @@ def check_paths(outcome: Outcome, cycle: int, cycles: Cycles, scope: Scope) -> N
     if active is not None and not active.num_kept:
         empty = collapsed_layers(masks)
         where = f", and no weight is left in {listed(map(repr, empty))}" if empty else ""
-        remedy = "" if scope == "layerwise" else " set `scope='layerwise'`,"
+        remedy = "" if scope != "global" else " set `scope='layerwise'`,"
         raise MisconfigurationException(
             f"After cycle {cycle} of {cycles.number}, at a sparsity of {masks.sparsity:.2%}, the network is cut off: no"
             f" path from its input to its output is left{where}. Further epochs would change nothing. Lower"

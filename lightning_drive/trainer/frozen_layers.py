@@ -1,14 +1,30 @@
-"""Warn of layers that a finetuning callback has not unfrozen yet when the network is pruned."""
+"""Layers that a finetuning callback keeps frozen for a while, and that may be pruned or left out for it."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning
+from torch import nn
 
 from lightning_drive.core.messages import listed
 from lightning_drive.network import prunable
 from lightning_drive.trainer import other_callbacks
+
+
+def with_frozen(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    selected: Iterable[str],
+    select: Callable[[pl.LightningModule], Mapping[str, nn.Parameter]],
+) -> list[str]:
+    """Return the names of what is selected, and of what ``select`` returns once a finetuning callback unfreezes it."""
+    names = dict.fromkeys(selected)
+    if any(isinstance(other, BaseFinetuning) for other in other_callbacks.callbacks_of(trainer)):
+        with prunable.unfrozen(pl_module), suppress(ValueError):  # from what need not be prunable while it is frozen
+            names |= dict.fromkeys(select(pl_module))
+    return [*names]
 
 
 def warnings(

@@ -112,7 +112,7 @@ def given(trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Masks, reme
         parameters = prunable.parameters_by_name(scored.module, masks)
         loss, example = loss_function(scored, None, pl_module), scored.module.example_input_array
         network = Network(scored.module, parameters, batches, loss, example, processes.ranks_of(trainer))
-        own = network.starting_masks(masks, masks.sparsity)
+        own = network.starting_masks(masks)
         network.mask_(own)
         found = Found(network.whole(own), History(), network.warnings)
         diagnosis = diagnose_given(network, found.masks, remedy)

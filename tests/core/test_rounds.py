@@ -86,7 +86,7 @@ def histogram_of(
     if isinstance(num_kept, int):
         rankings = [selection.keep_highest(scores, num_kept, alive)]
     else:
-        rankings = [*selection.keep_highest_each(scores, num_kept, alive).values()]
+        rankings = [selection.keep_highest({name: scores[name]}, num_kept[name], alive) for name in scores]
     masks = {name: mask for ranking in rankings for name, mask in ranking.masks.items()}
     thresholds = [ranking.threshold for ranking in rankings]
     return rounds.score_histogram(scores, alive, masks, thresholds, ranks), masks

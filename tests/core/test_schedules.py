@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lightning_drive.core import schedules
 
@@ -102,6 +103,79 @@ def test_exponential__same_share_of_survivors() -> None:
 def test_schedules__error(schedule: Any, arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         schedule(*arguments)
+
+
+# --- a function
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_density__of_a_function(start: float) -> None:
+    """In its own words: from the start, so much of the way to the sparsity."""
+    for index in range(1, 8):
+        expected = 1 - (start + (0.9 - start) * math.sin(index / 7 * math.pi / 2))
+        assert schedules.density(lambda done: math.sin(done * math.pi / 2), index, 7, 0.9, start) == pytest.approx(
+            expected
+        )
+
+
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+def test_density__by_name(name: Any) -> None:
+    assert schedules.density(name, 2, 5, 0.9, 0.25) == schedules.SCHEDULES[name](2, 5, 0.9, 0.25)
+
+
+@pytest.mark.parametrize("num_rounds", [1, 3, 7, 100])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda done: 1.0,
+        lambda done: done,
+        lambda done: np.float32(done),
+        lambda done: torch.tensor(done).sqrt(),
+        lambda done: 1 - (1 - done) ** 3,
+        lambda done: (1 - math.exp(-5 * done)) / (1 - math.exp(-5)),
+        lambda done: round(done),
+        lambda done: done * (1 + 1e-12),
+        lambda done: done * (1 - 1e-12),
+    ],
+)
+def test_function__ends_exactly(function: Any, num_rounds: int) -> None:
+    """Rounding of its arithmetic is no reason to refuse it, and does not reach the count."""
+    reached = schedules.fractions_reached(function, num_rounds)
+    assert len(reached) == num_rounds
+    assert {type(each) for each in reached} == {float}
+    assert all(0 <= each <= 1 for each in reached)
+    assert schedules.density(function, num_rounds, num_rounds, 0.9) == 1 - 0.9
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda done: 1 - done, ValueError, "must never fall, got 0.75 at 0.25 and 0.5 at 0.5"),
+        (lambda done: done / 2, ValueError, "must end at 1, got 0.5 at 1"),
+        (lambda done: 2 * done, ValueError, "must return a number from 0 to 1, got 1.5 at 0.75"),
+        (lambda done: done - 0.5, ValueError, "must return a number from 0 to 1, got -0.25 at 0.25"),
+        (lambda done: math.nan, ValueError, "must return a number from 0 to 1, got nan at 0.25"),
+        (lambda done: math.inf, ValueError, "must return a number from 0 to 1, got inf at 0.25"),
+        (lambda done: None, TypeError, "`schedule` must be a function that returns a number from 0 to 1, got None"),
+        (lambda done: "1", TypeError, "returns a number from 0 to 1, got '1'"),
+        (lambda done: True, TypeError, "returns a number from 0 to 1, got True"),
+        (lambda done, rounds: done, ValueError, "must take it, but raised TypeError: .* at 0.25"),
+        ({0.5: 1.0}.__getitem__, ValueError, "must take it, but raised KeyError: 0.25 at 0.25"),
+        (complex, TypeError, "returns a number from 0 to 1, got a complex"),
+    ],
+)
+def test_function__error(function: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        schedules.fractions_reached(function, 4)
+
+
+def test_function__error_names_it() -> None:
+    with pytest.raises(ValueError, match=r"`schedule` is a function, 'falling', of the fraction of the rounds"):
+        schedules.fractions_reached(falling, 4)
+
+
+def falling(done: float) -> float:
+    return 1 - done
 
 
 @pytest.mark.parametrize(

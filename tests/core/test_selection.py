@@ -333,11 +333,12 @@ def test_keep_highest__count_of_alive_error() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "some_alive"])
-def test_keep_highest_each(masked: bool) -> None:
+def test_keep_highest__of_some(masked: bool) -> None:
+    """Of more masks than scores, those of the scores count."""
     scores = {name: score for name, score in random_scores(1, kind="many_ties").items() if name != "scalar"}
     alive = random_alive(scores, 1) if masked else None
     counts = {"conv": 20, "fc": 10, "row": 3}
-    found = selection.keep_highest_each(scores, counts, alive)
     for name, score in scores.items():
+        found = selection.keep_highest({name: score}, counts[name], alive)
         lives = {name: (alive or all_alive(scores))[name]}
-        assert lists(found[name].masks) == lists(reference.keep_highest({name: score}, counts[name], lives))
+        assert lists(found.masks) == lists(reference.keep_highest({name: score}, counts[name], lives))

@@ -5,6 +5,7 @@ LAUNCH says who starts the processes: ``ddp`` (Lightning starts this script agai
 """
 
 import hashlib
+import math
 import os
 import sys
 import warnings
@@ -54,6 +55,11 @@ METHODS: dict[str, Callable[..., Any]] = {
     "gradual_by_drive": lambda **kwargs: GradualPruningCallback(**GRADUAL | {"criterion": "drive"} | kwargs),
 }
 GRADUAL: dict[str, Any] = {"sparsity": 0.8, "start_epoch": 0, "end_epoch": 2, "cuts_per_epoch": 3}
+GOALS: dict[str, dict[str, Any]] = {
+    "groups": {"sparsity": {"net.0.*": 0.9, "*": 0.5}},
+    "erk": {"scope": "erk"},
+    "all": {"sparsity": {"*": 0.8, "net.2.*": 0.3}, "scope": "erk", "schedule": math.sqrt},
+}
 CONTROLLED = [(name, "none") for name in METHODS] + [(name, "shuffle") for name in ("snip", "imp", "gradual")]
 CONTROLLED += [(name, "reinit") for name in ("drive", "imp", "gradual")]
 RESUMED = [("drive", "sgd"), ("drive", "adamw"), ("snip", "adamw"), ("synflow", "sgd"), ("imp", "adamw")]
@@ -189,10 +195,11 @@ def masks_among_ties(module: nn.Module) -> dict[str, Any]:
         for parameter in module.parameters():
             local(parameter).copy_(local(parameter).mul(20).round().div(20))
     methods = {"magnitude": Magnitude(rounds=2), "random": Random(seed=3), "same": Same()}
+    goals: dict[str, dict[str, Any]] = {**GOALS, "global": {}, "layerwise": {"scope": "layerwise"}}
     return {
-        f"{name}-{scope}": find_masks(module, method, sparsity=0.17, scope=scope).state_dict()
+        f"{name}-{goal}": find_masks(module, method, **{"sparsity": 0.17, **settings}).state_dict()
         for name, method in methods.items()
-        for scope in ("global", "layerwise")
+        for goal, settings in goals.items()
     }
 
 
@@ -272,11 +279,14 @@ def train(
 
 def joined(folder: Path) -> dict[str, Any]:
     """Find masks on batches that one process sees joined."""
-    return {
+    results = {
         f"{name}-{warmup}": train(folder, Exact(), METHODS[name](warmup_epochs=warmup, batches_per_round=2), "ddp")
         for name in ("drive", "snip")
         for warmup in (0, 1)
     }
+    for name, goal in GOALS.items():
+        results[name] = train(folder, Exact(), METHODS["drive"](**goal, batches_per_round=2), "ddp")
+    return results
 
 
 def variants(folder: Path) -> dict[str, Any]:
@@ -466,6 +476,8 @@ def sharded(folder: Path) -> dict[str, Any]:
     results["again"] = train(folder, module, METHODS["drive"](), strategy())
     results["layerwise"] = train(folder, Sharded(), METHODS["snip"](scope="layerwise", rounds=2), strategy())
     results["shuffle"] = train(folder, Sharded(), METHODS["snip"](control="shuffle"), strategy())
+    for name, goal in GOALS.items():
+        results[name] = train(folder, Sharded(), METHODS["drive"](**goal, batches_per_round=2), strategy())
     ties = FindsTies()
     train(folder, Sharded(), METHODS["snip"](), strategy(), others=(ties,))
     results["ties"] = ties.found

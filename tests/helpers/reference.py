@@ -5,8 +5,10 @@ autograd for the gradient of both factors, so the chain rule that the engine rel
 """
 
 import copy
+import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -47,37 +49,87 @@ def keep_highest(scores: Mapping[str, Tensor], num_kept: int, alive: Mapping[str
     }
 
 
-def num_kept_after(round_index: int, num_rounds: int, num_weights: int, sparsity: float, schedule: str) -> int:
-    """Return `round(P * (1 - s)^(n / N))`, or the same on a straight line, counted from all P and at least 1."""
+def num_kept_after(round_index: int, num_rounds: int, num_weights: int, sparsity: float, schedule: Any) -> int:
+    """Return `round(P * (1 - s)^(n / N))`, or the same on a straight line, counted from all P and at least 1.
+
+    A function of `n / N` says which part of the straight line is behind.
+    """
     progress = round_index / num_rounds
+    if callable(schedule):
+        progress = schedule(progress)
     density = (1 - sparsity) ** progress if schedule == "exponential" else 1 - sparsity * progress
     return max(1, round(num_weights * density))
+
+
+def groups_of(sparsity: Any, names: Sequence[str]) -> Iterator[tuple[list[str], float]]:
+    """Yield the names of each pattern, which no earlier one has, the rest last, with its sparsity."""
+    if not isinstance(sparsity, Mapping):
+        yield list(names), sparsity
+        return
+    left = list(names)
+    for pattern in [*(each for each in sparsity if each != "*"), *(["*"] * ("*" in sparsity))]:
+        found = [name for name in left if fnmatch.fnmatchcase(name, pattern)]
+        left = [name for name in left if name not in found]
+        if found:
+            yield found, sparsity[pattern]
+    assert not left
+
+
+def handed_out(shares: Mapping[str, int], total: int, most: Mapping[str, int]) -> dict[str, int]:
+    """Hand out one by one what is due first: number k of a share s at (k - 1/2) / s, everyone's first one at once."""
+    due = sorted(
+        (Fraction(2 * k - 1, 2 * max(1, share)) if k > 1 else Fraction(0), place, name)
+        for place, (name, share) in enumerate(shares.items())
+        for k in range(1, most[name] + 1)
+    )
+    counts = dict.fromkeys(shares, 0)
+    for _, _, name in due[:total]:
+        counts[name] += 1
+    return counts
 
 
 def prune(
     score: Callable[[dict[str, Tensor], int], Scores],
     masks: dict[str, Tensor],
     *,
-    sparsity: float,
+    sparsity: Any,
     rounds: int,
-    schedule: str = "exponential",
+    schedule: Any = "exponential",
     scope: str = "global",
 ) -> list[dict[str, Tensor]]:
     """Score and keep the highest `rounds` times; return the masks after each round."""
     history = []
     for round_index in range(1, rounds + 1):
         scores = score(masks, round_index)
-        groups = [list(masks)] if scope == "global" else [[name] for name in masks]
         new_masks: dict[str, Tensor] = {}
-        for group in groups:
-            total = sum(masks[name].numel() for name in group)
-            kept = num_kept_after(round_index, rounds, total, sparsity, schedule)
+        for group, kept in to_keep(masks, round_index, rounds, sparsity, schedule, scope):
             new_masks |= keep_highest(
                 {name: scores[name] for name in group}, kept, {name: masks[name] for name in group}
             )
-        masks = new_masks
+        masks = {name: new_masks[name] for name in masks}
         history.append(masks)
     return history
+
+
+def to_keep(
+    masks: Mapping[str, Tensor], round_index: int, rounds: int, sparsity: Any, schedule: Any, scope: str
+) -> Iterator[tuple[list[str], int]]:
+    """Yield which parameters are ranked together, and how many of their weights a round keeps."""
+
+    def kept(names: Sequence[str], own: float) -> int:
+        total = sum(masks[name].numel() for name in names)
+        return num_kept_after(round_index, rounds, total, own, schedule)
+
+    for names, own in groups_of(sparsity, list(masks)):
+        if scope == "global":
+            yield names, kept(names, own)
+        elif scope == "layerwise":
+            yield from (([name], kept([name], own)) for name in names)
+        else:
+            shares = {name: sum(masks[name].shape) for name in names}
+            most = {name: int(masks[name].sum()) for name in names}
+            counts = handed_out(shares, kept(names, own), most)
+            yield from (([name], count) for name, count in counts.items())
 
 
 def ones_like_weights(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:

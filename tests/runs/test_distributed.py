@@ -88,6 +88,19 @@ def test_masks_are_those_of_one_process(ranks: Any, tmp_path: Path, method: str,
     assert alone.masks == masks
 
 
+@pytest.mark.parametrize("goal", distributed.GOALS)
+@pytest.mark.parametrize("scenario", ["joined", "sharded"])
+def test_goals(ranks: Any, tmp_path: Path, scenario: str, goal: str) -> None:
+    """With a sparsity for each group, other densities or a function as a schedule, ranks keep what one process does."""
+    first, second = (result[goal] for result in ranks(scenario))
+    assert first["digest"] == second["digest"]
+    assert first["report"]["rounds"] == second["report"]["rounds"]
+    alone = distributed.METHODS["drive"](**distributed.GOALS[goal], batches_per_round=2)
+    trainer = fits.trainer(tmp_path, alone, max_epochs=distributed.EPOCHS)
+    trainer.fit(distributed.Exact(), datamodule=distributed.Data(2 * distributed.BATCH))
+    assert alone.masks == Masks.from_state_dict(first["masks"])
+
+
 @pytest.mark.parametrize("warmup_epochs", [0, 1])
 @pytest.mark.parametrize("variant", distributed.DDP_VARIANTS)
 def test_variants(ranks: Any, variant: str, warmup_epochs: int) -> None:
