@@ -92,7 +92,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
         ValueError: If an argument is out of its range.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         Four cuts an epoch, from the start of epoch 2 to that of epoch 20:
 
         >>> import lightning.pytorch as pl

@@ -27,7 +27,7 @@ Control: TypeAlias = Literal["none", "shuffle", "reinit"]
 def check_count(argument: str, value: object, *, least: int | None = 1) -> int:
     """Return a whole number of at least ``least`` (``None``: any) as an ``int``; raise a ``ValueError`` otherwise.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> check_count("rounds", np.int64(3))
         3
@@ -78,7 +78,7 @@ def check_patterns(argument: str, patterns: object) -> list[str] | None:
     A single string would be read letter by letter. For it, as for all else but ``None``, raise a ``TypeError`` that
     names the type: tensors and modules are too long to print.
 
-    Example:
+    Examples:
         >>> check_patterns("include", {"encoder.*": 1}.keys()), check_patterns("include", {"b", "a"})
         (['encoder.*'], ['a', 'b'])
 

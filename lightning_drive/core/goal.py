@@ -21,7 +21,7 @@ class Goal:
         TypeError: If ``sparsity`` is not a number.
         ValueError: If it is out of range, or a choice is not one.
 
-    Example:
+    Examples:
         >>> goal = Goal(0.99)
         >>> round(goal.density(1, 2), 3), goal.kept([100, 900], 2)
         (0.1, (100, 10))

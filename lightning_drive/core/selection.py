@@ -62,7 +62,7 @@ def keep_highest(
     Raises:
         ValueError: If ``num_kept`` is out of range, or a score is infinite or NaN (names the tensor).
 
-    Example:
+    Examples:
         >>> ranking = keep_highest({"a": torch.tensor([0.1, 0.9]), "b": torch.tensor([0.7, 0.8])}, num_kept=2)
         >>> ranking.masks
         {'a': tensor([False,  True]), 'b': tensor([False,  True])}
@@ -97,7 +97,7 @@ def keep_highest_each(
 ) -> dict[str, Ranking]:
     """Rank the entries of each tensor by itself, as :func:`keep_highest` does, and keep its own ``num_kept`` highest.
 
-    Example:
+    Examples:
         >>> scores = {"a": torch.tensor([0.1, 0.2]), "b": torch.tensor([8.0, 9.0])}
         >>> [ranking.masks for ranking in keep_highest_each(scores, {"a": 1, "b": 1}).values()]
         [{'a': tensor([False,  True])}, {'b': tensor([False,  True])}]
