@@ -34,7 +34,7 @@ from lightning_drive.trainer.cut_window import CutWindow
 from lightning_drive.trainer.saved_state import Pruning, SavedState
 
 Criterion: TypeAlias = Literal["magnitude", "drive"]
-"""What the weights of the lowest rank are the lowest in."""
+"""What a cut ranks weights by: their magnitude, or their DRIVE score on the batch that is trained on next."""
 
 
 class GradualPruningCallback(RepeatedPruningCallback):

@@ -12,16 +12,31 @@ from torch import Tensor, nn
 from lightning_drive.core.messages import shown
 
 Schedule: TypeAlias = Literal["exponential", "linear", "cubic"]
-"""How the number of weights falls from round to round."""
+"""How the number of weights falls from round to round.
+
+``"exponential"``: by the same fraction of the survivors. ``"linear"``: by the same number. ``"cubic"``: by many in the
+first rounds and few in the last.
+"""
 
 Scope: TypeAlias = Literal["global", "layerwise"]
-"""Whether all weights are ranked together, or those of every parameter by themselves."""
+"""Which weights are ranked together.
+
+``"global"``: all, so that layers end with different densities. ``"layerwise"``: those of each parameter by themselves,
+so that each keeps the same fraction.
+"""
 
 Mode: TypeAlias = Literal["train", "eval"]
-"""The mode of the module while it is scored."""
+"""The mode of the module while it is scored: BatchNorm uses the statistics of the batch, or its running ones.
+
+Dropout is off in both.
+"""
 
 Control: TypeAlias = Literal["none", "shuffle", "reinit"]
-"""A control experiment: random masks with the counts of those that were found, or other initial weights."""
+"""A control experiment, see Frankle et al., 2021.
+
+``"shuffle"``: masks are shuffled within each parameter, which keeps its number of weights. ``"reinit"``: the masks are
+kept, and their weights get new initial values.
+"""
 
 
 def check_count(argument: str, value: object, *, least: int | None = 1) -> int:
