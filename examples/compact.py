@@ -246,7 +246,9 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     costs = [["dense kB", "sparse kB", *times], *map(_costs, results)]
     names = [["network", "pruned by", "sparsity"]]
     names += [[row["network"], row["method"], f"{100 * row['sparsity']:g}%"] for row in results]
-    return "\n\n".join(_markdown([[*name, *cells] for name, cells in zip(names, part)]) for part in (left, costs))
+    return "\n\n".join(
+        _markdown([[*name, *cells] for name, cells in zip(names, part, strict=True)]) for part in (left, costs)
+    )
 
 
 def _left(row: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What MkDocs does for this site besides: pages from outside `docs/`, links to other documentations, help, the version."""
+"""Hooks of MkDocs: pages from outside `docs/`, links to other documentations, help of the command, the version."""
 
 import os
 import re
@@ -22,7 +22,8 @@ FROM_OUTSIDE = {
 }
 """Files of the site to the files of the repository that they are made of."""
 LINK = re.compile(r"\]\((?P<path>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
-HELP = re.compile(r"^<!-- help of (?P<command>[\w-]+)(?P<words>[^>]*) -->$", flags=re.MULTILINE)
+COMMAND = "reference/command.md"
+PERCENT = re.compile(r"(?P<code><(pre|code)\b.*?</\2>)|(?<=\d) (?=%)", flags=re.DOTALL)
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -33,10 +34,11 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    """Show the help of commands, and lead links that leave the folder to the site or the repository."""
+    """Lead links that leave the folder to the site or the repository, and show the options of the command."""
     here = page.file.src_uri
     folder = dirname(str(FROM_OUTSIDE.get(here, Path("docs", here))))
-    markdown = HELP.sub(lambda mark: help_of(*mark["words"].split()), markdown)
+    if here == COMMAND:
+        markdown += options()
     return LINK.sub(lambda link: f"]({led(link['path'], folder, here, config)}{link['anchor'] or ''})", markdown)
 
 
@@ -53,12 +55,25 @@ def led(path: str, folder: str, here: str, config: MkDocsConfig) -> str:
     return path
 
 
+def options() -> str:
+    """Return the section of options: what the command prints about itself, and about each of its commands."""
+    about = help_of()
+    names = re.findall(r"^ {4}(\w+) {2,}", about.partition("commands:")[2], flags=re.MULTILINE)
+    parts = [f"### {name}\n\n```text\n{help_of(name)}\n```" for name in names]
+    return "\n\n".join(["\n\n## Options", f"```text\n{about}\n```", *parts])
+
+
 def help_of(*words: str) -> str:
-    """Return what the command `lightning-drive` prints about itself or one of its commands, as a block of text."""
+    """Return what the command prints about itself or one of its commands."""
     command = [sys.executable, "-m", "lightning_drive", *words, "--help"]
     environment = {**os.environ, "COLUMNS": "100"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return f"```text\n{done.stdout.strip()}\n```"
+    return done.stdout.strip()
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep a number and its percent sign in one line, but in code."""
+    return PERCENT.sub(lambda found: found["code"] or "\u00a0", html)
 
 
 def on_env(env: Any, *, config: MkDocsConfig, **_: Any) -> Any:

@@ -131,7 +131,8 @@ def machine(results: Mapping[str, Any], on_page: Iterable[str]) -> str:
     infos = [result["extra_info"] for result in results["benchmarks"] if result["extra_info"]["group"] in {*on_page}]
     on_machine: dict[str, list[Any]] = {}
     for info in infos:
-        on_machine.setdefault(info.get("machine", described(results["machine_info"])), []).append(info)
+        name = info["machine"] if "machine" in info else described(results["machine_info"])
+        on_machine.setdefault(name, []).append(info)
     mixed = [
         group for group, times in Counter(g for own in on_machine.values() for g in _groups(own)).items() if times > 1
     ]
