@@ -23,6 +23,7 @@ FROM_OUTSIDE = {
 """Files of the site to the files of the repository that they are made of."""
 LINK = re.compile(r"\]\((?P<path>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 COMMAND = "reference/command.md"
+WORD = re.compile(r"<code>([^<\s]{1,40})</code>")
 PERCENT = re.compile(r"(?P<code><(pre|code)\b.*?</\2>)|(?<=\d) (?=%)", flags=re.DOTALL)
 
 
@@ -72,8 +73,8 @@ def help_of(*words: str) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Keep a number and its percent sign in one line, but in code."""
-    return PERCENT.sub(lambda found: found["code"] or "\u00a0", html)
+    """Keep words of code in one line, and, outside code, a number and its percent sign."""
+    return PERCENT.sub(lambda found: found["code"] or "\u00a0", WORD.sub(r'<code class="word">\1</code>', html))
 
 
 def on_env(env: Any, *, config: MkDocsConfig, **_: Any) -> Any:
