@@ -52,8 +52,8 @@ def test_filled__machines_error() -> None:
 def test_machine() -> None:
     """Each table is of one machine, which the page names with it if there is another."""
     one, two = ({"extra_info": {"group": name, "machine": name, "date": "D", "revision": "R"}} for name in "ab")
-    assert page.machine({"benchmarks": [one]}, ["a"]) == "Measured on a; D (revision R)."
-    both = page.machine({"benchmarks": [one, two, one]}, ["a", "b"])
+    assert page.machine({**RESULTS, "benchmarks": [one]}, ["a"]) == "Measured on a; D (revision R)."
+    both = page.machine({**RESULTS, "benchmarks": [one, two, one]}, ["a", "b"])
     assert both == "Measured on a (a); D (revision R).\n\nMeasured on b (b); D (revision R)."
 
 

@@ -158,7 +158,8 @@ def described(info: Mapping[str, Any]) -> str:
     """Describe the machine and the versions that results come from."""
     versions = ", ".join(f"{name} {number}" for name, number in info["versions"].items())
     cpu = f"{info['cpu']['brand_raw']} (family {info['cpu'].get('family')}, model {info['cpu'].get('model')})"
-    return f"{cpu}, {info['threads']} threads, {info['system']} {info['release']}; {versions}"
+    threads = f"{info['threads']} thread{'s' if info['threads'] > 1 else ''}"
+    return f"{cpu}, {threads}, {info['system']} {info['release']}; {versions}"
 
 
 def stamp(results: Mapping[str, Any]) -> None:

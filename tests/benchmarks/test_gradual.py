@@ -1,4 +1,4 @@
-"""Gradual pruning: a cut against the training step after it, and a whole run against a dense one."""
+"""Gradual pruning: a cut against the training step after it."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from benchmarks import measure, trainers
+from benchmarks import trainers
 from benchmarks.page import Figure
 from benchmarks.trainers import Module
 from typing_extensions import override
@@ -15,11 +15,9 @@ from lightning_drive import GradualPruningCallback
 
 CUTS, EPOCHS = 4, 4
 WINDOW = {"sparsity": trainers.SPARSITY, "start_epoch": 1, "end_epoch": EPOCHS - 1, "cuts_per_epoch": CUTS}
-CASES = [("MLP 3072-300-100-10", 64, 200), ("ResNet-18", 16, 12), ("ResNet-18", 128, 4), ("Transformer", 16, 12)]
+CASES = [("MLP 3072-300-100-10", 64, 200), ("ResNet-18", 16, 12), ("Transformer", 16, 12)]
 """Network, batch size, and steps in an epoch."""
 CRITERIA = ("magnitude", "drive")
-RUNS = [("ResNet-18", 16, 40, 3), ("Transformer", 16, 60, 3)]
-"""Network, batch size, steps in an epoch, and repeats."""
 
 Taken = tuple[list[float], dict[str, list[float]]]
 
@@ -32,13 +30,10 @@ class TimedCuts(GradualPruningCallback):
         self.seconds: dict[int, float] = {}
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        before, begin = self.cut, time.perf_counter()
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self.cut > before:
-            self.seconds[trainer.global_step] = time.perf_counter() - begin
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        begin = time.perf_counter()
+        super()._prune(trainer, pl_module)
+        self.seconds[trainer.global_step] = time.perf_counter() - begin
 
 
 class TimedSteps(pl.Callback):
@@ -67,22 +62,3 @@ def test_cut(figure: Callable[..., Figure], name: str, batch_size: int, steps: i
         return [*cuts.seconds.values()], {"the step after it": [times.seconds[step] for step in cuts.seconds]}
 
     figure("gradual", f"a cut by {criterion}, {name}, batches of {batch_size}", "s", take, goal=1.2)
-
-
-@pytest.mark.parametrize(("name", "batch_size", "steps", "repeats"), RUNS)
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_run(
-    figure: Callable[..., Figure], name: str, batch_size: int, steps: int, repeats: int, criterion: Any
-) -> None:
-    def fit(*callbacks: pl.Callback) -> None:
-        trainers.trainer(*callbacks, max_epochs=EPOCHS).fit(Module(name, batch_size, steps))
-
-    gradual = measure.seconds(lambda: fit(GradualPruningCallback(**WINDOW, criterion=criterion)))  # type: ignore[arg-type]
-    figure(
-        "gradual",
-        f"a run by {criterion}, {name}, batches of {batch_size}",
-        "s",
-        lambda: measure.in_turn(gradual, {"a dense run": measure.seconds(fit)}, repeats),
-        goal=1.03,
-        note=f"{(EPOCHS - 1) * steps + 1} steps, {(EPOCHS - 2) * CUTS} cuts",
-    )
