@@ -146,7 +146,7 @@ def machine(results: Mapping[str, Any], on_page: Iterable[str]) -> str:
         taken = sorted({(info["date"], info["revision"]) for info in own})
         of = f" ({', '.join(_groups(own))})" if len(on_machine) > 1 else ""
         dates = ", ".join(f"{date} (revision {revision})" for date, revision in taken)
-        lines.append(f"Measured on {name.replace(' 1 threads', ' 1 thread')}{of}; {dates}.")
+        lines.append(f"Measured on {name}{of}; {dates}.")
     return "\n\n".join(lines) or NOT_MEASURED
 
 
