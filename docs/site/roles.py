@@ -33,6 +33,7 @@ def _link(role: re.Match[str]) -> str:
 
 
 def _is_ours(target: str) -> bool:
+    """Whether a role names something of this package, by its path or as seen from where it stands."""
     return "." not in target or target.startswith("lightning_drive.") or target[0].isupper()
 
 
