@@ -240,28 +240,42 @@ def run(options: argparse.Namespace, data: Images) -> Iterator[Result]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table of the results in Markdown."""
-    numbers = ["sparsity", "accuracy", "channels", "parameters", "multiply-adds", "dense kB", "sparse kB"]
-    numbers += [f"time, batch of {size}" for size in BATCH_SIZES]
-    rows = [" | ".join(["network", "pruned by", *numbers]), " | ".join(["---", "---", *["---:"] * len(numbers)])]
-    for row in results:
-        (channels, channels_left), (parameters, left), (adds, adds_left) = (
-            row[key] for key in ("channels", "parameters", "multiply_adds")
-        )
-        cells = [row["network"], row["method"], f"{100 * row['sparsity']:g}%"]
-        cells += [
-            " → ".join(f"{fraction:.0%}" for fraction in row["accuracy"]),
-            f"{channels:,} → {channels_left:,}",
-            f"{parameters:,} → {left:,} ({left / parameters:.0%})",
-        ]
-        cells += [f"{adds / 1e6:,.1f} M → {adds_left / 1e6:,.1f} M ({adds_left / adds:.0%})"]
-        for key in ("dense_bytes", "sparse_bytes"):
-            cells.append(" → ".join(f"{size / 1000:,.0f}" for size in row[key]))
-        for size in map(str, BATCH_SIZES):
-            before, after = row["milliseconds"][size]
-            cells.append(f"{row['time_ratio'][size]:.2f} ({before:,.1f} → {after:,.1f} ms)")
-        rows.append(" | ".join(cells))
-    return "\n".join(f"| {row} |" for row in rows)
+    """Return two tables of the results in Markdown: of what is left, and of bytes and times."""
+    times = [f"time, batch of {size}" for size in BATCH_SIZES]
+    left = [["accuracy", "channels", "parameters", "multiply-adds"], *map(_left, results)]
+    costs = [["dense kB", "sparse kB", *times], *map(_costs, results)]
+    names = [["network", "pruned by", "sparsity"]]
+    names += [[row["network"], row["method"], f"{100 * row['sparsity']:g}%"] for row in results]
+    return "\n\n".join(
+        _markdown([[*name, *cells] for name, cells in zip(names, part, strict=True)]) for part in (left, costs)
+    )
+
+
+def _left(row: Mapping[str, Any]) -> list[str]:
+    channels, channels_left = row["channels"]
+    parameters, left = row["parameters"]
+    adds, adds_left = row["multiply_adds"]
+    return [
+        " → ".join(f"{fraction:.0%}" for fraction in row["accuracy"]),
+        f"{channels:,} → {channels_left:,}",
+        f"{parameters:,} → {left:,} ({left / parameters:.0%})",
+        f"{adds / 1e6:,.1f} M → {adds_left / 1e6:,.1f} M ({adds_left / adds:.0%})",
+    ]
+
+
+def _costs(row: Mapping[str, Any]) -> list[str]:
+    """Return kilobytes, and ratios of times beside the time of the masked network: they are medians of pairs."""
+    sizes = [" → ".join(f"{size / 1000:,.0f}" for size in row[key]) for key in ("dense_bytes", "sparse_bytes")]
+    times = [
+        f"{row['time_ratio'][size]:.2f} of {row['milliseconds'][size][0]:,.1f} ms" for size in map(str, BATCH_SIZES)
+    ]
+    return [*sizes, *times]
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *others = rows
+    sides = ["---", "---", *["---:"] * (len(head) - 2)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, sides, *others])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,11 +20,7 @@ class OneLineErrorsCLI(LightningCLI):
     package rejects, such as ``sparsity=90`` or a warm-up that is as long as the training. All other errors keep their
     traceback, and so do these with the environment variable ``JSONARGPARSE_DEBUG=true``.
 
-    Example::
-
-        from lightning_drive.cli import OneLineErrorsCLI
-
-        OneLineErrorsCLI(YourModule, YourData)
+    Use it as ``LightningCLI`` itself: ``OneLineErrorsCLI(YourModule, YourData)``.
 
     """
 

@@ -26,9 +26,15 @@ class Roles(griffe.Extension):
 
 
 def _link(role: re.Match[str]) -> str:
-    """Link to what the reference pages show; anything else is only named."""
+    """Link to what the reference pages show, and to other libraries; anything else is only named."""
     name = role["target"].rpartition(".")[2]
-    return f"[`{name}`][{PUBLIC[name]}]" if name in PUBLIC else f"`{name}`"
+    address = PUBLIC.get(name) or ("" if _is_ours(role["target"]) else role["target"])
+    return f"[`{name}`][{address}]" if address else f"`{name}`"
+
+
+def _is_ours(target: str) -> bool:
+    """Whether a role names something of this package, by its path or as seen from where it stands."""
+    return "." not in target or target.startswith("lightning_drive.") or target[0].isupper()
 
 
 def _code(math: re.Match[str]) -> str:

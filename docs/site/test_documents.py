@@ -39,6 +39,12 @@ INSTEAD = {
 
 VIRTUAL_ENVIRONMENT = "python3 -m venv .venv"
 
+[REPOSITORY] = re.findall(
+    r"^repo_url: (.+)$", (ROOT / "docs/site/mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE
+)
+CLONE = f"git clone {REPOSITORY} && cd {REPOSITORY.rpartition('/')[2]}"
+"""The line that a reader begins with; whoever runs this has a clone."""
+
 
 def reader() -> dict[str, Any]:
     """Return what a reader has before the first block of a page."""
@@ -68,7 +74,7 @@ def write(example: Example) -> None:
 
 def run(example: Example) -> None:
     """Run a block of bash, step by step, on the package of this checkout and in this environment."""
-    lines = example.parsed.replace("\\\n", " ").splitlines()
+    lines = [line for line in example.parsed.replace("\\\n", " ").splitlines() if line != CLONE]
     for step in [step for line in lines for step in line.split(" && ")]:
         command = step.partition("  #")[0].strip().replace(".venv/bin/", "")
         if command == VIRTUAL_ENVIRONMENT or not command:

@@ -48,7 +48,7 @@ def accelerate(module: nn.Module, example_input: Any) -> nn.Module:
         ValueError: If no weight is zero, a parameter is not on the CPU or of another precision, or the module cannot be
             copied, or its outputs are not finite or not the same for the same input.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)).eval()
         >>> with torch.no_grad():
         ...     _ = net[0].weight[torch.rand(512, 512) < 0.98] = 0

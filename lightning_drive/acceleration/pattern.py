@@ -24,7 +24,7 @@ class Pattern:
         order: Which of the kept weights each entry is, or ``None`` if they are in order.
         copies: How often every kept weight stands in the matrix; the copies follow one another, all weights at a time.
 
-    Example:
+    Examples:
         The matrix ``[[0, 2, 0], [3, 0, 4]]``, times a vector of ones:
 
         >>> pattern = Pattern.of(torch.tensor([0, 1, 1]), torch.tensor([1, 0, 2]), num_rows=2, num_columns=3)

@@ -132,7 +132,7 @@ class PruningActions(pl.Callback):
             The copies: modules whose parameters have the same names as in ``pl_module``, or mappings from these names
             to tensors. Default: none.
 
-        Example:
+        Examples:
             A mean teacher inside the module:
 
             >>> from lightning_drive import DRIVEPruningCallback

@@ -34,7 +34,7 @@ from lightning_drive.trainer.cut_window import CutWindow
 from lightning_drive.trainer.saved_state import Pruning, SavedState
 
 Criterion: TypeAlias = Literal["magnitude", "drive"]
-"""What the weights of the lowest rank are the lowest in."""
+"""What a cut ranks weights by: their magnitude, or their DRIVE score on the batch that is trained on next."""
 
 
 class GradualPruningCallback(RepeatedPruningCallback):
@@ -95,7 +95,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
         ValueError: If an argument is out of its range.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         Four cuts an epoch, from the start of epoch 2 to that of epoch 20:
 
         >>> import lightning.pytorch as pl

@@ -73,7 +73,7 @@ class IMPPruningCallback(RepeatedPruningCallback):
         ValueError: If an argument is out of its range.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         Five cycles of ten epochs, and 30 epochs for the ticket:
 
         >>> import lightning.pytorch as pl

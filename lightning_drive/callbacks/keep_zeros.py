@@ -50,7 +50,7 @@ class KeepZerosCallback(PruningCallback):
     Raises:
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import lightning.pytorch as pl
         >>> callback = KeepZerosCallback(exclude=["head.*"])
         >>> trainer = pl.Trainer(max_epochs=10, callbacks=[callback], logger=False)

@@ -54,7 +54,7 @@ class SNIPPruningCallback(WarmupPruningCallback):
         ValueError: If an argument is out of its range.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import lightning.pytorch as pl
         >>> callback = SNIPPruningCallback(sparsity=0.9)
         >>> trainer = pl.Trainer(max_epochs=50, callbacks=[callback], logger=False)

@@ -47,7 +47,7 @@ class SynFlowPruningCallback(WarmupPruningCallback):
         ValueError: If an argument is out of its range.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import lightning.pytorch as pl
         >>> callback = SynFlowPruningCallback(sparsity=0.98)
         >>> trainer = pl.Trainer(max_epochs=50, callbacks=[callback], logger=False)

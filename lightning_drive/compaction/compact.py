@@ -47,7 +47,7 @@ def compact(module: nn.Module, example_input: Any) -> nn.Module:
             outputs are not finite or not the same for the same input, or it cannot be copied or followed.
         RuntimeError: If the smaller module does not agree with the given one in its own precision.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> with torch.no_grad():

@@ -15,25 +15,40 @@ Sparsity: TypeAlias = float | Mapping[str, float]
 """The fraction of the weights to remove, or such a fraction for each glob pattern over names of parameters."""
 
 NamedSchedule: TypeAlias = Literal["exponential", "linear", "cubic"]
-"""How the number of weights falls from round to round, by name."""
+"""How the number of weights falls from round to round, by name.
+
+``"exponential"``: by the same fraction of the survivors. ``"linear"``: by the same number. ``"cubic"``: by many in the
+first rounds and few in the last.
+"""
 
 Schedule: TypeAlias = NamedSchedule | Callable[[float], float]
 """The same, or a function from the fraction of the rounds that are done to the fraction of the sparsity reached."""
 
 Scope: TypeAlias = Literal["global", "layerwise", "erk"]
-"""Whether all weights are ranked together, or those of every parameter by themselves, and then how many it keeps."""
+"""Which weights are ranked together, and how many are kept of each parameter.
+
+``"global"``: all, so that layers end with different densities. ``"layerwise"``: those of each parameter by themselves,
+so that each keeps the same fraction. ``"erk"``: the same, but each keeps its own fraction, more of small parameters.
+"""
 
 Mode: TypeAlias = Literal["train", "eval"]
-"""The mode of the module while it is scored."""
+"""The mode of the module while it is scored: BatchNorm uses the statistics of the batch, or its running ones.
+
+Dropout is off in both.
+"""
 
 Control: TypeAlias = Literal["none", "shuffle", "reinit"]
-"""A control experiment: random masks with the counts of those that were found, or other initial weights."""
+"""A control experiment, see Frankle et al., 2021.
+
+``"shuffle"``: masks are shuffled within each parameter, which keeps its number of weights. ``"reinit"``: the masks are
+kept, and their weights get new initial values.
+"""
 
 
 def check_count(argument: str, value: object, *, least: int | None = 1) -> int:
     """Return a whole number of at least ``least`` (``None``: any) as an ``int``; raise a ``ValueError`` otherwise.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> check_count("rounds", np.int64(3))
         3
@@ -88,7 +103,7 @@ def check_patterns(argument: str, patterns: object) -> list[str] | None:
     A single string would be read letter by letter. For it, as for all else but ``None``, raise a ``TypeError`` that
     names the type: tensors and modules are too long to print.
 
-    Example:
+    Examples:
         >>> check_patterns("include", {"encoder.*": 1}.keys()), check_patterns("include", {"b", "a"})
         (['encoder.*'], ['a', 'b'])
 

@@ -17,7 +17,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def pack(mask: Tensor) -> Tensor:
     """Return a boolean tensor of any shape as bits, the first entry in the highest bit of a flat ``uint8`` CPU tensor.
 
-    Example:
+    Examples:
         >>> pack(torch.tensor([True, False, False, False, False, False, False, True, True]))
         tensor([129, 128], dtype=torch.uint8)
 

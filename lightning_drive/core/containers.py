@@ -21,7 +21,7 @@ def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     batch of graphs; and objects with tensors among their attributes. Everything else is shared, and so is a container
     that cannot be copied. The tree itself is not changed.
 
-    Example:
+    Examples:
         >>> mapped(torch.neg, {"x": [torch.ones(2)], "name": "a"})
         {'x': [tensor([-1., -1.])], 'name': 'a'}
 
@@ -38,7 +38,7 @@ def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def leaves(tree: Any) -> list[Tensor]:
     """Return the tensors of a tree, in order.
 
-    Example:
+    Examples:
         >>> leaves(({"image": torch.zeros(1)}, "label", [torch.ones(1)]))
         [tensor([0.]), tensor([1.])]
 

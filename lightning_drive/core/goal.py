@@ -43,7 +43,7 @@ class Goal:
         TypeError: If ``sparsity`` is not a number, and no mapping from strings to numbers.
         ValueError: If a fraction is out of range, or a choice is not one.
 
-    Example:
+    Examples:
         >>> goal, shapes = Goal(0.99), {"first": (10, 10), "last": (30, 30)}
         >>> goal.kept(shapes, num_rounds=2)
         (100, 10)

@@ -24,7 +24,7 @@ def groups(tensors: Sequence[Tensor]) -> list[slice]:
 
     The slices cover all tensors, in order.
 
-    Example:
+    Examples:
         >>> groups([torch.ones(2), torch.ones(3, 3), torch.ones(1000, 1000), torch.ones(4)])
         [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None)]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 def listed(items: Iterable[object], most: int = 8) -> str:
     """Join items with commas, and count those after the first ``most``.
 
-    Example:
+    Examples:
         >>> listed(["a", "b", "c"]), listed(["a", "b", "c", "d"], most=2), listed([])
         ('a, b, c', 'a, b and 2 more', 'none')
 
@@ -20,7 +20,7 @@ def listed(items: Iterable[object], most: int = 8) -> str:
 def shown_error(error: BaseException, most: int = 300) -> str:
     r"""Return the type of an error and the first ``most`` letters of its first line; those of torch may be very long.
 
-    Example:
+    Examples:
         >>> shown_error(ValueError("It is wrong.\nHere is more about it")), shown_error(ValueError("wrong"), most=3)
         ('ValueError: It is wrong', 'ValueError: wro...')
 
@@ -32,7 +32,7 @@ def shown_error(error: BaseException, most: int = 300) -> str:
 def shown(value: object) -> str:
     """Return a short text for a value of any type and size.
 
-    Example:
+    Examples:
         >>> shown("a"), shown(-1), shown([1, 2]), shown(1 << 20_000)
         ("'a'", '-1', 'a list', 'an integer of 20,001 bits')
 

@@ -25,7 +25,7 @@ class Ranks:
         group: Their process group; ``None``: all processes.
         device: The device that the group's backend needs tensors on.
 
-    Example:
+    Examples:
         >>> ALONE.size, ALONE.sum(torch.tensor([1, 2])), ALONE.broadcast("text")
         (1, tensor([1, 2]), 'text')
 

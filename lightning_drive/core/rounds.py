@@ -86,7 +86,7 @@ def removed_by_round(
 
     The counts are those of every parameter before each round, and after the last one: one more than there are rounds.
 
-    Example:
+    Examples:
         >>> removed_by_round(1, [0.5, 0.7], [(4, 4), (4, 2), (1, 1)])
         (Round(index=1, threshold=0.5, removed=(0, 2)), Round(index=2, threshold=0.7, removed=(3, 1)))
 

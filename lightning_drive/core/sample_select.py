@@ -44,7 +44,7 @@ def cut(pieces: Sequence[tuple[Tensor, Tensor | None]], num_alive: int, num_kept
     Returns:
         The number, or ``None`` if the sample misled, if much is equal or nearly so, or if a number is NaN or infinite.
 
-    Example:
+    Examples:
         >>> cut([(torch.tensor([0.1, 0.7, 0.3]), None), (torch.tensor([0.3, 0.9]), None)], num_alive=5, num_kept=3)
         Cut(threshold=0.30000001192092896, num_above=2, num_tied=2)
 

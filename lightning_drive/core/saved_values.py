@@ -34,7 +34,7 @@ def read(kind: type[T], values: object) -> T:
     Fields are numbers, texts, literals, tuples, mappings or dataclasses; those with a default may be missing. Raise a
     ``ValueError`` that names a field if it is missing, unknown or of another form.
 
-    Example:
+    Examples:
         >>> from dataclasses import make_dataclass
         >>> Point = make_dataclass("Point", [("place", tuple[int, ...]), ("name", str | None, None)])
         >>> read(Point, {"place": [1, 2]})
@@ -60,7 +60,7 @@ def check(kind: Any, value: object, what: str) -> Any:
 def has_memory(tensor: Tensor) -> bool:
     """Whether a tensor has values in memory, and not by far fewer than it claims, as an expanded one may have.
 
-    Example:
+    Examples:
         >>> has_memory(torch.ones(1).expand(1000)), has_memory(torch.ones(1).expand(10**12))
         (True, False)
 
@@ -75,7 +75,7 @@ def digest(value: object) -> str:
 
     Of values of other types only the type's name counts.
 
-    Example:
+    Examples:
         >>> digest({"lr": 0.1, "momenta": [torch.ones(2)]}) == digest({"lr": 0.1, "momenta": [torch.ones(1)]})
         False
 

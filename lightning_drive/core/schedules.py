@@ -38,7 +38,7 @@ def exponential(round_index: int, num_rounds: int, sparsity: float, start: float
     Raises:
         ValueError: If an argument is outside its range.
 
-    Example:
+    Examples:
         >>> [round(exponential(k, 3, 0.999), 3) for k in (1, 2, 3)]
         [0.1, 0.01, 0.001]
 
@@ -71,7 +71,7 @@ def linear(round_index: int, num_rounds: int, sparsity: float, start: float = 0.
     Raises:
         ValueError: If an argument is outside its range.
 
-    Example:
+    Examples:
         >>> [round(linear(k, 3, 0.9), 3) for k in (1, 2, 3)]
         [0.7, 0.4, 0.1]
 
@@ -102,7 +102,7 @@ def cubic(round_index: int, num_rounds: int, sparsity: float, start: float = 0.0
     Raises:
         ValueError: If an argument is outside its range.
 
-    Example:
+    Examples:
         >>> [round(cubic(k, 4, 0.9), 3) for k in (1, 2, 3, 4)]
         [0.48, 0.212, 0.114, 0.1]
 
@@ -158,7 +158,7 @@ def num_kept(num_weights: int, density: float) -> int:
         num_weights: How many weights there are, dense.
         density: Fraction to keep, in ``[0, 1]``.
 
-    Example:
+    Examples:
         >>> num_kept(1000, 0.02), num_kept(10, 0.001)
         (20, 1)
 

@@ -20,7 +20,7 @@ def magnitude(weight: Tensor) -> Tensor:
     Returns:
         Scores of the same shape and device.
 
-    Example:
+    Examples:
         >>> magnitude(torch.tensor([-2.0, 0.5]))
         tensor([2.0000, 0.5000])
 
@@ -42,7 +42,7 @@ def snip(weight: Tensor, gradient: Tensor, *, out: Tensor | None = None) -> Tens
     Returns:
         Scores of the same shape and device.
 
-    Example:
+    Examples:
         >>> snip(torch.tensor([-2.0, 0.5]), torch.tensor([0.25, 4.0]))
         tensor([0.5000, 2.0000])
 
@@ -98,7 +98,7 @@ def drive(weight: Tensor, gradient: Tensor, *, out: Tensor | None = None) -> Ten
     Returns:
         Scores of the same shape and device.
 
-    Example:
+    Examples:
         The order is that of the three-factor definition:
 
         >>> weight, gradient = torch.tensor([-2.0, 0.5, 1.0]), torch.tensor([0.25, 4.0, -1.0])
@@ -127,7 +127,7 @@ def drive_three_factor(weight: Tensor, mask: Tensor, gradient: Tensor) -> Tensor
     Returns:
         The metric in float64, same shape and device.
 
-    Example:
+    Examples:
         >>> drive_three_factor(torch.tensor([2.0, 2.0]), torch.tensor([True, False]), torch.tensor([0.5, 0.5]))
         tensor([1., 0.], dtype=torch.float64)
 

@@ -62,7 +62,7 @@ def keep_highest(
     Raises:
         ValueError: If ``num_kept`` is out of range, or a score is infinite or NaN (names the tensor).
 
-    Example:
+    Examples:
         >>> ranking = keep_highest({"a": torch.tensor([0.1, 0.9]), "b": torch.tensor([0.7, 0.8])}, num_kept=2)
         >>> ranking.masks
         {'a': tensor([False,  True]), 'b': tensor([False,  True])}

@@ -13,7 +13,7 @@ _COMPRESSED = {torch.sparse_csr: "row", torch.sparse_bsr: "row", torch.sparse_cs
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's memory holds the numbers that it stands for; ask of this rank's part if it is split.
 
-    Example:
+    Examples:
         >>> weight = torch.eye(2)
         >>> is_plain(weight), is_plain(weight.to_sparse())
         (True, False)

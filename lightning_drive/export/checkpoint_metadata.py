@@ -48,7 +48,7 @@ def packed(content: Mapping[str, Any]) -> Packed:
 
     A bare ``state_dict`` has no such things.
 
-    Example:
+    Examples:
         >>> packed({"state_dict": {}, "epoch": 3, "labels": ("cat", "dog"), "set": {1}, "loops": {}})
         Packed(metadata={'checkpoint': '{"epoch": 3, "labels": {"__tuple__": ["cat", "dog"]}}'}, \
 hyper_parameters_left_out=[], entries_left_out=['set (set)'])

@@ -40,7 +40,7 @@ def joined(state_dict: Mapping[str, Tensor]) -> Joined:
 
     What is no pair of a value and a mask of zeros and ones, in one shape, stays as it is.
 
-    Example:
+    Examples:
         >>> stored = {"weight_orig": torch.tensor([2.0, 3.0]), "weight_mask": torch.tensor([0.0, 1.0])}
         >>> dict(joined(stored).state_dict)
         {'weight': tensor([0., 3.])}

@@ -32,7 +32,7 @@ def of_layer(layer: nn.Module) -> dict[str, Computed]:
     ``torch.nn.utils.prune``, and those of other libraries that work in the same way (weight drop). Modules within the
     layer do not count.
 
-    Example:
+    Examples:
         >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
         >>> of_layer(layer)["weight"].plain
         'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")'
@@ -70,7 +70,7 @@ def of_sources(layer: nn.Module, name: str) -> Computed:
 def base_name(name: str) -> str:
     """Return the name of the weight that a parameter of this name is a source of by its ending; empty if of none.
 
-    Example:
+    Examples:
         >>> base_name("weight_hh_l0_orig"), base_name("weight_hh_l0")
         ('weight_hh_l0', '')
 

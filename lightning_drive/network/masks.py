@@ -30,7 +30,7 @@ class Masks(Mapping[str, Tensor]):
     Raises:
         TypeError: If a value is not a boolean tensor (named).
 
-    Example:
+    Examples:
         >>> masks = Masks({"weight": torch.tensor([[True, False], [False, False]])})
         >>> masks.sparsity, masks.num_kept, masks.num_prunable
         (0.75, 1, 4)
@@ -69,7 +69,7 @@ class Masks(Mapping[str, Tensor]):
             ValueError: If a pattern matches nothing, there is nothing prunable, or a weight is computed from others,
                 such as a value and a mask of ``torch.nn.utils.prune`` (named, with the call that makes it plain).
 
-        Example:
+        Examples:
             >>> layer = nn.Linear(2, 2)
             >>> layer.weight.data = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
             >>> Masks.of(layer)["weight"]
@@ -141,7 +141,7 @@ class Masks(Mapping[str, Tensor]):
             generator: A random generator; equal seeds on equal devices give equal masks.
             among: Masks that keep at least as much of every parameter; only what they keep may be kept. Default: all.
 
-        Example:
+        Examples:
             >>> masks = Masks({"weight": torch.tensor([[True, True, False], [False, False, False]])})
             >>> shuffled = masks.shuffled(torch.Generator().manual_seed(0))
             >>> shuffled.num_kept, shuffled == masks
@@ -276,7 +276,7 @@ class Masks(Mapping[str, Tensor]):
 def of_zeros(weights: Mapping[str, Tensor]) -> Masks:
     """Return the masks that keep what is not 0 in weights by name, which may be split over ranks or quantised.
 
-    Example:
+    Examples:
         >>> of_zeros({"weight": torch.tensor([0.5, 0.0, -0.0])})["weight"]
         tensor([ True, False, False])
 
@@ -291,7 +291,7 @@ def collapsed_layers(masks: Mapping[str, Tensor]) -> list[str]:
 
     Without an empty layer a signal may still be cut off: see :func:`lightning_drive.network.synflow.active_masks`.
 
-    Example:
+    Examples:
         >>> collapsed_layers({"a": torch.tensor([True]), "b": torch.tensor([False])})
         ['b']
 

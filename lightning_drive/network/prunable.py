@@ -28,7 +28,7 @@ def register(layer: type[nn.Module] | str, *names: str) -> Callable[[], None]:
     Raises:
         TypeError: If ``layer`` is neither a class of modules nor a name, or one of ``names`` is no string.
 
-    Example:
+    Examples:
         >>> import torch
         >>> class Mix(nn.Module):
         ...     def __init__(self):
@@ -84,7 +84,7 @@ def prunable_parameters(
         ValueError: If a pattern matches nothing, nothing is left to prune, or a selected weight is complex, not yet
             initialised, computed (by weight norm, say) rather than stored, or in the memory of another.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
         >>> list(prunable_parameters(net)), list(prunable_parameters(net, exclude=["3.*"]))
         (['0.weight', '3.weight'], ['0.weight'])
@@ -148,7 +148,7 @@ def dense_matrices(module: nn.Module, selected: Container[str], exclude: Iterabl
 def count_all(module: nn.Module) -> int:
     """Return how many numbers all parameters of a module hold, each parameter once, prunable or not.
 
-    Example:
+    Examples:
         >>> count_all(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)))
         14
 

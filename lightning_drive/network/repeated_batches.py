@@ -34,7 +34,7 @@ def endless(batches: Iterable[Any]) -> Iterator[Any]:
 
     A loader or a list is read anew each time. An iterator cannot be, so its batches are kept and repeated.
 
-    Example:
+    Examples:
         >>> from itertools import islice
         >>> list(islice(endless([1, 2, 3]), 5)), list(islice(endless(iter([1, 2, 3])), 5))
         ([1, 2, 3, 1, 2], [1, 2, 3, 1, 2])

@@ -49,7 +49,7 @@ class Replica:
     parameter or buffer, given its name (the first one, if it has several) and itself. ``known`` has counterparts of
     other objects, by the ``id`` of the object.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 2))
         >>> net.alias = net[0]
         >>> twin = Replica(net, lambda name, value: value.detach().clone()).module

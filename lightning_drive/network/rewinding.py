@@ -26,7 +26,7 @@ class RewindPoint:
         optimizers: ``state_dict()`` of every optimizer.
         schedulers: ``state_dict()`` of every scheduler.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 1)
         >>> start = RewindPoint.take(layer, [], [])
         >>> _ = layer.weight.data.fill_(5.0)

@@ -57,7 +57,7 @@ class AccelerationReport:
         dense_seconds: The time of the whole with all layers dense; ``None`` if it was not measured.
         seconds: The time of the whole with these forms; ``None`` if it was not measured.
 
-    Example:
+    Examples:
         >>> layer = LayerForm("fc", 0.98, "tokens", dense_seconds=0.004, sparse_seconds=0.0005)
         >>> print(AccelerationReport("inference", (layer,), threads=1, dense_seconds=0.005, seconds=0.001))
         inference: 1 of 1 layers with zeros in a sparse form, 5.00 times as fast as dense (1 thread)

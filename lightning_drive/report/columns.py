@@ -69,7 +69,7 @@ DISPENSABLE = ("shape", *(column.title for column in COLUMNS if column.may_go))
 def rows(layers: Sequence[LayerReport], *, in_text: bool) -> list[tuple[str, ...]]:
     """Return the table: the titles, a row for each layer, and one for all of them.
 
-    Example:
+    Examples:
         >>> for row in rows([LayerReport("fc.weight", (2, 4), 8, num_kept=2, num_active=1)], in_text=True):
         ...     print(row)
         ('parameter', 'shape', 'weights', 'kept', 'density', 'active')

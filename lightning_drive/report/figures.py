@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Picture: TypeAlias = Literal["density", "rounds", "scores", "cycles", "cuts"]
-"""The functions of this module, by name."""
+"""The pictures that a report draws."""
 
 _BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#999999"
 _WIDTH = 8.0

@@ -76,7 +76,7 @@ class PruningPlan:
         first_step: Before which global step all rounds are done; ``None``: at the start of an epoch.
         groups: The parameters of every pattern of ``sparsity``, in its order, if there is more than one.
 
-    Example:
+    Examples:
         >>> parameters = PlannedParameter("0.weight", (3, 4), 12), PlannedParameter("0.bias", (3,), 3, "a bias or norm")
         >>> print(PruningPlan("SNIP()", parameters, kept=(6,), passes=1, pass_over="a training batch"))
         SNIP() keeps 6 of 12 prunable weights, a sparsity of 50.00%

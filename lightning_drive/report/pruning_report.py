@@ -50,7 +50,7 @@ class PruningReport:
             in no text of this report: ``print(report.acceleration)``.
         cuts: One for each cut of gradual pruning, where ``seconds`` and ``phases`` are those of all cuts together.
 
-    Example:
+    Examples:
         >>> layer = LayerReport("fc.weight", (2, 4), num_weights=8, num_kept=2, num_active=1)
         >>> report = PruningReport("SNIP()", (layer,), seconds=0.25, epoch=0, step=0, digest="", warnings=())
         >>> report.sparsity, report.effective_sparsity

@@ -9,7 +9,7 @@ from lightning_drive.report import labels, tables
 def headline(method: str, cycle: int | None, epoch: int, step: int, seconds: float) -> str:
     """Return what pruned the network, when, and how long it took.
 
-    Example:
+    Examples:
         >>> headline("IMP()", 2, epoch=8, step=400, seconds=1.25)
         'Pruned by IMP(), cycle 2, in epoch 8, before step 400 (1.2 s)'
 

@@ -19,7 +19,7 @@ _NUM_TEXTS = 2
 def plain(rows: Rows) -> list[str]:
     """Return the lines of a table with aligned columns.
 
-    Example:
+    Examples:
         >>> plain([("name", "shape", "kept"), ("a", "2x4", "5"), ("all", "", "5")])
         ['name  shape  kept', 'a     2x4       5', 'all             5']
 
@@ -37,7 +37,7 @@ def plain(rows: Rows) -> list[str]:
 def markdown(rows: Rows) -> list[str]:
     r"""Return the lines of a table in the Markdown that GitHub, GitLab and Jupyter know; names are set as code.
 
-    Example:
+    Examples:
         >>> markdown([("name", "shape", "kept"), ("a|b", "2x4", "5"), ("all", "", "5")])
         ['| name | shape | kept |', '| :-- | :-- | --: |', '| `a\\|b` | 2x4 | 5 |', '| **all** |  | **5** |']
 
@@ -103,7 +103,7 @@ def for_terminal(
 def count(number: int | None) -> str:
     """Return a number with three digits and the letter of its thousands; ``None`` is not known.
 
-    Example:
+    Examples:
         >>> count(999), count(1_234), count(44_696_000), count(None)
         ('999', '1.23k', '44.7M', '?')
 
@@ -120,7 +120,7 @@ def count(number: int | None) -> str:
 def shape(sizes: Sequence[int]) -> str:
     """Return the shape of a parameter.
 
-    Example:
+    Examples:
         >>> shape((8, 4, 3, 3)), shape(())
         ('8x4x3x3', '')
 

@@ -26,7 +26,7 @@ def count_zeros(state_dict: Mapping[str, Tensor]) -> list[dict[str, Any]]:
 def table(counts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of a table of what :func:`count_zeros` returns.
 
-    Example:
+    Examples:
         >>> for line in table([{"name": "weight", "shape": [2, 4], "numbers": 8, "zeros": 6}]):
         ...     print(line)
         tensor  shape  numbers  zeros   share

@@ -89,7 +89,7 @@ def find_masks(
             followed, SynFlow is not defined for a few layers, batches were skipped, or parameters were left out since
             the loss does not depend on them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_drive import DRIVE, find_masks
         >>> _ = torch.manual_seed(0)

@@ -15,7 +15,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 def patterns(names: Collection[str], among: Iterable[str]) -> list[str]:
     """Return glob patterns that match ``names`` but no other name in ``among``, one pattern for a whole submodule.
 
-    Example:
+    Examples:
         >>> patterns(["teacher.0.weight", "teacher.2.weight"], ["0.weight", "teacher.0.weight", "teacher.2.weight"])
         ['teacher.*']
         >>> patterns(["0.weight", "2.weight"], ["0.weight", "1.weight", "2.weight"])

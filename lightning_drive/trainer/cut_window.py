@@ -17,7 +17,7 @@ _DENSE_EPOCHS = 2
 class CutWindow(NamedTuple):
     """The epochs in which a network is pruned little by little, at equal distances.
 
-    Example:
+    Examples:
         >>> window = CutWindow(2, 10, cuts_per_epoch=4)
         >>> window.num_cuts, window.num_due(3, batch=50, num_batches=100), window.num_due(12, batch=0, num_batches=100)
         (32, 6, 32)

@@ -63,7 +63,7 @@ class Copier(pickle.Pickler):
     be copied, what to raise where the copy uses it. Afterwards ``has_unusable`` is whether there is such a thing, and
     ``files`` are the files that were opened once more.
 
-    Example:
+    Examples:
         >>> import random
         >>> count = iter([1, 2, 3])
         >>> copied = Copier(lambda value: False, RuntimeError).copy({"count": count, "noise": random.Random(1)})

@@ -91,7 +91,7 @@ def adapted(then: Any, short: Any, long: Any) -> Any:
     ``then`` is the ``state_dict()`` to adapt, ``short`` that of a new scheduler for the same phase, and ``long`` that
     of a new scheduler for the other phase. The result has the values of ``long`` wherever the two new ones differ.
 
-    Example:
+    Examples:
         >>> adapted({"T_max": 5, "last_epoch": 2}, {"T_max": 5, "last_epoch": 0}, {"T_max": 8, "last_epoch": 0})
         {'T_max': 8, 'last_epoch': 2}
 

@@ -24,7 +24,7 @@ class Handover:
 
     ``origin`` is the address of the callback that this one's callback is a copy of; ``None`` for no copy.
 
-    Example:
+    Examples:
         >>> handover = Handover()
         >>> handover.take() is None
         True

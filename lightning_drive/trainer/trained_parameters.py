@@ -102,7 +102,7 @@ def _trained(pl_module: pl.LightningModule, others: Mapping[str, nn.Parameter]) 
 def _patterns(names: Iterable[str], apart_from: Iterable[str]) -> list[str]:
     """Name parameters by patterns of whole submodules, where these have none of the others.
 
-    Example:
+    Examples:
         >>> _patterns(["a.0.weight", "a.1.weight", "b.0.weight"], ["b.1.weight"])
         ['a.*', 'b.0.*']
 

@@ -131,7 +131,8 @@ def machine(results: Mapping[str, Any], on_page: Iterable[str]) -> str:
     infos = [result["extra_info"] for result in results["benchmarks"] if result["extra_info"]["group"] in {*on_page}]
     on_machine: dict[str, list[Any]] = {}
     for info in infos:
-        on_machine.setdefault(info.get("machine", described(results["machine_info"])), []).append(info)
+        name = info["machine"] if "machine" in info else described(results["machine_info"])
+        on_machine.setdefault(name, []).append(info)
     mixed = [
         group for group, times in Counter(g for own in on_machine.values() for g in _groups(own)).items() if times > 1
     ]
@@ -179,43 +180,40 @@ def part(figures: list[Figure]) -> str:
 
 
 def table(figures: list[Figure]) -> str:
-    rows = ["| | ours | | of | goal | |", "| --- | ---: | ---: | --- | ---: | --- |"]
+    """Return a table of ratios, which are medians of pairs: times of peers beside them would have other ratios."""
+    columns = ["measured", "ours", "ratio", "of", "goal", "notes"]
+    rows: list[list[str]] = []
     for figure in figures:
-        for place, peer in enumerate(figure.peers):
-            first = place == 0
-            cells = [
-                figure.case if first else "",
-                amount(median(figure.ours), figure.unit) if first else "",
-                f"{bold(ratio(figure, peer), first)}",
-                f"{peer} ({amount(median(figure.peers[peer]), figure.unit)})",
-                goal(figure) if first else "",
-                figure.note if first else "",
-            ]
-            rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        for peer in figure.peers:
+            is_first = peer == next(iter(figure.peers))
+            cells = [figure.case, amount(median(figure.ours), figure.unit)] if is_first else ["", ""]
+            cells += [bold(ratio(figure, peer), is_first), peer]
+            rows.append(cells + ([goal(figure), figure.note] if is_first else ["", ""]))
+    filled = [place for place in range(len(columns)) if any(row[place] for row in rows)]
+    sides = ["---", "---:", "---:", "---", "---:", "---"]
+    return "\n".join(f"| {' | '.join(row[place] for place in filled)} |" for row in [columns, sides, *rows])
 
 
 def speeds(figures: list[Figure]) -> str:
     """Return how many times as fast ours is: as the first peer in each column, and in each cell as the other peers."""
     first = next(iter(figures[0].peers))
     columns = unique(figure.column for figure in figures)
-    tables = [
-        [f"| times as fast as {first} | its time | {' | '.join(columns)} |", f"| --- |{' ---: |' * (1 + len(columns))}"]
-    ]
+    rows = [f"| network | {first} | {' | '.join(columns)} |", f"| --- |{' ---: |' * (1 + len(columns))}"]
     for case in unique(figure.case for figure in figures):
         row = {figure.column: figure for figure in figures if figure.case == case}
         seconds = median(second for figure in row.values() for second in figure.peers[first])
         cells = [speed_and_goal(row[column], first) if column in row else "" for column in columns]
-        tables[0].append(f"| {case} | {amount(seconds, 's')} | {' | '.join(cells)} |")
+        rows.append(f"| {case} | {amount(seconds, 's')} | {' | '.join(cells)} |")
+    parts = [f"Times as fast as {first}, by sparsity:", "\n".join(rows)]
     peers = unique(peer for figure in figures for peer in figure.peers if peer != first)
     if peers:
-        tables.append([f"| times as fast as | {' | '.join(peers)} |", f"| --- |{' ---: |' * len(peers)}"])
+        rows = [f"| network and sparsity | {' | '.join(peers)} |", f"| --- |{' ---: |' * len(peers)}"]
         for figure in figures:
             cells = [f"{speed(figure, peer):.2f}" if peer in figure.peers else "" for peer in peers]
             if any(cells):
-                tables[1].append(f"| {figure.case}, {figure.column} | {' | '.join(cells)} |")
-    notes = [figure.note for figure in figures if figure.note]
-    return "\n\n".join(["\n".join(rows) for rows in tables] + unique(notes))
+                rows.append(f"| {figure.case}, {figure.column} | {' | '.join(cells)} |")
+        parts += ["Times as fast as each of these:", "\n".join(rows)]
+    return "\n\n".join(parts + unique(figure.note for figure in figures if figure.note))
 
 
 def speed(figure: Figure, peer: str) -> float:
@@ -270,7 +268,7 @@ def ratio(figure: Figure, peer: str) -> str:
     if len(ratios) < 3:
         return f"{median(ratios):.2f}"
     quarter = len(ratios) // 4
-    return f"{median(ratios):.2f} ({ratios[quarter]:.2f}-{ratios[-1 - quarter]:.2f})"
+    return f"{median(ratios):.2f} ({ratios[quarter]:.2f} to {ratios[-1 - quarter]:.2f})"
 
 
 def bold(text: str, is_bold: bool) -> str:
