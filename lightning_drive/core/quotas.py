@@ -59,7 +59,7 @@ def proportional(shares: Mapping[str, int], total: int, most: Mapping[str, int])
     Numbers are rounded by Webster's method: a smaller total never gives anyone more, so that masks nest. There is at
     least one for everyone, if the total is large enough. Of equal claims the earlier one is met.
 
-    Example:
+    Examples:
         >>> proportional({"a": 10, "b": 20, "c": 30}, 13, most={"a": 100, "b": 100, "c": 5})
         {'a': 3, 'b': 5, 'c': 5}
 

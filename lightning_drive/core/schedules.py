@@ -123,7 +123,7 @@ def density(schedule: Schedule, round_index: int, num_rounds: int, sparsity: flo
 
     A function :math:`f` reaches :math:`s_0 + (s - s_0) f(k / n)`, see :func:`linear`, whose function is the identity.
 
-    Example:
+    Examples:
         >>> [round(density(lambda done: done**0.5, k, 4, 0.8), 3) for k in (1, 2, 3, 4)]
         [0.6, 0.434, 0.307, 0.2]
 

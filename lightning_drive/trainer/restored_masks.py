@@ -75,7 +75,7 @@ def other_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str
 def in_words(setting: object) -> str:
     """Return a setting as a short text: a mapping is saved as a list of pairs, a function as a list of numbers.
 
-    Example:
+    Examples:
         >>> in_words([["a.*", 0.9], ["*", 0.5]]), in_words([0.5, 0.75, 1.0]), in_words("linear")
         ("{'a.*': 0.9, '*': 0.5}", 'a function (0.5, 0.75, 1)', "'linear'")
 
