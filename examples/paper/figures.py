@@ -169,7 +169,7 @@ def draw_accuracies(comparison: Comparison) -> Figure:
     figure, axes = new_figure(comparison, "Test accuracy over sparsity, mean ± standard deviation")
     handles = draw_curves(axes, comparison.styles, comparison.curves, comparison.paper)
     if comparison.left_out:
-        missing = f"Not shown: {', '.join(METHODS[method] for method in comparison.left_out)}"
+        missing = f"Not shown: {'; '.join(METHODS[method] for method in comparison.left_out)}"
         axes.set_xlabel(f"{axes.get_xlabel()}\n{textwrap.fill(missing, 110)}")
     axes.set_ylabel("test accuracy (%)")
     finish(figure, [*handles, *paper_handle(comparison.paper), *draw_dense(axes, comparison)])

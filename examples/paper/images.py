@@ -136,8 +136,8 @@ class Images(pl.LightningDataModule):
         limit = self.limits[split]
         if limit is not None and not 0 < limit <= count:
             raise MisconfigurationException(
-                f"`{split}_images` must be between 1 and {count}, the number of {split} images in {self.root}, got"
-                f" {limit}."
+                f"`{split}_images` must be between 1 and {count}, or null for all, the number of {split} images in"
+                f" {self.root}, got {limit}."
             )
         wanted = getattr(self.trainer and self.trainer.lightning_module, "num_classes", num_classes)
         if num_classes > wanted:

@@ -93,6 +93,15 @@ class PaperCLI(OneLineErrorsCLI):
             )
         config.trainer.max_epochs = epochs
 
+    def instantiate_classes(self) -> None:
+        """Raise what the class of the images raises, without what jsonargparse says about it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error.__cause__, MisconfigurationException):
+                raise error.__cause__ from None
+            raise
+
     def after_instantiate_classes(self) -> None:
         """Prune first, before other callbacks."""
         config = self._own_config(self.config_init)

@@ -189,8 +189,6 @@ def test_append__after_a_torn_line(results: ModuleType, make: Callable[..., Any]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"experiment": "lenet"}, r"`experiment` must be one of alexnet_cifar10, .*, digits, got 'lenet'"),
-        ({"method": "DRIVE"}, r"`method` must be one of dense, .*, drive_long, got 'DRIVE'"),
         ({"control": "no"}, r"`control` must be one of none, shuffle, reinit, got 'no'"),
         ({"sparsity": 98.0}, r"`sparsity` is the fraction removed and must be in \[0, 1\), got 98\.0"),
         ({"sparsity": 0.0}, r"`sparsity` must be 0 for a dense run and for no other, got 0\.0"),
@@ -592,6 +590,29 @@ def test_select(figures: ModuleType, alexnet: list[Any], convnet: list[Any], see
     assert [run.experiment for run in chosen] == ["alexnet_cifar10", "convnet_cifar10"]
     assert list(chosen[0].runs) == alexnet
     assert {(run.method, run.control) for run in chosen[1].runs} == {("drive", "none"), ("snip", "none")}
+
+
+def test_draw_accuracies__left_out(figures: ModuleType, convnet: list[Any], alexnet: list[Any]) -> None:
+    """What has runs and no curve is named, by its title; where nothing is left out, nothing is said."""
+    [axes] = figures.draw_accuracies(compare(figures, convnet)).axes
+    assert axes.get_xlabel().endswith("\nNot shown: iterative SNIP; DRIVE, as long as IMP")
+    [axes] = figures.draw_accuracies(compare(figures, alexnet)).axes
+    assert "Not shown" not in axes.get_xlabel()
+
+
+def test_own_methods(figures: ModuleType, tables: ModuleType, seeds: Callable[..., list[Any]]) -> None:
+    """They come last, in the main table and with styles of their own, for as many as there are some."""
+    names = [f"own{index}" for index in range(len(figures.SPARE) + 1)]
+    runs = [run for name in ("snip", *names) for run in seeds(name, 0.9, [60, 61])]
+    table, *_ = tables.all_tables(runs)
+    assert [row[0] for row in table.rows][-len(names) :] == names
+    comparison = compare(figures, runs)
+    styles = [comparison.styles[name] for name in ("snip", *names[:-1])]
+    assert len({to_hex(colour) for colour, _ in styles}) == len({marker for _, marker in styles}) == len(names)
+    assert comparison.left_out == [names[-1]]
+    figure = figures.draw_accuracies(comparison)
+    assert figure.axes[0].get_xlabel().endswith(f"Not shown: {names[-1]}")
+    assert set(names[:-1]) < set(labels(figure))
 
 
 def test_styles(figures: ModuleType) -> None:

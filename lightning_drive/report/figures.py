@@ -24,7 +24,6 @@ _BLUE, _ORANGE, _RED = "#0072B2", "#D55E00", "#CC0000"
 _WIDTH = 8.0
 """Inches; a picture is read at about 900 pixels."""
 
-_ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 _ROW = ("axes fraction", "data")
 """Where the left end of a row is at 0."""
 
@@ -69,6 +68,8 @@ def density(names: Sequence[str], kept: Sequence[int], sizes: Sequence[int], met
 
 def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round], method: str, unit: Unit) -> "Figure":
     """Draw how many weights each round removed in all, and what it left of each layer's ``sizes``."""
+    height = _height(names)
+    figure = _figure(3.2 + height)
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
 
@@ -77,8 +78,6 @@ def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round],
         left = [had - gone for had, gone in zip(left, pruning_round.removed, strict=True)]
         table.append([100 * has / size for has, size in zip(left, sizes, strict=True)])
     indices = [pruning_round.index for pruning_round in history]
-    height = _height(names)
-    figure = _figure(3.2 + height)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.3, height])
     figure.suptitle(f"What {method} removed, and what it left of each layer", fontsize="large")
     _draw_removed(top, indices, [sum(pruning_round.removed) for pruning_round in history])
@@ -149,6 +148,8 @@ def scores(histogram: ScoreHistogram, history: Sequence[Round], method: str, uni
 def cycles(known: Sequence[tuple[int, float, float]], metric: str) -> "Figure":
     """Draw a metric at the end of each cycle: ``known`` has cycle, fraction of the weights left in it, and metric."""
     figure = _figure(4.2)
+    from matplotlib.patheffects import withStroke
+
     axes = figure.add_subplot()
     percents = [100 * left for _, left, _ in known]
     axes.plot(percents, [value for _, _, value in known], "o-", color=_BLUE, clip_on=False, zorder=3)
@@ -157,20 +158,22 @@ def cycles(known: Sequence[tuple[int, float, float]], metric: str) -> "Figure":
     axis_labels.label_powers(axes.xaxis, min(percents), 100)
     axis_labels.label_plainly(axes.yaxis)
     axes.margins(y=0.12)
-    every = -(-len(known) // 12)
-    for cycle, left, value in known[::every]:
-        axes.annotate(f"{cycle}", (100 * left, value), (3, 6), textcoords="offset points", fontsize=8, bbox=_ON_WHITE)
+    for cycle, left, value in known[:: -(-len(known) // 12)]:
+        number = axes.annotate(f"{cycle}", (100 * left, value), (3, 6), textcoords="offset points", fontsize=8)
+        number.set_path_effects([withStroke(linewidth=2, foreground="white")])
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.set_xlabel("weights left during the cycle (%)")
     axes.set_ylabel(axis_labels.in_lines(metric, 36))
-    axes.set_title("Iterative magnitude pruning: the end of each cycle, by its number")
+    axes.set_title("Iterative magnitude pruning: what each cycle, by its number, reached before its cut")
     return figure
 
 
 def cuts(sparsities: Sequence[tuple[float, float]], known: Sequence[tuple[float, float]], metric: str) -> "Figure":
     """Draw the sparsity after each cut, and below it a metric where it is known, both over the epoch."""
     figure = _figure(4.8 if known else 3.2)
+    from matplotlib.ticker import MaxNLocator
+
     top, *others = figure.subplots(2 if known else 1, 1, sharex=True, squeeze=False)[:, 0]
     epochs = [0.0, *(epoch for epoch, _ in sparsities)]
     percents = [0.0, *(100 * sparsity for _, sparsity in sparsities)]
@@ -187,7 +190,7 @@ def cuts(sparsities: Sequence[tuple[float, float]], known: Sequence[tuple[float,
     for axes in (top, *others):
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
-    axis_labels.label_plainly(axes.xaxis)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     reached = ", and what training reached with it" if known else ""
     figure.suptitle(f"Gradual pruning: the sparsity after each cut{reached}", fontsize="large")

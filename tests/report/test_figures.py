@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -44,10 +44,12 @@ def test_plot__leaves_pyplot_alone(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "density.svg").read_text()
 
 
-def test_plot__without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+@pytest.mark.parametrize("kind", get_args(Picture))
+def test_plot__without_matplotlib(kind: Picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("", ".figure", ".colors", ".ticker", ".patheffects"):
+        monkeypatch.setitem(sys.modules, f"matplotlib{name}", None)
     with pytest.raises(ModuleNotFoundError, match="needs matplotlib: `pip install matplotlib`"):
-        small_report().plot(tmp_path / "density.png")
+        full_report().plot(tmp_path / "picture.png", kind)
 
 
 NAMES = {"short": "network.{}.weight", "long": "model.backbone.encoder.stage{}.convolution.weight"}
