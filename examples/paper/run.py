@@ -233,9 +233,11 @@ def do_all(wanted: Sequence[Wanted], options: argparse.Namespace) -> int:
 
 def why_it_failed(future: Future[Run]) -> str:
     """Return a line for what the user can mend, and a traceback for everything else."""
-    if was_killed(future):
-        return "Its process was killed. The same command continues from its last whole epoch."
     error = future.exception()
+    if was_killed(future) or (isinstance(error, SystemExit) and not error.code):  # Lightning's answer to SIGTERM
+        return "Its process was killed. The same command continues from its last whole epoch."
+    if isinstance(error, SystemExit):
+        return "The error is above."
     if isinstance(error, MisconfigurationException):
         return f"{error}"
     return "".join(traceback.format_exception(error))

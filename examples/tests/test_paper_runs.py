@@ -20,6 +20,7 @@ from typing import Any
 import paper_images
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from processes import Script
 
 from lightning_drive import PruningReport
@@ -283,22 +284,21 @@ def test_run__data_error(paper: Callable[[str], ModuleType], tmp_path: Path) -> 
         paper("run").main([*few, "--", "--data=ImageTree", "--data.root=nowhere"])
 
 
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [
-        ("MisconfigurationException", "`train_images` must be less."),
-        ("BrokenProcessPool", "Its process was killed. The same command continues from its last whole epoch."),
-    ],
-)
-def test_why_it_failed(paper: Callable[[str], ModuleType], error: str, text: str) -> None:
+def test_why_it_failed(paper: Callable[[str], ModuleType]) -> None:
     """What the user can mend is a line; for everything else there is a traceback."""
-    run, future = paper("run"), Future[Any]()
-    kinds = {"MisconfigurationException": run.MisconfigurationException, "BrokenProcessPool": BrokenProcessPool}
-    future.set_exception(kinds[error]("`train_images` must be less."))
-    assert run.why_it_failed(future) == text
-    other = Future[Any]()
-    other.set_exception(ZeroDivisionError("by zero"))
-    assert run.why_it_failed(other) == "ZeroDivisionError: by zero\n"
+    run = paper("run")
+    killed = "Its process was killed. The same command continues from its last whole epoch."
+    expected: dict[BaseException, str] = {
+        run.MisconfigurationException("`train_images` must be less."): "`train_images` must be less.",
+        BrokenProcessPool("A process was terminated abruptly"): killed,
+        SIGTERMException(): killed,
+        SystemExit(2): "The error is above.",
+        ZeroDivisionError("by zero"): "ZeroDivisionError: by zero\n",
+    }
+    for error, text in expected.items():
+        future = Future[Any]()
+        future.set_exception(error)
+        assert run.why_it_failed(future) == text
 
 
 def test_find_configs(paper: Callable[[str], ModuleType], tmp_path: Path) -> None:

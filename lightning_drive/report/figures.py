@@ -165,7 +165,7 @@ def cycles(known: Sequence[tuple[int, float, float]], metric: str) -> "Figure":
     axes.set_axisbelow(True)
     axes.set_xlabel("weights left during the cycle (%)")
     axes.set_ylabel(axis_labels.in_lines(metric, 36))
-    axes.set_title("Iterative magnitude pruning: what each cycle, by its number, reached before its cut")
+    axes.set_title("Iterative magnitude pruning: what each cycle reached before its cut")
     return figure
 
 
