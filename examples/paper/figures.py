@@ -22,9 +22,10 @@ STYLES = {
     "snip": ("#E69F00", "s"),
     "synflow": ("#0072B2", "^"),
     "drive": ("#D55E00", "D"),
+    "gradual_exponential": ("#CC79A7", "P"),
     "imp": ("#009E73", "v"),
 }
-SPARE = (("#CC79A7", "o"), ("#56B4E9", "P"), ("black", "*"))  # for methods of one's own
+SPARE = (("black", "o"), ("#882255", "X"), ("#999933", "*"))  # for methods of one's own
 COLOURS = {"dense": GREY} | {method: colour for method, (colour, _) in STYLES.items()}
 SIZE, DPI = (8.0, 4.8), 200  # inches, dots in one
 OURS = "ours, mean ± standard deviation"
@@ -184,7 +185,7 @@ def draw_times(comparison: Comparison) -> Figure:
     figure, axes = new_figure(comparison, "Time per network, mean over all sparsities and seeds")
     lengths = []
     for place, method in enumerate(to_masks):
-        colour, _ = ({"dense": (GREY, "")} | comparison.styles)[method]
+        colour = GREY if method == "dense" else comparison.styles[method][0]
         bars: list[tuple[float, dict[str, Any]]] = [
             (to_masks[method].mean, {"color": colour}),
             (training[method].mean, {"color": colour, "alpha": 0.4}),
