@@ -169,11 +169,10 @@ def draw_accuracies(comparison: Comparison) -> Figure:
     """Draw accuracy over sparsity, with that of the dense network: the paper's Figure 5."""
     figure, axes = new_figure(comparison, "Test accuracy over sparsity, mean ± standard deviation")
     handles = draw_curves(axes, comparison.styles, comparison.curves, comparison.paper)
-    if comparison.left_out:
-        missing = f"Not shown: {'; '.join(METHODS[method] for method in comparison.left_out)}"
-        axes.set_xlabel(f"{axes.get_xlabel()}\n{textwrap.fill(missing, 110)}")
     axes.set_ylabel("test accuracy (%)")
-    finish(figure, [*handles, *paper_handle(comparison.paper), *draw_dense(axes, comparison)])
+    left_out = "; ".join(METHODS[method] for method in comparison.left_out)
+    note = textwrap.fill(f"Not shown: {left_out}", 120) if left_out else ""
+    finish(figure, [*handles, *paper_handle(comparison.paper), *draw_dense(axes, comparison)], note)
     return figure
 
 
@@ -235,8 +234,9 @@ def new_figure(comparison: Comparison, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def finish(figure: Figure, handles: Sequence[Artist]) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+def finish(figure: Figure, handles: Sequence[Artist], note: str = "") -> None:
+    legend = {"ncols": 5, "frameon": False, "fontsize": "small", "title": note or None, "title_fontsize": "small"}
+    figure.legend(handles=handles, loc="outside lower center", **legend)
 
 
 def draw_curves(
