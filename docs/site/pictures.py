@@ -1,6 +1,6 @@
-"""Draw the pictures of the documentation: a small network on scikit-learn's digits, pruned by DRIVE and by IMP.
+"""Draw the pictures of the documentation: a small network on scikit-learn's digits, pruned in three ways.
 
-Half a minute; it writes `docs/pictures/*.png`:
+A minute; it writes `docs/pictures/*.png`:
 
     python docs/site/pictures.py
 """
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, PruningReport
+from lightning_drive import DRIVEPruningCallback, GradualPruningCallback, IMPPruningCallback, PruningReport
+from lightning_drive.callbacks.hooks import PruningCallback
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -23,7 +24,7 @@ from digits import DigitClassifier, load_data  # noqa: E402
 
 
 class Validated(DigitClassifier):
-    """The example's network, with a validation accuracy for the picture of IMP's cycles."""
+    """The example's network, with a validation accuracy for the pictures of IMP's cycles and of gradual cuts."""
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -33,7 +34,7 @@ class Validated(DigitClassifier):
         self.log("val_loss", F.cross_entropy(logits, labels))
 
 
-def pruned(callback: DRIVEPruningCallback | IMPPruningCallback, max_epochs: int) -> PruningReport:
+def pruned(callback: PruningCallback, max_epochs: int) -> PruningReport:
     """Train and prune, and return the report to draw."""
     pl.seed_everything(0, verbose=False)
     train, test = load_data()
@@ -52,7 +53,7 @@ def pruned(callback: DRIVEPruningCallback | IMPPruningCallback, max_epochs: int)
 
 
 def main() -> None:
-    """Draw all four."""
+    """Draw all of them."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     folder = ROOT / "docs" / "pictures"
@@ -62,6 +63,8 @@ def main() -> None:
     report.plot(folder / "scores.png", "scores")
     report = pruned(IMPPruningCallback(sparsity=0.98, cycles=10, epochs_per_cycle=5), max_epochs=51)
     report.plot(folder / "cycles.png", "cycles", metric="val_accuracy")
+    report = pruned(GradualPruningCallback(sparsity=0.98), max_epochs=30)
+    report.plot(folder / "cuts.png", "cuts", metric="val_accuracy")
 
 
 if __name__ == "__main__":

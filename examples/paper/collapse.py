@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 
 import results
+from protocol import one_line_errors
 from results import Collapse
 from run import Wanted, be_quiet, build, circumstances, divided, kept
 
@@ -58,13 +59,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--results", metavar="FILE", type=Path, required=True, help="file to append a line to for each network")
     options = parser.parse_args(own)
     be_quiet()
-    for experiment, method, sparsity, seed in product(
-        options.experiments, options.methods, options.sparsities, options.seeds
-    ):
-        collapse = prune(experiment, method, sparsity, seed, overrides)
-        results.append(options.results, collapse)
-        state = "cut off" if collapse.is_cut_off else f"effective sparsity {collapse.effective_sparsity}"
-        print(f"{experiment}, {method}, {sparsity:.1%}, seed {seed}: {state}", flush=True)
+    with one_line_errors():
+        for network in product(options.experiments, options.methods, options.sparsities, options.seeds):
+            collapse = prune(*network, overrides)
+            results.append(options.results, collapse)
+            state = "cut off" if collapse.is_cut_off else f"effective sparsity {collapse.effective_sparsity}"
+            print("{}, {}, {:.1%}, seed {}:".format(*network), state, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The paper's figures 2, 3, 5 and 6, drawn from our runs, with the paper's values next to ours."""
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ STYLES = {
     "gradual_exponential": ("#CC79A7", "P"),
     "imp": ("#009E73", "v"),
 }
+SPARE = (("black", "o"), ("#882255", "X"), ("#999933", "*"))  # for methods of one's own
 COLOURS = {"dense": GREY} | {method: colour for method, (colour, _) in STYLES.items()}
 SIZE, DPI = (8.0, 4.8), 200  # inches, dots in one
 OURS = "ours, mean ± standard deviation"
@@ -42,6 +44,12 @@ class Comparison:
 
     experiment: str
     runs: Sequence[Run]
+    left_out: Sequence[str] = ()
+    """The methods that have runs, but no style."""
+
+    @property
+    def styles(self) -> dict[str, tuple[str, str]]:
+        return styles_of(self.runs)
 
     @property
     def curves(self) -> Curves:
@@ -75,10 +83,25 @@ class Comparison:
 
 
 def select(runs: Iterable[Run]) -> list[Comparison]:
-    """Group the runs that figures show by experiment: the paper's methods, without controls."""
-    chosen = [run for run in runs if run.method in COLOURS and run.control == "none"]
-    groups = [(experiment, [run for run in chosen if run.experiment == experiment]) for experiment in EXPERIMENTS]
-    return [Comparison(experiment, own) for experiment, own in groups if any(run.sparsity for run in own)]
+    """Group the runs that figures show by experiment: the paper's methods and one's own, without controls."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.control == "none":
+            groups.setdefault(run.experiment, []).append(run)
+    comparisons = [compare(experiment, groups[experiment]) for experiment in EXPERIMENTS.of(groups)]
+    return [comparison for comparison in comparisons if any(run.sparsity for run in comparison.runs)]
+
+
+def compare(experiment: str, runs: Sequence[Run]) -> Comparison:
+    shown = {"dense", *styles_of(runs)}
+    left_out = METHODS.of(run.method for run in runs if run.method not in shown)
+    return Comparison(experiment, [run for run in runs if run.method in shown], left_out)
+
+
+def styles_of(runs: Iterable[Run]) -> dict[str, tuple[str, str]]:
+    """Return the colours and markers of the paper's methods, and of the first ones that have no title here."""
+    own = [method for method in METHODS.of(run.method for run in runs) if method not in METHODS]
+    return STYLES | dict(zip(own, SPARE, strict=False))
 
 
 def save_all(runs: Iterable[Run], folder: Path) -> list[Path]:
@@ -98,11 +121,11 @@ def draw_bars(comparison: Comparison) -> Figure:
     sparsity = max(run.sparsity for run in comparison.runs)
     ours = {method: curve[sparsity] for method, curve in comparison.curves.items() if sparsity in curve}
     theirs = {method: curve[sparsity] for method, curve in comparison.paper.items() if sparsity in curve}
-    methods = [method for method in STYLES if method in ours or method in theirs]
+    methods = [method for method in comparison.styles if method in ours or method in theirs]
     figure, axes = new_figure(comparison, f"Test accuracy at {100 * sparsity:.10g}% sparsity")
     width = 0.4 if theirs else 0.6
     for place, method in enumerate(methods):
-        colour = COLOURS[method]
+        colour, _ = comparison.styles[method]
         if method in ours:
             left = place - width / 2 if method in theirs else place
             bar = axes.bar(left, ours[method].mean, width, yerr=ours[method].deviation, capsize=4, color=colour)
@@ -135,7 +158,7 @@ def draw_differences(comparison: Comparison) -> Figure | None:
     if not ours:
         return None
     figure, axes = new_figure(comparison, "Test accuracy above (+) or below (-) that of IMP, ± standard deviation")
-    handles = draw_curves(axes, ours, theirs)
+    handles = draw_curves(axes, comparison.styles, ours, theirs)
     axes.axhline(0, color=COLOURS["imp"], zorder=0)
     axes.set_ylabel("difference to IMP (percentage points)")
     finish(figure, [*handles, Line2D([], [], color=COLOURS["imp"], label="IMP"), *paper_handle(theirs)])
@@ -145,9 +168,11 @@ def draw_differences(comparison: Comparison) -> Figure | None:
 def draw_accuracies(comparison: Comparison) -> Figure:
     """Draw accuracy over sparsity, with that of the dense network: the paper's Figure 5."""
     figure, axes = new_figure(comparison, "Test accuracy over sparsity, mean ± standard deviation")
-    handles = draw_curves(axes, comparison.curves, comparison.paper)
+    handles = draw_curves(axes, comparison.styles, comparison.curves, comparison.paper)
     axes.set_ylabel("test accuracy (%)")
-    finish(figure, [*handles, *paper_handle(comparison.paper), *draw_dense(axes, comparison)])
+    left_out = "; ".join(METHODS[method] for method in comparison.left_out)
+    note = textwrap.fill(f"Not shown: {left_out}", 120) if left_out else ""
+    finish(figure, [*handles, *paper_handle(comparison.paper), *draw_dense(axes, comparison)], note)
     return figure
 
 
@@ -159,7 +184,7 @@ def draw_times(comparison: Comparison) -> Figure:
     figure, axes = new_figure(comparison, "Time per network, mean over all sparsities and seeds")
     lengths = []
     for place, method in enumerate(to_masks):
-        colour = COLOURS[method]
+        colour = GREY if method == "dense" else comparison.styles[method][0]
         bars: list[tuple[float, dict[str, Any]]] = [
             (to_masks[method].mean, {"color": colour}),
             (training[method].mean, {"color": colour, "alpha": 0.4}),
@@ -209,14 +234,17 @@ def new_figure(comparison: Comparison, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def finish(figure: Figure, handles: Sequence[Artist]) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+def finish(figure: Figure, handles: Sequence[Artist], note: str = "") -> None:
+    legend = {"ncols": 5, "frameon": False, "fontsize": "small", "title": note or None, "title_fontsize": "small"}
+    figure.legend(handles=handles, loc="outside lower center", **legend)
 
 
-def draw_curves(axes: Axes, ours: Curves, theirs: published.Accuracies) -> list[Line2D]:
+def draw_curves(
+    axes: Axes, styles: Mapping[str, tuple[str, str]], ours: Curves, theirs: published.Accuracies
+) -> list[Line2D]:
     """Draw values over sparsity, on an axis logarithmic in the kept fraction, and return handles for the legend."""
     handles = []
-    for place, (method, (colour, marker)) in enumerate(STYLES.items()):
+    for place, (method, (colour, marker)) in enumerate(styles.items()):
         if method in theirs:
             kept = [100 * (1 - sparsity) for sparsity in theirs[method]]
             axes.plot(kept, list(theirs[method].values()), color=colour, **{**PAPER, "marker": marker})

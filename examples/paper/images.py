@@ -11,7 +11,6 @@ does not state its augmentation. `test` images are also those of validation: not
 """
 
 import hashlib
-import os
 import pickle
 import zipfile
 from abc import abstractmethod
@@ -89,6 +88,8 @@ class Images(pl.LightningDataModule):
         test_images: int | None = None,
     ) -> None:
         super().__init__()
+        for setting, value, least in (("batch_size", batch_size, 1), ("padding", padding, 0)):
+            check_least(setting, value, least)
         self.root = Path(root)
         self.batch_size = batch_size
         self.augment = augment
@@ -105,7 +106,7 @@ class Images(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Decode all images once, in one process, which keeps them; the others read them decoded."""
         if not self.splits:
-            self.prepared = {split: self.read(split) for split in ("train", "test")}
+            self.prepared = {split: self._read(split) for split in ("train", "test")}
 
     def setup(self, stage: str) -> None:
         """Load the images into the memory of the Trainer's device."""
@@ -113,7 +114,7 @@ class Images(pl.LightningDataModule):
         if self.splits and self.mean.device == device:
             return
         for split in ("train", "test"):
-            images, labels = self.prepared.pop(split, None) or self.read(split)
+            images, labels = self.prepared.pop(split, None) or self._read(split)
             self._check(split, len(images), int(labels.max()) + 1)
             if split == "train":
                 self.mean, self.std = (value.to(device) for value in mean_and_std(images))
@@ -122,12 +123,21 @@ class Images(pl.LightningDataModule):
                 images, labels = images[chosen], labels[chosen]
             self.splits[split] = InMemory(images.to(device), labels.to(device))
 
+    def _read(self, split: Split) -> Batch:
+        try:
+            return self.read(split)
+        except OSError as error:  # of folders that one must not read, a broken connection, a full disk
+            raise MisconfigurationException(
+                f"The {split} images of {self.name} in {self.root.absolute()} cannot be read: {error}. Their folder is"
+                " named by `--data.root`."
+            ) from error
+
     def _check(self, split: Split, count: int, num_classes: int) -> None:
         limit = self.limits[split]
         if limit is not None and not 0 < limit <= count:
             raise MisconfigurationException(
-                f"`{split}_images` must be between 1 and {count}, the number of {split} images in {self.root}, got"
-                f" {limit}."
+                f"`{split}_images` must be between 1 and {count}, or null for all, the number of {split} images in"
+                f" {self.root}, got {limit}."
             )
         wanted = getattr(self.trainer and self.trainer.lightning_module, "num_classes", num_classes)
         if num_classes > wanted:
@@ -152,6 +162,11 @@ class Images(pl.LightningDataModule):
         if self.augment and self.trainer is not None and self.trainer.training:
             images = augment(images, self.padding)
         return images, labels
+
+
+def check_least(setting: str, value: int, least: int) -> None:
+    if value < least:
+        raise MisconfigurationException(f"`--data.{setting}` must be at least {least}, got {value}.")
 
 
 def mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,10 +277,10 @@ class DecodedImages(Images):
         names = "\n".join(str(path.relative_to(self.root)) for path in files)
         stored = self.root / "decoded" / f"{split}-{self.size}-{hashlib.sha256(names.encode()).hexdigest()[:16]}.pt"
         if stored.is_file():
-            images = torch.load(stored, mmap=True, weights_only=True)
+            images = load(stored)
         else:
             rank_zero_info(f"Decoding {len(files):,} images of {self.root}")
-            with ThreadPool(os.cpu_count()) as pool:
+            with ThreadPool(torch.get_num_threads()) as pool:  # follows OMP_NUM_THREADS and the affinity
                 images = torch.stack(pool.map(self._decode, files))
             store(images, stored)
         return images, torch.tensor(labels)
@@ -274,7 +289,7 @@ class DecodedImages(Images):
         try:
             with Image.open(file) as image:
                 pixels = image.convert("RGB")
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # which Pillow raises
             raise MisconfigurationException(f"{file} must be an image, but cannot be read: {error}") from error
         if pixels.size != (self.size, self.size):
             pixels = pixels.resize((self.size, self.size), Image.Resampling.BOX)
@@ -326,6 +341,17 @@ def store(images: Tensor, path: Path) -> None:
         rank_zero_warn(f"Decoded images cannot be stored for later runs: {error}")
 
 
+def load(path: Path) -> Tensor:
+    """Read what `store` wrote."""
+    try:
+        images: Tensor = torch.load(path, mmap=True, weights_only=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise MisconfigurationException(
+            f"{path} holds decoded images, but is damaged. Delete it, and they are decoded again."
+        ) from error
+    return images
+
+
 class ImageTree(DecodedImages):
     """Any tree of images, `train/<class>/*` and `test/<class>/*` (or `val`), as torchvision's ImageFolder reads it.
 
@@ -339,6 +365,7 @@ class ImageTree(DecodedImages):
 
     def __init__(self, root: str, *, name: str | None = None, size: int = 32, **settings: Any) -> None:
         super().__init__(root, **settings)
+        check_least("size", size, 1)
         self.name = name or self.root.absolute().name
         self.size = size
 

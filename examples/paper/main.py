@@ -6,13 +6,9 @@
 The first file sets what to train and how, the second how to prune; without it the network stays dense. A file that does
 not exist is looked for in `configs/`, next to this script:
 
-    experiments     alexnet_cifar10, vgg16_cifar10, resnet18_cifar10, vgg16_cifar100, resnet18_cifar100,
-                    vgg16_tinyimagenet, resnet18_tinyimagenet, resnet18_imagenet32; and two of our own
-                    for a CPU: convnet_cifar10, convnet_cifar10_full, and digits (of scikit-learn)
-    methods         drive, imp, snip, synflow, gradual; for comparison magnitude, iterative_snip, warmup_snip,
-                    warmup_synflow, drive_long, gradual_exponential, gradual_drive,
-                    gradual_drive_exponential, gradual_exponential_half, gradual_exponential_late,
-                    gradual_long, gradual_exponential_long
+    experiments     those of the paper, such as resnet18_cifar10 and vgg16_tinyimagenet, and of our own for a CPU:
+                    convnet_cifar10, convnet_cifar10_full, and digits (of scikit-learn)
+    methods         drive, imp, snip, synflow, gradual; the others are for comparison
 
 The command line overrides the files:
 
@@ -31,14 +27,15 @@ import warnings
 
 from classifier import ImageClassifier
 from images import Images
-from protocol import PaperCLI, find_configs
+from protocol import PaperCLI, find_configs, one_line_errors
 
 
 def main() -> PaperCLI:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # the images are in memory
     sys.argv[1:] = find_configs(sys.argv[1:])
-    return PaperCLI(ImageClassifier, Images, subclass_mode_data=True)
+    with one_line_errors():
+        return PaperCLI(ImageClassifier, Images, subclass_mode_data=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """The parts of a run, joined by LightningCLI: an experiment, a protocol and a callback that prunes."""
 
-from collections.abc import Sequence
+import sys
+from argparse import ArgumentError, ArgumentTypeError
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_drive import Magnitude
@@ -76,12 +80,36 @@ class PaperCLI(OneLineErrorsCLI):
         parser.link_arguments("protocol.epochs_per_cycle", "pruning.init_args.epochs_per_cycle")
         end = ("protocol", "as_long_as_imp", "prune_until")
         parser.link_arguments(end, "pruning.init_args.end_epoch", last_cut)
-        parser.link_arguments(("protocol", "pruning", "as_long_as_imp"), "trainer.max_epochs", all_epochs)
+
+    def before_instantiate_classes(self) -> None:
+        """Set the number of epochs, which follows from the protocol."""
+        config = self._own_config(self.config)
+        epochs = all_epochs(config.protocol, config.pruning, config.as_long_as_imp)
+        if config.trainer.max_epochs not in (None, epochs):
+            raise ArgumentError(
+                None,
+                f"`trainer.max_epochs` must be {epochs}, which follows from the protocol, got"
+                f" {config.trainer.max_epochs}. Set `--protocol.epochs`, to which those of IMP's cycles are added.",
+            )
+        config.trainer.max_epochs = epochs
+
+    def instantiate_classes(self) -> None:
+        """Raise what the class of the images raises, without what jsonargparse says about it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error.__cause__, MisconfigurationException):
+                raise error.__cause__ from None
+            raise
 
     def after_instantiate_classes(self) -> None:
-        config = self.config_init.get(self.subcommand, self.config_init) if self.subcommand else self.config_init
+        """Prune first, before other callbacks."""
+        config = self._own_config(self.config_init)
         if config.pruning is not None:
             self.trainer.callbacks.insert(0, config.pruning)
+
+    def _own_config(self, config: Namespace) -> Namespace:
+        return config.get(self.subcommand, config) if self.subcommand else config
 
 
 def all_epochs(protocol: Namespace, pruning: Namespace | None, as_long_as_imp: bool) -> int:
@@ -93,6 +121,46 @@ def all_epochs(protocol: Namespace, pruning: Namespace | None, as_long_as_imp: b
 def last_cut(protocol: Namespace, as_long_as_imp: bool, prune_until: float | None) -> int | None:
     """Return the epoch of gradual pruning's last cut; ``None`` is the default of the callback."""
     return None if prune_until is None else round(prune_until * all_epochs(protocol, None, as_long_as_imp))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print one line and exit if a setting is wrong or images cannot be read."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        sys.exit(f"error: {error}")
+
+
+def config_file(name: str) -> Path:
+    """Return the file of an experiment or a method, which is a path or a name in `configs/`."""
+    return Path(name) if name.endswith(".yaml") else CONFIGS / f"{name}.yaml"
+
+
+def config_name(name: str) -> str:
+    """Return what results call an experiment or a method.
+
+    Example:
+        >>> config_name("drive"), config_name("my/method.yaml")
+        ('drive', 'method')
+
+    """
+    return config_file(name).name.removesuffix(".yaml")
+
+
+def experiment(name: str) -> str:
+    """Return the name or path of a configuration; raise for argparse if there is none, or another one of its name."""
+    file, known = config_file(name), config_file(config_name(name))
+    if not file.is_file():
+        raise ArgumentTypeError(f"invalid choice: {name!r} is neither the path of a YAML file nor one of {CONFIGS}")
+    if config_name(name) == "dense" or (known.is_file() and not file.samefile(known)):
+        raise ArgumentTypeError(f"{name!r} is called as another one, and results know it by its name: rename the file")
+    return name
+
+
+def method(name: str) -> str:
+    """Return the name or path of a method, or ``dense``; raise for argparse as `experiment` does."""
+    return name if name == "dense" else experiment(name)
 
 
 def find_configs(args: Sequence[str]) -> list[str]:

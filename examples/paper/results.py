@@ -19,39 +19,56 @@ except ImportError:  # not on Windows
 Control = Literal["none", "shuffle", "reinit"]
 Key = tuple[str, str, str, float, int]
 
-EXPERIMENTS = {
-    "alexnet_cifar10": "AlexNet, CIFAR-10",
-    "vgg16_cifar10": "VGG-16, CIFAR-10",
-    "resnet18_cifar10": "ResNet-18, CIFAR-10",
-    "vgg16_cifar100": "VGG-16, CIFAR-100",
-    "resnet18_cifar100": "ResNet-18, CIFAR-100",
-    "vgg16_tinyimagenet": "VGG-16, Tiny ImageNet",
-    "resnet18_tinyimagenet": "ResNet-18, Tiny ImageNet",
-    "resnet18_imagenet32": "ResNet-18, ImageNet at 32x32",
-    "convnet_cifar10": "Small ConvNet, CIFAR-10 (our own protocol)",
-    "convnet_cifar10_full": "Small ConvNet, all of CIFAR-10 (our own protocol)",
-    "digits": "Small network, digits (our own protocol)",
-}
-METHODS = {
-    "dense": "dense",
-    "magnitude": "Magnitude",
-    "snip": "SNIP",
-    "synflow": "SynFlow",
-    "drive": "DRIVE",
-    "imp": "IMP",
-    "iterative_snip": "iterative SNIP",
-    "warmup_snip": "warm-up + SNIP",
-    "warmup_synflow": "warm-up + SynFlow",
-    "drive_long": "DRIVE, as long as IMP",
-    "gradual": "gradual",
-    "gradual_exponential": "gradual, exponential",
-    "gradual_drive": "gradual by DRIVE's score",
-    "gradual_drive_exponential": "gradual by DRIVE's score, exponential",
-    "gradual_exponential_half": "gradual, exponential, until 50% of the run",
-    "gradual_exponential_late": "gradual, exponential, until 80% of the run",
-    "gradual_long": "gradual, as long as IMP",
-    "gradual_exponential_long": "gradual, exponential, as long as IMP",
-}
+
+class Titles(dict[str, str]):
+    """Titles by name; one without a title, such as the name of a file of one's own, is its own title."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+    def of(self, names: Iterable[str]) -> list[str]:
+        """Return the different names: those with a title in the order of titles, then the others as they come."""
+        given = dict.fromkeys(names)
+        return [*(name for name in self if name in given), *(name for name in given if name not in self)]
+
+
+EXPERIMENTS = Titles(
+    {
+        "alexnet_cifar10": "AlexNet, CIFAR-10",
+        "vgg16_cifar10": "VGG-16, CIFAR-10",
+        "resnet18_cifar10": "ResNet-18, CIFAR-10",
+        "vgg16_cifar100": "VGG-16, CIFAR-100",
+        "resnet18_cifar100": "ResNet-18, CIFAR-100",
+        "vgg16_tinyimagenet": "VGG-16, Tiny ImageNet",
+        "resnet18_tinyimagenet": "ResNet-18, Tiny ImageNet",
+        "resnet18_imagenet32": "ResNet-18, ImageNet at 32x32",
+        "convnet_cifar10": "Small ConvNet, CIFAR-10 (our own protocol)",
+        "convnet_cifar10_full": "Small ConvNet, all of CIFAR-10 (our own protocol)",
+        "digits": "Small network, digits (our own protocol)",
+    }
+)
+METHODS = Titles(
+    {
+        "dense": "dense",
+        "magnitude": "Magnitude",
+        "snip": "SNIP",
+        "synflow": "SynFlow",
+        "drive": "DRIVE",
+        "imp": "IMP",
+        "iterative_snip": "iterative SNIP",
+        "warmup_snip": "warm-up + SNIP",
+        "warmup_synflow": "warm-up + SynFlow",
+        "drive_long": "DRIVE, as long as IMP",
+        "gradual": "gradual",
+        "gradual_exponential": "gradual, exponential",
+        "gradual_drive": "gradual by DRIVE's score",
+        "gradual_drive_exponential": "gradual by DRIVE's score, exponential",
+        "gradual_exponential_half": "gradual, exponential, until 50% of the run",
+        "gradual_exponential_late": "gradual, exponential, until 80% of the run",
+        "gradual_long": "gradual, as long as IMP",
+        "gradual_exponential_long": "gradual, exponential, as long as IMP",
+    }
+)
 CONTROLS = get_args(Control)
 PAPER_ROUNDS = 100  # of DRIVE
 SECONDS = ("warmup", "pruning", "training")
@@ -72,8 +89,8 @@ class Run:
     """The result of one network, as in its line.
 
     Args:
-        experiment: A key of `EXPERIMENTS`.
-        method: A key of `METHODS`.
+        experiment: A key of `EXPERIMENTS`, or the name of a file of one's own.
+        method: A key of `METHODS`, or likewise.
         control: What was changed in masks or weights before training, to see whether they matter.
         sparsity: Fraction of the weights to remove; 0 for a dense network.
         seed: Seed of the run.
@@ -126,9 +143,8 @@ class Run:
         for name, hint in get_type_hints(Run).items():
             if not isinstance(getattr(self, name), KINDS[hint]):
                 raise ValueError(f"`{name}` must be {getattr(hint, '__name__', hint)}, got {getattr(self, name)!r}")
-        for name, known in (("experiment", EXPERIMENTS), ("method", METHODS), ("control", CONTROLS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.control not in CONTROLS:
+            raise ValueError(f"`control` must be one of {', '.join(CONTROLS)}, got {self.control!r}")
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"`sparsity` is the fraction removed and must be in [0, 1), got {self.sparsity}")
         if (self.method == "dense") != (self.sparsity == 0):
@@ -236,15 +252,15 @@ class Summary:
 def accuracies(runs: Sequence[Run]) -> dict[tuple[str, Control, float], Summary]:
     """Summarise the accuracies in percent by method, control and sparsity, in the order of tables and figures."""
     groups: dict[tuple[str, Control, float], list[float]] = {}
-    order = {method: place for place, method in enumerate(METHODS)}
-    for run in sorted(runs, key=lambda run: (order[run.method], CONTROLS.index(run.control), run.sparsity)):
+    order = METHODS.of(run.method for run in runs)
+    for run in sorted(runs, key=lambda run: (order.index(run.method), CONTROLS.index(run.control), run.sparsity)):
         groups.setdefault((run.method, run.control, run.sparsity), []).append(100 * run.accuracy)
     return {key: Summary.of(values) for key, values in groups.items()}
 
 
 def seconds(runs: Sequence[Run], measure: Callable[[Run], float]) -> dict[str, Summary]:
     """Summarise a time by method; it hardly depends on the sparsity."""
-    methods = [method for method in METHODS if any(run.method == method for run in runs)]
+    methods = METHODS.of(run.method for run in runs)
     return {method: Summary.of([measure(run) for run in runs if run.method == method]) for method in methods}
 
 

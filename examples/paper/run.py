@@ -3,6 +3,8 @@ r"""Run experiments by methods, sparsities, controls and seeds, and append a lin
     python examples/paper/run.py --experiments alexnet_cifar10 --results alexnet.jsonl          # the paper's sparsities
     python examples/paper/run.py --experiments convnet_cifar10 --methods dense drive imp --sparsities 0.98 0.993 \
         --seeds 0 1 2 --controls none shuffle --jobs 2 --results convnet.jsonl -- --data=ImageTree --data.root=DIR
+    PYTHONPATH=. python examples/paper/run.py --experiments my/experiment.yaml --methods drive my/method.yaml \
+        --results mine.jsonl                                     # your own, whose classes are in files of this folder
 
 Arguments after `--` are passed to every run, as to `main.py`, and stored with its results. Stop at any time: finished
 runs are not repeated, and interrupted ones continue from the start of their epoch, from checkpoints that stay in a
@@ -16,7 +18,6 @@ for them (with IMP all its cycles), "training" the rest.
 
 import argparse
 import logging
-import multiprocessing
 import platform
 import shutil
 import subprocess
@@ -25,27 +26,28 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import lightning
-import lightning.pytorch as pl
 import results
 import torch
 import torchvision
 from classifier import ImageClassifier
 from images import Images
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from protocol import CONFIGS, PaperCLI
+from protocol import CONFIGS, PaperCLI, config_file, config_name, experiment, method, one_line_errors
 from results import Control, Run
-from torch import Tensor
+from stopwatch import Stopwatch
+from workers import Workers, interrupted_by_signals, was_killed
 
 import lightning_drive
-from lightning_drive import PruningReport
 from lightning_drive.callbacks.hooks import PruningCallback
 from lightning_drive.network.prunable import prunable_parameters
 
@@ -59,7 +61,7 @@ LIBRARIES = (torch, torchvision, lightning, lightning_drive)
 
 @dataclass(frozen=True)
 class Wanted:
-    """A run to do."""
+    """A run to do; the experiment and the method are names or paths of their files."""
 
     experiment: str
     method: str
@@ -69,71 +71,23 @@ class Wanted:
 
     @property
     def key(self) -> results.Key:
-        return self.experiment, self.method, self.control, self.sparsity, self.seed
+        return config_name(self.experiment), config_name(self.method), self.control, self.sparsity, self.seed
 
     @property
     def folder(self) -> str:
         return "_".join(map(str, self.key))
 
     def __str__(self) -> str:
-        parts = [self.experiment, self.method, f"{100 * self.sparsity:g}%", f"seed {self.seed}"]
+        parts = [*self.key[:2], f"{100 * self.sparsity:g}%", f"seed {self.seed}"]
         return ", ".join(parts if self.control == "none" else [*parts, self.control])
-
-
-class Stopwatch(pl.Callback):
-    """Measures epochs; it is the first callback to see them begin, and sees them end before checkpoints do.
-
-    It also stores what checkpoints lack for resuming to the bit: the state of torch's generators, which shuffle and
-    augment images.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-        self._random: dict[str, Tensor] = {}
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if "cpu" in self._random:
-            torch.set_rng_state(self._random["cpu"])
-            if getattr(trainer.fit_loop, "is_resuming", False):  # Lightning 2.6 has already made this epoch's iterator,
-                torch.empty((), dtype=torch.int64).random_()  # which draws a number
-        if "cuda" in self._random:
-            torch.cuda.set_rng_state(self._random["cuda"])
-        self._random = {}
-        self._start = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self._start)
-
-    def state_dict(self) -> dict[str, Any]:
-        random = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random["cuda"] = torch.cuda.get_rng_state()
-        return {"seconds": list(self.seconds), "random": random}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds, self._random = list(state_dict["seconds"]), state_dict["random"]
-
-    def phases(self, report: PruningReport | None) -> dict[str, float]:
-        """Divide the measured seconds into those before the masks, of the search for them, and after them."""
-        if report is None:
-            return {"warmup": 0.0, "pruning": 0.0, "training": sum(self.seconds)}
-        before, after = sum(self.seconds[: report.epoch]), sum(self.seconds[report.epoch :]) - report.seconds
-        if report.cycle is not None:
-            return {"warmup": 0.0, "pruning": before + report.seconds, "training": after}
-        if report.cuts:  # all but the last one are within the epochs before it
-            return {"warmup": before - report.seconds, "pruning": report.seconds, "training": after + report.seconds}
-        return {"warmup": before, "pruning": report.seconds, "training": after}
 
 
 # One run.
 
 
-def do(wanted: Wanted, overrides: Sequence[str], checkpoints: Path) -> Run:
+def do(wanted: Wanted, overrides: Sequence[str], folder: Path) -> Run:
     """Train and test a network, from the beginning or from the last checkpoint of an earlier process."""
-    cli, stopwatch = build(wanted, overrides), Stopwatch()
+    cli, stopwatch, checkpoints = build(wanted, overrides), Stopwatch(), folder / wanted.folder
     cli.trainer.callbacks.insert(0, stopwatch)
     cli.trainer.callbacks.append(ModelCheckpoint(checkpoints, filename="{epoch}"))  # of the last epoch only
     saved = sorted(checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
@@ -145,7 +99,7 @@ def do(wanted: Wanted, overrides: Sequence[str], checkpoints: Path) -> Run:
 def build(wanted: Wanted, overrides: Sequence[str]) -> PaperCLI:
     """Build the model, data and Trainer of a run, as `main.py` does."""
     names = [wanted.experiment] if wanted.method == "dense" else [wanted.experiment, wanted.method]
-    args = [f"--config={CONFIGS / name}.yaml" for name in names]
+    args = [f"--config={config_file(name)}" for name in names]
     if wanted.method != "dense":
         args += [f"--pruning.sparsity={wanted.sparsity}", f"--pruning.control={wanted.control}"]
     args += [f"--seed_everything={wanted.seed}", *QUIET, *overrides]
@@ -163,7 +117,7 @@ def describe(cli: PaperCLI, wanted: Wanted, overrides: Sequence[str], accuracy: 
     num_weights = sum(weight.numel() for weight in prunable_parameters(cli.model).values())
     data = cli.datamodule
     return Run(
-        **asdict(wanted),
+        **dict(zip(("experiment", "method", "control", "sparsity", "seed"), wanted.key, strict=True)),
         data=data.name,
         train_images=len(data.splits["train"]),
         test_images=len(data.splits["test"]),
@@ -222,13 +176,13 @@ def revision() -> str:
 def all_wanted(options: argparse.Namespace) -> list[Wanted]:
     """Return all runs; a dense run is one and the same for every sparsity and control."""
     runs: dict[Wanted, None] = {}  # an ordered set
-    for seed, experiment in product(options.seeds, options.experiments):
-        papers = IMAGENET_SPARSITIES if experiment == "resnet18_imagenet32" else SPARSITIES
-        for sparsity, control, method in product(options.sparsities or papers, options.controls, options.methods):
-            if method == "dense":
-                runs[Wanted(experiment, method, "none", 0.0, seed)] = None
+    for seed, what in product(options.seeds, options.experiments):
+        papers = IMAGENET_SPARSITIES if what == "resnet18_imagenet32" else SPARSITIES
+        for sparsity, control, how in product(options.sparsities or papers, options.controls, options.methods):
+            if how == "dense":
+                runs[Wanted(what, how, "none", 0.0, seed)] = None
             else:
-                runs[Wanted(experiment, method, control, sparsity, seed)] = None
+                runs[Wanted(what, how, control, sparsity, seed)] = None
     return list(runs)
 
 
@@ -243,7 +197,7 @@ def missing(wanted: Sequence[Wanted], path: Path, overrides: Sequence[str]) -> l
     return [run for run in wanted if run.key not in done]
 
 
-def start_worker(num_threads: int) -> None:
+def prepare(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     be_quiet()
 
@@ -259,28 +213,34 @@ def do_all(wanted: Sequence[Wanted], options: argparse.Namespace) -> int:
     folder = options.results.with_name(f"{options.results.name}.checkpoints")
     start, failed = time.monotonic(), 0
     threads = max(1, torch.get_num_threads() // options.jobs)  # follows OMP_NUM_THREADS and the affinity
-    spawn = multiprocessing.get_context("spawn")  # CUDA cannot be used in forked processes
-    with ProcessPoolExecutor(options.jobs, spawn, start_worker, (threads,)) as pool:
-        jobs = {pool.submit(do, run, options.overrides, folder / run.folder): run for run in wanted}
-        try:
-            for number, job in enumerate(as_completed(jobs), start=1):
-                head = f"[{number} of {len(jobs)}, {time.monotonic() - start:.0f} s] {jobs[job]}:"
-                if error := job.exception():
-                    failed += 1
-                    print(f"{head} failed", *traceback.format_exception(error), sep="\n", flush=True)
-                else:
-                    run = job.result()
-                    results.append(options.results, run)
-                    shutil.rmtree(folder / jobs[job].folder)  # only after the line is written
-                    seconds = f"{run.seconds_to_masks:.1f} s to the masks, {run.total_seconds:.0f} s in all"
-                    print(f"{head} {run.accuracy:.2%}, {seconds}", flush=True)
-        except KeyboardInterrupt:
-            for worker in multiprocessing.active_children():
-                worker.kill()  # otherwise it would go on with the waiting runs
-            sys.exit("Stopped. The same command continues from here.")
+    with Workers[Wanted](options.jobs, partial(prepare, threads)) as workers:
+        ended = workers.call(partial(do, overrides=options.overrides, folder=folder), wanted)
+        for number, (one, future) in enumerate(ended, start=1):
+            head = f"[{number} of {len(wanted)}, {time.monotonic() - start:.0f} s] {one}:"
+            if future.exception():
+                failed += 1
+                print(f"{head} failed", why_it_failed(future), sep="\n", flush=True)
+            else:
+                run = future.result()
+                results.append(options.results, run)
+                shutil.rmtree(folder / one.folder)  # only after the line is written
+                seconds = f"{run.seconds_to_masks:.1f} s to the masks, {run.total_seconds:.0f} s in all"
+                print(f"{head} {run.accuracy:.2%}, {seconds}", flush=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     return failed
+
+
+def why_it_failed(future: Future[Run]) -> str:
+    """Return a line for what the user can mend, and a traceback for everything else."""
+    error = future.exception()
+    if was_killed(future) or (isinstance(error, SystemExit) and not error.code):  # Lightning's answer to SIGTERM
+        return "Its process was killed. The same command continues from its last whole epoch."
+    if isinstance(error, SystemExit):
+        return "The error is above."
+    if isinstance(error, MisconfigurationException):
+        return f"{error}"
+    return "".join(traceback.format_exception(error))
 
 
 def divided(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
@@ -299,10 +259,10 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add, names = parser.add_argument, ", ".join
     usual = ["dense", "snip", "synflow", "drive", "imp"]
-    known = results.EXPERIMENTS
-    add("--experiments", metavar="NAME", nargs="+", required=True, choices=known, help=names(known))
-    explained = f"{names(results.METHODS)} (default: {names(usual)})"
-    add("--methods", metavar="NAME", nargs="+", choices=results.METHODS, default=usual, help=explained)
+    explained = f"{names(results.EXPERIMENTS)}, or the path of another YAML file"
+    add("--experiments", metavar="NAME", nargs="+", required=True, type=experiment, help=explained)
+    explained = f"{names(results.METHODS)}, or the path of another YAML file (default: {names(usual)})"
+    add("--methods", metavar="NAME", nargs="+", default=usual, type=method, help=explained)
     explained = "fractions to remove (default: the paper's, 0.9 0.95 0.98 0.993; for ImageNet 0.7 0.8 0.9 0.95)"
     add("--sparsities", metavar="S", nargs="+", type=float, default=[], help=explained)
     add("--seeds", metavar="N", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
@@ -328,10 +288,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"{error}")
     print(f"{len(wanted)} runs to do", flush=True)
-    if wanted:
-        be_quiet()
-        build(wanted[0], options.overrides).datamodule.prepare_data()  # once, not in every process
-    if failed := do_all(wanted, options):
+    try:
+        with interrupted_by_signals(), one_line_errors():
+            if wanted:
+                be_quiet()
+                build(wanted[0], options.overrides).datamodule.prepare_data()  # once, not in every process
+            failed = do_all(wanted, options)
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command continues from here.")
+    if failed:
         sys.exit(f"{failed} runs failed.")
 
 

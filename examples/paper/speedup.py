@@ -31,7 +31,7 @@ import results
 import tables
 import torch
 from images import Batch, Images, Split
-from protocol import PaperCLI
+from protocol import PaperCLI, one_line_errors
 from results import PAPER_ROUNDS, Speedup
 from run import Wanted, be_quiet, build, circumstances, divided
 from typing_extensions import override
@@ -156,11 +156,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.steps < 3 or not 3 <= options.rounds <= PAPER_ROUNDS:
         parser.error("at least 3 steps and between 3 and 100 rounds have to be timed")
     be_quiet()
-    for experiment in options.experiments:
-        speedup = measure(experiment, options.steps, options.rounds, overrides)
-        tables.speedup_table([speedup]).print()
-        if options.results:
-            results.append(options.results, speedup)
+    with one_line_errors():
+        for experiment in options.experiments:
+            speedup = measure(experiment, options.steps, options.rounds, overrides)
+            tables.speedup_table([speedup]).print()
+            if options.results:
+                results.append(options.results, speedup)
 
 
 if __name__ == "__main__":

@@ -105,9 +105,9 @@ class Table:
 
 def all_tables(runs: Sequence[Run], brief: bool = False) -> list[Table]:
     tables = []
-    for experiment in EXPERIMENTS:
+    for experiment in EXPERIMENTS.of(run.experiment for run in runs):
         own = [run for run in runs if run.experiment == experiment]
-        main = [run for run in own if run.method in MAIN and run.control == "none"]
+        main = [run for run in own if is_main(run.method) and run.control == "none"]
         if main:
             tables.append(accuracy_table(experiment, main))
         if brief:
@@ -122,12 +122,17 @@ def all_tables(runs: Sequence[Run], brief: bool = False) -> list[Table]:
     return tables
 
 
+def is_main(method: str) -> bool:
+    """Whether a method is in the first table: the paper's, and everybody's own."""
+    return method in MAIN or method not in METHODS
+
+
 def accuracy_table(experiment: str, runs: Sequence[Run]) -> Table:
     summaries = results.accuracies(runs)
     paper = published.ACCURACIES.get(experiment, {})
     columns = sparsities(runs)
     rows = []
-    for method in MAIN[1:]:
+    for method in [*MAIN[1:], *(method for method in METHODS.of(run.method for run in runs) if method not in METHODS)]:
         ours = [summaries.get((method, "none", sparsity)) for sparsity in columns]
         theirs = [paper.get(method, {}).get(sparsity) for sparsity in columns]
         if any(ours) or any(theirs):
@@ -164,7 +169,7 @@ def control_table(experiment: str, runs: Sequence[Run]) -> Table:
     chosen = [run for run in runs if (run.method, run.sparsity) in controlled]
     summaries = results.accuracies(chosen)
     rows = []
-    for method in METHODS:
+    for method in METHODS.of(run.method for run in chosen):
         for sparsity in sparsities(chosen):
             if (method, sparsity) in controlled:
                 cells = [summaries.get((method, control, sparsity)) for control in CONTROLS]

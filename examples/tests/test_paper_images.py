@@ -458,6 +458,39 @@ def test_imagenet32__batches_and_tree_error(images: ModuleType, tmp_path: Path) 
         images.ImageNet32(str(tmp_path)).prepare_data()
 
 
+def test_decoded__damaged_error(tree: Any, tmp_path: Path) -> None:
+    tree().read("train")
+    [stored] = (tmp_path / "decoded").iterdir()
+    for content in (stored.read_bytes()[:200], b"", b"no file of torch"):
+        stored.write_bytes(content)
+        with pytest.raises(MisconfigurationException, match=rf"{stored.name} holds decoded images, but is damaged\."):
+            tree().read("train")
+
+
+def test_decoded__threads(images: ModuleType, tree: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as torch uses, which follows OMP_NUM_THREADS and the processors that this process may use."""
+    threads = []
+    pool = images.ThreadPool
+    monkeypatch.setattr(images, "ThreadPool", lambda number: threads.append(number) or pool(number))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    tree().read("train")
+    assert threads == [3]
+
+
+def test_unreadable_error(tree: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the system says."""
+    data = tree()
+    monkeypatch.setattr(data, "files", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(MisconfigurationException, match=r"^The train images of .* cannot be read: .*Permission denied"):
+        data.prepare_data()
+
+
+@pytest.mark.parametrize(("setting", "value", "least"), [("batch_size", 0, 1), ("padding", -1, 0), ("size", 0, 1)])
+def test_settings__error(tree: Any, setting: str, value: int, least: int) -> None:
+    with pytest.raises(MisconfigurationException, match=f"`--data.{setting}` must be at least {least}, got {value}"):
+        tree(**{setting: value})
+
+
 # What a Trainer gets
 
 

@@ -3,12 +3,15 @@
 import importlib
 import json
 import logging
+import os
 import pickle
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +20,7 @@ from typing import Any
 import paper_images
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from processes import Script
 
 from lightning_drive import PruningReport
@@ -140,10 +144,163 @@ def test_gradual(
     assert (pruning.end_epoch, pruning.criterion, pruning.schedule) == (end_epoch, criterion, schedule)
 
 
-def test_results_know_every_configuration(paper: Callable[[str], ModuleType]) -> None:
+def test_titles_are_those_of_configurations(paper: Callable[[str], ModuleType]) -> None:
+    """Every title is that of a file; a file needs none."""
     results = paper("results")
-    known = {*results.EXPERIMENTS, *results.METHODS} - {"dense"}
-    assert known == {path.stem for path in (PAPER / "configs").glob("*.yaml")}
+    titled = {*results.EXPERIMENTS, *results.METHODS} - {"dense"}
+    assert titled <= {path.stem for path in (PAPER / "configs").glob("*.yaml")}
+
+
+EXPERIMENT = """
+protocol: {epochs: 4, warmup_epochs: 1, cycles: 2, epochs_per_cycle: 1}
+model:
+  network: convnet
+  num_classes: 3
+  optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}
+data: {class_path: images.ImageTree, init_args: {root: tree, batch_size: 4}}
+trainer: {devices: 1, accelerator: cpu}
+"""
+METHOD = "pruning: {class_path: protocol.MagnitudePruningCallback, init_args: {sparsity: 0.5}}"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A folder with images, an experiment and a method of one's own, none of which the examples know."""
+    paper_images.write_tree(tmp_path / "tree")
+    (tmp_path / "flowers.yaml").write_text(EXPERIMENT)
+    (tmp_path / "biggest.yaml").write_text(METHOD)
+    return tmp_path
+
+
+def test_own_files(paper: Callable[[str], ModuleType], own: Path) -> None:
+    """Their paths are all it takes, and results and tables call them as the files are called."""
+    run, results, tables, figures = map(paper, ("run", "results", "tables", "figures"))
+    line = "--experiments flowers.yaml --methods dense snip ./biggest.yaml --sparsities 0.5 --seeds 0 --results r.jsonl"
+    wanted = run.all_wanted(run.read_options(line.split()))
+    with warnings.catch_warnings():
+        run.be_quiet()
+        runs = [run.do(one, [], own / "checkpoints") for one in wanted]
+    assert [one.key[:2] for one in runs] == [("flowers", name) for name in ("dense", "snip", "biggest")]
+    assert {(one.data, one.num_kept / one.num_weights) for one in runs[1:]} == {("tree", 0.5)}
+    for one in runs:
+        results.append(own / "r.jsonl", one)
+    assert run.missing(wanted, own / "r.jsonl", []) == []
+    table, *_ = tables.all_tables(results.read([own / "r.jsonl"], results.Run))
+    assert table.title.startswith("Table 1. flowers: test accuracy")
+    assert [row[0] for row in table.rows] == ["SNIP", "biggest"]
+    [comparison] = figures.select(runs)
+    assert [name.get_text() for name in figures.draw_bars(comparison).axes[0].get_xticklabels()] == ["SNIP", "biggest"]
+    assert len(figures.save_all(runs, own / "figures")) == 3  # not that of differences to IMP
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("nowhere.yaml", "'nowhere.yaml' is neither the path of a YAML file nor one of "),
+        ("biggest", "'biggest' is neither the path of a YAML file nor one of "),
+        ("drive.yaml", "'drive.yaml' is called as another one, and results know it by its name: rename the file"),
+        ("dense.yaml", "'dense.yaml' is called as another one"),
+    ],
+)
+def test_own_files__errors(
+    paper: Callable[[str], ModuleType], own: Path, capsys: pytest.CaptureFixture[str], name: str, error: str
+) -> None:
+    for taken in ("drive", "dense"):
+        (own / f"{taken}.yaml").write_text(METHOD)
+    with pytest.raises(SystemExit):
+        options(paper("run"), f"--methods {name}")
+    assert error in capsys.readouterr().err
+
+
+def test_own_files__also_known_ones_by_path(paper: Callable[[str], ModuleType]) -> None:
+    run = paper("run")
+    [wanted] = run.all_wanted(options(run, f"--methods {PAPER / 'configs' / 'snip.yaml'} --sparsities 0.5 --seeds 0"))
+    assert wanted.key == ("convnet_cifar10", "snip", "none", 0.5, 0)
+
+
+# Wrong settings are told in a line.
+
+
+def command(paper: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["main.py", "fit", *words])
+    paper("main").main()
+
+
+@pytest.mark.parametrize("given", ["command", "file"])
+def test_max_epochs__error(
+    paper: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    given: str,
+) -> None:
+    """It follows from the protocol: another number is refused, wherever it stands, with what to set in its place."""
+    (tmp_path / "own.yaml").write_text("trainer: {max_epochs: 3}")
+    words = ["--trainer.max_epochs=3"] if given == "command" else ["--config", "own.yaml"]
+    with pytest.raises(SystemExit):
+        command(paper, monkeypatch, "--config", "digits.yaml", "--config", "imp.yaml", *words)
+    assert capsys.readouterr().err == (
+        "error: `trainer.max_epochs` must be 50, which follows from the protocol, got 3. Set `--protocol.epochs`, to"
+        " which those of IMP's cycles are added.\n"
+    )
+
+
+def test_max_epochs(paper: Callable[[str], ModuleType]) -> None:
+    """The number that it is anyway is no error: it stands in the files that Lightning saves."""
+    run = paper("run")
+    cli = run.build(run.Wanted("digits", "imp", "none", 0.9, 0), ["--trainer.max_epochs=50"])
+    assert cli.trainer.max_epochs == 50
+
+
+TREE = ("--data=ImageTree", "--data.root=tree")
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--data.root=nowhere"], "error: There is no complete cifar-10-batches-py/ in "),
+        (["--data=ImageTree", "--data.root=nowhere"], "error: There are no images in "),
+        ([*TREE, "--data.batch_size=0"], "error: `--data.batch_size` must be at least 1, got 0."),
+        ([*TREE, "--data.train_images=99"], "error: `train_images` must be between 1 and 12, or null for all,"),
+        (
+            [*TREE, "--data.train_images=null", "--data.test_images=null", "--model.num_classes=2"],
+            "error: The model tells 2 classes apart",
+        ),
+    ],
+)
+def test_data__errors(
+    paper: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, own: Path, words: list[str], error: str
+) -> None:
+    """A line, by `main.py` and, where the runs do not have to begin for it, by `run.py`."""
+    monkeypatch.setattr(sys, "argv", [])
+    quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_model_summary=false"]
+    with pytest.raises(SystemExit) as ended:
+        command(paper, monkeypatch, "--config", "convnet_cifar10.yaml", *quiet, *words)
+    assert str(ended.value).startswith(error)
+    assert "\n" not in str(ended.value)
+
+
+def test_run__data_error(paper: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    few = ["--experiments", "convnet_cifar10", "--methods", "dense", "--results", "r.jsonl"]
+    with pytest.raises(SystemExit, match=r"^error: There are no images in .*nowhere/train: "):
+        paper("run").main([*few, "--", "--data=ImageTree", "--data.root=nowhere"])
+
+
+def test_why_it_failed(paper: Callable[[str], ModuleType]) -> None:
+    """What the user can mend is a line; for everything else there is a traceback."""
+    run = paper("run")
+    killed = "Its process was killed. The same command continues from its last whole epoch."
+    expected: dict[BaseException, str] = {
+        run.MisconfigurationException("`train_images` must be less."): "`train_images` must be less.",
+        BrokenProcessPool("A process was terminated abruptly"): killed,
+        SIGTERMException(): killed,
+        SystemExit(2): "The error is above.",
+        ZeroDivisionError("by zero"): "ZeroDivisionError: by zero\n",
+    }
+    for error, text in expected.items():
+        future = Future[Any]()
+        future.set_exception(error)
+        assert run.why_it_failed(future) == text
 
 
 def test_find_configs(paper: Callable[[str], ModuleType], tmp_path: Path) -> None:
@@ -301,16 +458,34 @@ def test_run__killed(paper: Callable[[str], ModuleType], tmp_path: Path) -> None
         run.main(words("killed.jsonl", "dense", "imp", more=("--protocol.epochs=7",)))
 
 
+def is_running(group: int) -> bool:
+    """Whether any process of a group is there."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.slow
-def test_run__interrupted(tmp_path: Path) -> None:
-    """Ctrl+C ends what is under way at once, and what waits for its turn is not begun."""
+@pytest.mark.parametrize("alone", [False, True], ids=["ctrl_c", "terminated"])
+def test_run__interrupted(tmp_path: Path, alone: bool) -> None:
+    """Ctrl+C, and SIGTERM to the runner alone, end what is under way at once, and what waits is not begun."""
     started = start(tmp_path, "r.jsonl", "dense", "snip", "synflow", "imp", jobs=2, more=("--protocol.epochs=5000",))
     wait_for(tmp_path / "r.jsonl.checkpoints", "*dense*/epoch=[2-9].ckpt", started)
-    started.send(signal.SIGINT)
+    if alone:
+        started.process.terminate()
+    else:
+        started.send(signal.SIGINT)
+    group = started.process.pid
     stopped = started.finish(timeout=30)
     assert stopped.returncode == 1
     assert "The same command continues from here." in stopped.stderr
     assert not (tmp_path / "r.jsonl").exists()
+    deadline = time.monotonic() + 30
+    while is_running(group):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.slow

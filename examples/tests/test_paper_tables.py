@@ -189,8 +189,6 @@ def test_append__after_a_torn_line(results: ModuleType, make: Callable[..., Any]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"experiment": "lenet"}, r"`experiment` must be one of alexnet_cifar10, .*, digits, got 'lenet'"),
-        ({"method": "DRIVE"}, r"`method` must be one of dense, .*, gradual_exponential_long, got 'DRIVE'"),
         ({"control": "no"}, r"`control` must be one of none, shuffle, reinit, got 'no'"),
         ({"sparsity": 98.0}, r"`sparsity` is the fraction removed and must be in \[0, 1\), got 98\.0"),
         ({"sparsity": 0.0}, r"`sparsity` must be 0 for a dense run and for no other, got 0\.0"),
@@ -615,6 +613,45 @@ def test_select(figures: ModuleType, alexnet: list[Any], convnet: list[Any], see
     assert [run.experiment for run in chosen] == ["alexnet_cifar10", "convnet_cifar10"]
     assert list(chosen[0].runs) == alexnet
     assert {(run.method, run.control) for run in chosen[1].runs} == {("drive", "none"), ("snip", "none")}
+
+
+def test_draw_accuracies__left_out(figures: ModuleType, convnet: list[Any], alexnet: list[Any]) -> None:
+    """What has runs and no curve is named, by its title; where nothing is left out, nothing is said."""
+    figure = figures.draw_accuracies(compare(figures, convnet))
+    assert note(figure) == "Not shown: iterative SNIP; DRIVE, as long as IMP"
+    assert note(figures.draw_accuracies(compare(figures, alexnet))) == ""
+
+
+def note(figure: Any) -> str:
+    [legend] = figure.legends
+    text = legend.get_title().get_text()
+    return "" if text == "None" else text
+
+
+def test_draw_accuracies__much_left_out(figures: ModuleType, seeds: Callable[..., list[Any]]) -> None:
+    """All names stay inside the picture, and off the axes."""
+    runs = [run for method in figures.METHODS for run in seeds(method, 0.9 if method != "dense" else 0.0, [60, 61])]
+    figure = figures.draw_accuracies(compare(figures, runs))
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_title().get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert not box.overlaps(figure.axes[0].xaxis.label.get_window_extent())
+
+
+def test_own_methods(figures: ModuleType, tables: ModuleType, seeds: Callable[..., list[Any]]) -> None:
+    """They come last, in the main table and with styles of their own, for as many as there are some."""
+    names = [f"own{index}" for index in range(len(figures.SPARE) + 1)]
+    runs = [run for name in ("snip", *names) for run in seeds(name, 0.9, [60, 61])]
+    table, *_ = tables.all_tables(runs)
+    assert [row[0] for row in table.rows][-len(names) :] == names
+    comparison = compare(figures, runs)
+    styles = [comparison.styles[name] for name in ("snip", *names[:-1])]
+    assert len({to_hex(colour) for colour, _ in styles}) == len({marker for _, marker in styles}) == len(names)
+    assert comparison.left_out == [names[-1]]
+    figure = figures.draw_accuracies(comparison)
+    assert note(figure) == f"Not shown: {names[-1]}"
+    assert set(names[:-1]) < set(labels(figure))
 
 
 def test_styles(figures: ModuleType) -> None:

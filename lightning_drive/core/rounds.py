@@ -24,6 +24,9 @@ _SAMPLE = 1 << 15
 _MARGIN = 1e-3
 """Decades between the edges and what lies just within them: more than a logarithm is rounded by."""
 
+_JUST_BELOW = 1e-9
+"""How far below the threshold its edge is on the axis: more than the edge is rounded by, and less than one can see."""
+
 _MOST_DECADES = 30
 """How far below the largest score the linear part of an axis for scores of both signs begins at the most."""
 
@@ -50,7 +53,8 @@ class ScoreHistogram:
     """The distribution of the scores of one round, in bins of equal width on an axis for many orders of magnitude.
 
     Only weights that earlier rounds had left have a score here. The axis is logarithmic, or, where scores are negative,
-    that of the inverse hyperbolic sine: linear around 0 and logarithmic to both sides.
+    that of the inverse hyperbolic sine: linear around 0 and logarithmic to both sides. If the round had one threshold,
+    it is the edge between two bins: all that is below it was pruned, and all that is above it was kept.
 
     Args:
         low: The place of the lowest edge on the axis: its log10, or asinh of its ratio to ``width``.
@@ -104,7 +108,7 @@ def score_histogram(
     scores: Mapping[str, Tensor],
     alive: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
-    thresholds: Iterable[float],
+    thresholds: Sequence[float],
     ranks: Ranks = ALONE,
 ) -> ScoreHistogram | None:
     """Count the scores that one round kept, and those that it pruned, in bins; ``None`` if all scores are zero.
@@ -115,7 +119,8 @@ def score_histogram(
         scores: Parameter name to scores; those that are alive are finite.
         alive: Parameter name to the mask before the round.
         kept: Parameter name to the mask after it.
-        thresholds: The lowest score that each ranking of the round kept: the axis goes down to them.
+        thresholds: The lowest score that each ranking of the round kept: the axis goes down to them, and a single one
+            is an edge.
         ranks: Processes that each hold a part of every tensor.
 
     """
@@ -123,11 +128,11 @@ def score_histogram(
     if not (ends.highest > 0 or ends.least < 0):
         return None
     axis = _logarithmic(ends, thresholds) if ends.least >= 0 else _of_both_signs(ends)
+    if len(thresholds) == 1 and (thresholds[0] > 0 or axis.width is not None):
+        axis = axis.with_edge_at(thresholds[0])
     counts = torch.zeros(3, NUM_BINS + 1, dtype=torch.int64)
     for score, before, after in _chunks(scores, alive, kept):
-        place = axis.places(score)
-        place = place.sub_(axis.low).mul_(NUM_BINS / (axis.high - axis.low)).add_(1)
-        place = place.nan_to_num_(0).clamp_(0).to(torch.int32)
+        place = axis.bins(score)
         place.add_(before.view(torch.int8) + after.view(torch.int8), alpha=NUM_BINS + 1)  # pruned before: 0, now: 1
         counts += torch.bincount(place, minlength=counts.numel()).view_as(counts).cpu()
     _, (pruned_below, *pruned), (kept_below, *kept_in_bins) = ranks.sum(counts).tolist()
@@ -155,12 +160,31 @@ class _Axis(NamedTuple):
     width: float | None
     ends: tuple[float, float]
     """Scores are moved to between these before their places are computed."""
+    edge: tuple[int, float] | None = None
+    """How many bins are below a threshold, and the threshold."""
+
+    def with_edge_at(self, threshold: float) -> "_Axis":
+        """Return an axis that is longer by a bin, and has an edge at the threshold."""
+        step = (self.high - self.low) / (NUM_BINS - 1)
+        place = self.places(torch.tensor([threshold], dtype=torch.float64)).item() - _JUST_BELOW
+        num_below = math.ceil((place - self.low - _MARGIN) / step)
+        low = place - num_below * step
+        return self._replace(low=low, high=low + NUM_BINS * step, edge=(num_below, threshold))
 
     def places(self, score: Tensor) -> Tensor:
         """Return the places of scores on the axis, in new memory."""
         if self.width is None:
             return score.clamp(*self.ends).log10_()
         return score.double().clamp(*self.ends).div_(self.width).asinh_()
+
+    def bins(self, score: Tensor) -> Tensor:
+        """Return which bins scores are in, counted from 1; 0 is for those below the lowest edge."""
+        place = self.places(score).sub_(self.low).mul_(NUM_BINS / (self.high - self.low)).add_(1)
+        place = place.nan_to_num_(0).clamp_(0, NUM_BINS).to(torch.int32)
+        if self.edge is None:
+            return place
+        num_below, threshold = self.edge  # compared, since places are rounded
+        return torch.where(score >= threshold, place.clamp(min=num_below + 1), place.clamp(max=num_below))
 
 
 def _logarithmic(ends: _Range, thresholds: Iterable[float]) -> _Axis:

@@ -1,6 +1,6 @@
 """Pictures of a report, drawn by matplotlib, which is imported only then.
 
-Colours are those of Okabe and Ito and the maps "cividis" and "viridis", which colour-blind people can tell apart.
+Colours are those of Okabe and Ito and the map "cividis", which colour-blind people can tell apart; red is hatched.
 """
 
 import math
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lightning_drive.core.rounds import Round, ScoreHistogram
+from lightning_drive.report import axis_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,9 +17,15 @@ if TYPE_CHECKING:
 Picture: TypeAlias = Literal["density", "rounds", "scores", "cycles", "cuts"]
 """The pictures that a report draws."""
 
-_BLUE, _RED, _GREY = "#0072B2", "#D55E00", "#999999"
+Unit: TypeAlias = Literal["round", "cycle", "cut"]
+"""What a method calls its rounds."""
+
+_BLUE, _ORANGE, _RED = "#0072B2", "#D55E00", "#CC0000"
 _WIDTH = 8.0
 """Inches; a picture is read at about 900 pixels."""
+
+_ROW = ("axes fraction", "data")
+"""Where the left end of a row is at 0."""
 
 _DRIVE = r"$|\theta g|$, which ranks as $|\theta \cdot \partial L/\partial m \cdot \partial L/\partial\theta|$"
 _MAGNITUDE = r"$|\theta|$, the magnitude of a weight"
@@ -39,27 +46,17 @@ def density(names: Sequence[str], kept: Sequence[int], sizes: Sequence[int], met
     axes = figure.add_subplot()
     percent = [100 * left / size for left, size in zip(kept, sizes, strict=True)]
     whole = 100 * sum(kept) / sum(sizes)
-    axes.axvline(whole, color=_RED, linestyle="--", label=f"all layers together: {whole:.3g}%")
     lowest = min([value for value in percent if value] + [whole]) / 2
     filled = [row for row, value in enumerate(percent) if value]
-    axes.plot(
-        [percent[row] for row in filled], filled, "o", color=_BLUE, label="one layer, and how many weights it keeps"
-    )
-    for row, left in enumerate(kept):
-        text, place = (f"{left:,}", percent[row]) if left else ("nothing left", lowest)
-        axes.annotate(
-            text,
-            (place, row),
-            (7, 0),
-            textcoords="offset points",
-            va="center_baseline",
-            fontsize=8,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-        )
+    axes.axvline(whole, color=_ORANGE, linestyle="--", label=f"all layers together: {whole:.3g}%")
+    axes.plot([percent[row] for row in filled], filled, "o", color=_BLUE, label="one layer", clip_on=False, zorder=3)
+    for row in set(range(len(names))).difference(filled):
+        axes.annotate("nothing left", (0, row), (5, 0), _ROW, "offset points", va="center_baseline", fontsize=8)
     axes.set_xscale("log")
-    axes.set_xlim(lowest, 100 * (100 / lowest) ** 0.16)  # room for the text at the right
-    _label_powers(axes, lowest)
-    _label_layers(axes, names)
+    axes.set_xlim(lowest, 100)
+    axis_labels.label_powers(axes.xaxis, lowest, 100)
+    axis_labels.name_layers(axes, names)
+    axis_labels.count_at_the_right(axes, kept, "weights kept")
     axes.grid(axis="both", color="0.9")
     axes.set_axisbelow(True)
     axes.set_xlabel("weights kept (%)")
@@ -69,8 +66,10 @@ def density(names: Sequence[str], kept: Sequence[int], sizes: Sequence[int], met
     return figure
 
 
-def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round], method: str) -> "Figure":
+def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round], method: str, unit: Unit) -> "Figure":
     """Draw how many weights each round removed in all, and what it left of each layer's ``sizes``."""
+    height = _height(names)
+    figure = _figure(3.2 + height)
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
 
@@ -79,28 +78,22 @@ def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round],
         left = [had - gone for had, gone in zip(left, pruning_round.removed, strict=True)]
         table.append([100 * has / size for has, size in zip(left, sizes, strict=True)])
     indices = [pruning_round.index for pruning_round in history]
-    height = max(1.3, _height(names))
-    figure = _figure(3.2 + height)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.3, height])
     figure.suptitle(f"What {method} removed, and what it left of each layer", fontsize="large")
-    removed = [sum(pruning_round.removed) for pruning_round in history]
-    top.plot(indices, removed, "o-", color=_BLUE, markersize=3)
-    top.set_yscale("log" if any(removed) else "linear")
-    top.set_ylabel("weights removed\nin the round")
-    top.grid(axis="y", color="0.9")
-    top.set_axisbelow(True)
-    lowest = min((value for row in table for value in row if value), default=1.0)
+    _draw_removed(top, indices, [sum(pruning_round.removed) for pruning_round in history])
+    top.set_ylabel(f"weights removed\nin the {unit}")
+    lowest = min(min((value for row in table for value in row if value), default=100.0), 99.0)
     colours = bottom.imshow(
         [[row[layer] or math.nan for row in table] for layer in range(len(names))],
         aspect="auto",
         interpolation="nearest",
         cmap="cividis",
-        norm=LogNorm(min(lowest, 99.0), 100),
+        norm=LogNorm(lowest, 100),
         extent=(indices[0] - 0.5, indices[-1] + 0.5, len(names) - 0.5, -0.5),
     )
-    bottom.set_facecolor(_RED)
-    _label_layers(bottom, names)
-    bottom.set_xlabel("round")
+    bottom.patch.set(facecolor=_RED, edgecolor="white", hatch="///", linewidth=0)
+    axis_labels.name_layers(bottom, names)
+    bottom.set_xlabel(unit)
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     empty = ", red: nothing" if any(not value for row in table for value in row) else ""
     label = f"weights left in the layer (%){empty}"
@@ -108,12 +101,12 @@ def rounds(names: Sequence[str], sizes: Sequence[int], history: Sequence[Round],
     bar = figure.colorbar(
         colours, ax=bottom, location="bottom", aspect=30, fraction=0.3 * inch, pad=0.3 * inch, label=label
     )
-    _label_powers(bar.ax, lowest)
+    axis_labels.label_powers(bar.ax.xaxis, lowest, 100)
     return figure
 
 
-def scores(histogram: ScoreHistogram, threshold: float | None, method: str) -> "Figure":
-    """Draw the distribution of the scores in the last round, and the threshold, ``None`` if there are many."""
+def scores(histogram: ScoreHistogram, history: Sequence[Round], method: str, unit: Unit) -> "Figure":
+    """Draw the distribution of the scores in the last round, and the threshold, if there is only one."""
     figure = _figure(4.2)
     axes = figure.add_subplot()
     edges = histogram.edges
@@ -126,16 +119,18 @@ def scores(histogram: ScoreHistogram, threshold: float | None, method: str) -> "
         edges,
         baseline=histogram.kept,
         fill=True,
-        color=_RED,
-        label=f"pruned in this round: {sum(histogram.pruned) + histogram.pruned_below:,}",
+        color=_ORANGE,
+        label=f"pruned in this {unit}: {sum(histogram.pruned) + histogram.pruned_below:,}",
     )
+    threshold = history[-1].threshold if history else None
     if threshold is not None and edges[0] <= threshold <= edges[-1]:
         axes.axvline(threshold, color="black", linestyle="--", label=f"threshold: {threshold:.3g}")
     if histogram.width is None:
         axes.set_xscale("log")
+        axis_labels.label_powers(axes.xaxis, edges[0], edges[-1])
     else:
         axes.set_xscale("asinh", linear_width=histogram.width)
-        _label_both_signs(axes, edges, histogram.width)
+        axis_labels.label_both_signs(axes.xaxis, edges[0], edges[-1], histogram.width)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(0, 1.08 * max(both))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -143,8 +138,9 @@ def scores(histogram: ScoreHistogram, threshold: float | None, method: str) -> "
     lower = f"; {below:,} are lower (or 0)" if below else ""
     axes.set_xlabel(f"score: {_SCORES.get(method, 'as the method defines it')}{lower}")
     axes.set_ylabel("weights")
+    which = "of all weights in the only" if len(history) == 1 else "of the weights that were left for the last"
     own = "" if threshold is not None else "\nEvery layer or group of layers has its own threshold."
-    axes.set_title(f"Scores of the weights that were left for the last round of {method}{own}")
+    axes.set_title(f"Scores {which} {unit} of {method}{own}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -152,45 +148,66 @@ def scores(histogram: ScoreHistogram, threshold: float | None, method: str) -> "
 def cycles(known: Sequence[tuple[int, float, float]], metric: str) -> "Figure":
     """Draw a metric at the end of each cycle: ``known`` has cycle, fraction of the weights left in it, and metric."""
     figure = _figure(4.2)
+    from matplotlib.patheffects import withStroke
+
     axes = figure.add_subplot()
     percents = [100 * left for _, left, _ in known]
-    axes.plot(percents, [value for _, _, value in known], "o-", color=_BLUE)
+    axes.plot(percents, [value for _, _, value in known], "o-", color=_BLUE, clip_on=False, zorder=3)
     axes.set_xscale("log")
-    axes.set_xlim(max(percents) * 1.15, min(percents) / 1.15)
-    _label_powers(axes, min(percents))
+    axes.set_xlim(100, min(percents) / 1.1)
+    axis_labels.label_powers(axes.xaxis, min(percents), 100)
+    axis_labels.label_plainly(axes.yaxis)
     axes.margins(y=0.12)
-    every = -(-len(known) // 12)
-    for cycle, left, value in known[::every]:
-        axes.annotate(f"{cycle}", (100 * left, value), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    for cycle, left, value in known[:: -(-len(known) // 12)]:
+        number = axes.annotate(f"{cycle}", (100 * left, value), (3, 6), textcoords="offset points", fontsize=8)
+        number.set_path_effects([withStroke(linewidth=2, foreground="white")])
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.set_xlabel("weights left during the cycle (%)")
-    axes.set_ylabel(f"{metric}, at the end of the cycle")
-    axes.set_title("Iterative magnitude pruning: what each cycle, by its number, reached before its cut")
+    axes.set_ylabel(axis_labels.in_lines(metric, 36))
+    axes.set_title("Iterative magnitude pruning: what each cycle reached before its cut")
     return figure
 
 
 def cuts(sparsities: Sequence[tuple[float, float]], known: Sequence[tuple[float, float]], metric: str) -> "Figure":
-    """Draw the sparsity after each cut, and a metric where it is known, both over the epoch."""
-    figure = _figure(4.2)
-    axes = figure.add_subplot()
+    """Draw the sparsity after each cut, and below it a metric where it is known, both over the epoch."""
+    figure = _figure(4.8 if known else 3.2)
+    from matplotlib.ticker import MaxNLocator
+
+    top, *others = figure.subplots(2 if known else 1, 1, sharex=True, squeeze=False)[:, 0]
     epochs = [0.0, *(epoch for epoch, _ in sparsities)]
     percents = [0.0, *(100 * sparsity for _, sparsity in sparsities)]
-    axes.step(epochs, percents, "-", where="post", color=_BLUE, label="sparsity after each cut")
-    axes.plot(epochs[1:], percents[1:], "o", color=_BLUE, markersize=3)
-    axes.set_ylim(0, 105)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("weights removed (%)")
-    axes.set_title("Gradual pruning: the sparsity, and what training reached with it")
-    if known:
-        other = axes.twinx()
-        other.plot(*zip(*known, strict=True), "s-", color=_RED, markersize=4, label=f"{metric}, at the end of an epoch")
-        other.set_ylabel(metric)
+    top.step(epochs, percents, "-", where="post", color=_BLUE)
+    top.plot(epochs[1:], percents[1:], "o", color=_BLUE, markersize=3, clip_on=False, zorder=3)
+    top.set_xlim(0, epochs[-1])
+    top.set_ylim(0, 100)
+    top.set_ylabel("weights removed (%)")
+    for other in others:
+        other.plot(*zip(*known, strict=True), "o-", color=_ORANGE, markersize=4, clip_on=False, zorder=3)
+        other.set_ylabel(axis_labels.in_lines(metric, 18))
         other.margins(y=0.12)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        axis_labels.label_plainly(other.yaxis)
+    for axes in (top, *others):
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    reached = ", and what training reached with it" if known else ""
+    figure.suptitle(f"Gradual pruning: the sparsity after each cut{reached}", fontsize="large")
     return figure
+
+
+def _draw_removed(axes: "Axes", indices: Sequence[int], removed: Sequence[int]) -> None:
+    """Draw how many weights each round removed, on a logarithmic axis, which has no place for 0."""
+    axes.plot(indices, [number or math.nan for number in removed], "o-", color=_BLUE, markersize=3, clip_on=False)
+    some = [number for number in removed if number]
+    if some:
+        low, high = min(some) / 1.3, max(some) * 1.3
+        axes.set_yscale("log")
+        axes.set_ylim(low, high)
+        axis_labels.label_powers(axes.yaxis, low, high, most=5)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
 
 
 def _figure(height: float) -> "Figure":
@@ -202,41 +219,4 @@ def _figure(height: float) -> "Figure":
 
 
 def _height(names: Sequence[str]) -> float:
-    return len(names) * (0.25 if len(names) <= 25 else 0.19)
-
-
-def _label_layers(axes: "Axes", names: Sequence[str]) -> None:
-    """Name the rows from the top down, without what all names begin with."""
-    parts = [name.split(".") for name in names]
-    shared = 0
-    while len(parts) > 1 and all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
-        shared += 1
-    prefix = "".join(f"{part}." for part in parts[0][:shared])
-    axes.set_yticks(range(len(names)), [name[len(prefix) :] for name in names], fontsize=9 if len(names) <= 25 else 8)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_ylabel(f"parameter ({prefix}*)" if prefix else "parameter")
-
-
-def _label_both_signs(axes: "Axes", edges: Sequence[float], width: float) -> None:
-    """Label 0, and powers of ten to both sides of it from where they no longer stand on top of it."""
-    first, last = math.ceil(math.log10(width)), math.floor(math.log10(max(edges[-1], -edges[0])))
-    powers = range(first, last + 1, max(1, (last - first) // 5))
-    ticks = {0.0: "0"}
-    for power in powers:
-        ticks |= {10.0**power: f"$10^{{{power}}}$", -(10.0**power): f"$-10^{{{power}}}$"}
-    shown = {tick: text for tick, text in ticks.items() if edges[0] <= tick <= edges[-1]}
-    axes.set_xticks([*shown], [*shown.values()])
-    axes.minorticks_off()
-
-
-def _label_powers(axes: "Axes", lowest: float) -> None:
-    """Put plain numbers on a logarithmic axis of percents, few enough to stand side by side."""
-    decades = 2 - math.floor(math.log10(lowest))
-    ticks = [
-        factor * 10.0**power
-        for power in range(math.floor(math.log10(lowest)), 3)
-        for factor in ((1, 2, 5) if decades <= 2 else (1, 3) if decades <= 4 else (1,))
-    ]
-    ticks = [tick for tick in ticks if lowest * 0.999 <= tick <= 100]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_xticks([], minor=True)
+    return max(1.3, len(names) * axis_labels.row_height(names))

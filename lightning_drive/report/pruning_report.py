@@ -253,10 +253,10 @@ class PruningReport:
         """The kinds of pictures that the report has the data for."""
         has: dict[Picture, object] = {
             "density": self.layers,
-            "rounds": self.rounds,
+            "rounds": len(self.rounds) > 1,
             "scores": self.scores,
-            "cycles": any(cycle.metrics for cycle in self.cycles),
-            "cuts": self.cuts,
+            "cycles": sum(bool(cycle.metrics) for cycle in self.cycles) > 1,
+            "cuts": len(self.cuts) > 1,
         }
         return [kind for kind, data in has.items() if data]
 
@@ -265,9 +265,9 @@ class PruningReport:
 
         Args:
             kind: ``"density"``: which fraction of every layer is left, against the whole. ``"rounds"``: how many
-                weights each round removed, and what it left of every layer. ``"scores"``: how the scores of the last
-                round lay, and the threshold. ``"cycles"``: a metric at the end of every IMP cycle. ``"cuts"``: the
-                sparsity over the epochs of gradual pruning, and a metric at the end of each.
+                weights each round (or cycle, or cut) removed, and what it left of every layer. ``"scores"``: how the
+                scores of the last round lay, and the threshold. ``"cycles"``: a metric at the end of every IMP cycle.
+                ``"cuts"``: the sparsity over the epochs of gradual pruning, and a metric at the start of each.
             metric: The metric for ``"cycles"`` and ``"cuts"``; by default the one that ModelCheckpoint or EarlyStopping
                 monitor, or else the first one that was logged.
 
@@ -284,17 +284,18 @@ class PruningReport:
         if kind not in self.pictures:
             raise ValueError(
                 f"This report does not have the data for the picture {kind!r}, only for {listed(self.pictures)}:"
-                " it comes from an earlier version or from another method, all scores were zero, or nothing was logged."
+                " it comes from an earlier version or from another method, has a single round, cycle or cut, all scores"
+                " were zero, or nothing was logged."
             )
         kept, sizes = [layer.num_kept for layer in self.layers], [layer.num_weights for layer in self.layers]
         names, method = [layer.name for layer in self.layers], self.method.split("(")[0]
         if kind == "density":
             return figures.density(names, kept, sizes, method)
         if kind == "rounds":
-            return figures.rounds(names, sizes, self.rounds, method)
+            return figures.rounds(names, sizes, self.rounds, method, self._unit)
         if kind == "scores":
             assert self.scores is not None
-            return figures.scores(self.scores, self.rounds[-1].threshold if self.rounds else None, method)
+            return figures.scores(self.scores, self.rounds, method, self._unit)
         return self._cuts(metric) if kind == "cuts" else self._cycles(metric)
 
     def plot(self, path: str | Path, kind: Picture = "density", *, metric: str | None = None) -> None:
@@ -307,6 +308,10 @@ class PruningReport:
 
         """
         self.figure(kind, metric=metric).savefig(Path(path), dpi=150)
+
+    @property
+    def _unit(self) -> figures.Unit:
+        return "cycle" if self.cycle is not None else "cut" if self.cuts else "round"
 
     def _cuts(self, metric: str | None) -> "Figure":
         sparsities = [(cut.epoch, 1 - cut.num_kept / self.num_weights) for cut in self.cuts]

@@ -129,20 +129,41 @@ def test_score_histogram__counts_are_exact(
     assert [found.kept_below, *found.kept] == counted_again(kept, found).tolist()
     assert [found.pruned_below, *found.pruned] == counted_again(pruned, found).tolist()
     assert 10**found.low < min(score[masks[name]].min().item() for name, score in given.items())
-    assert 10**found.high > kept.max().item() > 10 ** (found.high - 0.01)
+    assert 10**found.high > kept.max().item() > 0.99 * found.edges[-2]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("seed", range(20))
-def test_score_histogram__threshold_divides(dtype: torch.dtype, seed: int) -> None:
-    """At most the one bin with the threshold in it has both kept and pruned scores."""
-    given = 1 + torch.rand(1000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-    found, masks = histogram_of({"a": given}, 470)
-    assert found is not None
-    threshold = given[masks["a"]].min().log10().item()
-    edges = np.linspace(found.low, found.high, rounds.NUM_BINS + 1)
-    assert not any(kept for kept, end in zip(found.kept, edges[1:], strict=True) if end < threshold)
-    assert not any(pruned for pruned, start in zip(found.pruned, edges, strict=False) if start > threshold)
+def check_divided(found: ScoreHistogram, given: Tensor, mask: Tensor) -> None:
+    """Check that one edge is the threshold, with nothing kept below it, and nothing but ties pruned above it."""
+    threshold = given[mask].min().item()
+    near = pytest.approx(threshold, rel=1e-7, abs=1e-7 * (found.width or 0))
+    [edge] = [edge for edge in found.edges if edge == near]
+    assert edge <= threshold
+    place = found.edges.index(edge)
+    assert sum(found.kept[place:]) == int(mask.sum())
+    assert sum(found.pruned[place:]) == int((given[~mask] == threshold).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("signs", ["positive", "both"])
+@pytest.mark.parametrize("num_kept", [1, 470, 999, 1000])
+@pytest.mark.parametrize("seed", range(3))
+def test_score_histogram__threshold_is_an_edge(dtype: torch.dtype, signs: str, num_kept: int, seed: int) -> None:
+    """Also of scores that float32 can hardly tell apart, and of ties."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.rand(1000, generator=generator, dtype=torch.float64)
+    for scores in (1 + spread, 1 + 1e-6 * spread, (40 * spread - 20).exp(), (8 * spread).round() + 1):
+        given = (scores if signs == "positive" else scores * (spread - 0.4).sign()).to(dtype)
+        found, masks = histogram({"a": given}, num_kept)
+        check_divided(found, given, masks["a"])
+
+
+def test_score_histogram__zero_is_an_edge() -> None:
+    """Of scores of both signs; many are 0, of which some are kept."""
+    given = torch.randn(1000, generator=torch.Generator().manual_seed(0)).pow(3)
+    given[::2] = 0
+    num_above = int((given > 0).sum())
+    found, masks = histogram({"a": given}, num_above + 100)
+    check_divided(found, given, masks["a"])
 
 
 def test_score_histogram__low_scores() -> None:
@@ -214,15 +235,6 @@ def test_score_histogram__of_both_signs(
     assert np.histogram(places[kept], bins)[0].tolist() == list(found.kept)
     assert np.histogram(places[alive.numpy() & ~kept], bins)[0].tolist() == list(found.pruned)
     assert np.arcsinh(np.array(found.edges) / found.width) == pytest.approx(bins, abs=1e-9)
-
-
-def test_score_histogram__of_both_signs__threshold_divides() -> None:
-    given = torch.randn(5000, generator=torch.Generator().manual_seed(0)).pow(3)
-    for num_kept in (100, 2500, 4900):
-        found, masks = histogram({"a": given}, num_kept)
-        threshold = given[masks["a"]].min().item()
-        assert not any(kept for kept, end in zip(found.kept, found.edges[1:], strict=True) if end < threshold)
-        assert not any(pruned for pruned, start in zip(found.pruned, found.edges, strict=False) if start > threshold)
 
 
 def test_score_histogram__of_both_signs__shows_many_orders_of_magnitude() -> None:

@@ -2,10 +2,11 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from reports import HISTOGRAM, MASKS, full_report, small_report
 from lightning_drive import Masks, PruningReport
 from lightning_drive.core.rounds import Round, ScoreHistogram
 from lightning_drive.report.figures import Picture
+from lightning_drive.report.parts import CutReport, CycleReport, LayerReport
 
 
 @pytest.mark.parametrize(
@@ -42,43 +44,85 @@ def test_plot__leaves_pyplot_alone(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "density.svg").read_text()
 
 
-def test_plot__without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+@pytest.mark.parametrize("kind", get_args(Picture))
+def test_plot__without_matplotlib(kind: Picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("", ".figure", ".colors", ".ticker", ".patheffects"):
+        monkeypatch.setitem(sys.modules, f"matplotlib{name}", None)
     with pytest.raises(ModuleNotFoundError, match="needs matplotlib: `pip install matplotlib`"):
-        small_report().plot(tmp_path / "density.png")
+        full_report().plot(tmp_path / "picture.png", kind)
 
 
-@pytest.mark.parametrize("kind", ["density", "rounds", "scores", "cycles"])
-@pytest.mark.parametrize("num_layers", [1, 2, 54])
-def test_figure(kind: Picture, num_layers: int, tmp_path: Path) -> None:
-    """Axes say what they show; text stays inside the picture, and that of layers apart from each other."""
-    agg = pytest.importorskip("matplotlib.backends.backend_agg")
-    layers = tuple(
-        replace(full_report().layers[index % 2], name=f"network.stage{index}.convolution.weight")
-        for index in range(num_layers)
+NAMES = {"short": "network.{}.weight", "long": "model.backbone.encoder.stage{}.convolution.weight"}
+
+
+def report_of(num_layers: int, names: str, num_rounds: int) -> PruningReport:
+    """Return a report of layers that come down to 2 %, and of every third one that ends up empty half way."""
+    sizes = [40 * 10 ** (index % 4) for index in range(num_layers)]
+
+    def left(done: int) -> list[int]:
+        lost = [index % 3 == 1 and 2 * done >= num_rounds for index in range(num_layers)]
+        return [
+            0 if gone else round(size * 0.02 ** (done / num_rounds)) for gone, size in zip(lost, sizes, strict=True)
+        ]
+
+    def removed(index: int) -> tuple[int, ...]:
+        return tuple(had - has for had, has in zip(left(index - 1), left(index), strict=True))
+
+    metric = "validation/multiclass_accuracy_of_the_top_five" if names == "long" else "val_accuracy"
+    parts = [(index, sum(left(index)), {metric: 0.97531 + 1e-5 * index}) for index in range(1, num_rounds + 1)]
+    return replace(
+        full_report(),
+        layers=tuple(
+            LayerReport(NAMES[names].format(index), (size,), size, kept, None)
+            for index, (size, kept) in enumerate(zip(sizes, left(num_rounds), strict=True))
+        ),
+        rounds=tuple(Round(index, 2e-3, removed(index)) for index, _, _ in parts),
+        cycles=tuple(CycleReport(index, kept, {}, metrics) for index, kept, metrics in parts),
+        cuts=tuple(CutReport(index, 2 + index / 4, 0, kept, metrics) for index, kept, metrics in parts),
     )
-    rounds = tuple(replace(one, removed=(one.removed * 27)[:num_layers]) for one in full_report().rounds)
-    figure = replace(full_report(), layers=layers, rounds=rounds).figure(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_layers"),
+    [
+        *((kind, num_layers) for kind in ("density", "rounds") for num_layers in (1, 3, 20, 54)),
+        *(("scores", 3), ("cycles", 3), ("cuts", 3)),
+    ],
+)
+@pytest.mark.parametrize(("names", "num_rounds"), [("short", 2), ("long", 100)])
+def test_figure(kind: Picture, num_layers: int, names: str, num_rounds: int) -> None:
+    """Axes say what they show; text stays inside the picture, and no two texts of an axis or of panels overlap."""
+    agg = pytest.importorskip("matplotlib.backends.backend_agg")
+    figure = report_of(num_layers, names, num_rounds).figure(kind)
     canvas = agg.FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
-    axes = figure.axes[:2] if kind == "rounds" else figure.axes
-    assert all(panel.get_ylabel() for panel in axes)
-    assert axes[-1].get_xlabel()
+    panels = [*figure.axes, *(child for panel in figure.axes for child in panel.child_axes)]
+    assert all(panel.get_ylabel() or panel.get_xlabel() for panel in panels)
     inside = figure.bbox.padded(1)
-    texts = [figure._suptitle] if figure._suptitle else []
-    for panel in figure.axes:
-        texts += [panel.title, panel.xaxis.label, panel.yaxis.label, *panel.texts]
+    texts, around = [], [figure._suptitle] if figure._suptitle else []
+    for panel in panels:
+        around += [panel.title, panel.xaxis.label, panel.yaxis.label]
         for place, axis in enumerate((panel.xaxis, panel.yaxis)):
             low, high = sorted(axis.get_view_interval())
             ticks = [tick for tick in axis.get_ticklabels() if low <= tick.get_position()[place] <= high]
-            boxes = [tick.get_window_extent(renderer) for tick in ticks if tick.get_text()]
-            assert not [one for one, two in pairwise(boxes) if one.overlaps(two)]
-            texts += ticks
-    for text in filter(lambda text: text.get_text(), texts):
+            shown = [tick for tick in ticks if tick.get_text() and tick.get_visible()]
+            assert len(shown) != 1 or num_layers == 1
+            assert not overlapping(shown, renderer)
+            texts += shown
+        texts += panel.texts
+    around = [text for text in around if text.get_text()]
+    assert not overlapping(around, renderer)
+    assert not [(one, other) for one in around for other in texts if overlapping([one, other], renderer)]
+    for text in [*texts, *around]:
         box = text.get_window_extent(renderer)
         assert inside.contains(box.x0, box.y0), text.get_text()
         assert inside.contains(box.x1, box.y1), text.get_text()
+
+
+def overlapping(texts: Sequence[Any], renderer: Any) -> list[tuple[str, str]]:
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts]
+    return [(one, other) for (one, first), (other, second) in combinations(boxes, 2) if first.overlaps(second)]
 
 
 def test_figure__scores() -> None:
@@ -127,7 +171,8 @@ def test_figure__rounds() -> None:
     assert values[0].tolist() == pytest.approx([100 * 188 / 288, 100 * 36 / 288])
     assert values[1, 0] == pytest.approx(100 * 600 / 1300)
     assert values.mask.tolist() == [[False, False], [False, True]]
-    assert matplotlib.colors.to_hex(bottom.get_facecolor()) == "#d55e00"
+    assert matplotlib.colors.to_hex(bottom.get_facecolor()) == "#cc0000"
+    assert bottom.patch.get_hatch()
     assert bar.get_xlabel() == "weights left in the layer (%), red: nothing"
 
 
@@ -152,14 +197,57 @@ def test_figure__cuts() -> None:
     assert other.get_ylabel() == "val_loss"
     _, other = full_report().figure("cuts", metric="val_accuracy").axes
     assert list(other.lines[0].get_ydata()) == [0.9]
-    silent = replace(full_report(), cuts=full_report().cuts[:1])
+    silent = replace(full_report(), cuts=tuple(replace(cut, metrics={}) for cut in full_report().cuts))
     assert len(silent.figure("cuts").axes) == 1
+
+
+@pytest.mark.parametrize(
+    ("unit", "changes"),
+    [("round", {"cycles": (), "cuts": ()}), ("cycle", {"cycle": 2, "cuts": ()}), ("cut", {"cycles": ()})],
+)
+def test_figure__names_what_the_method_does(unit: str, changes: dict[str, Any]) -> None:
+    """IMP has cycles, gradual pruning has cuts, and all others have rounds."""
+    pytest.importorskip("matplotlib")
+    report = replace(full_report(), **changes)
+    top, bottom, _ = report.figure("rounds").axes
+    assert (top.get_ylabel(), bottom.get_xlabel()) == (f"weights removed\nin the {unit}", unit)
+    [axes] = report.figure("scores").axes
+    assert axes.get_title() == f"Scores of the weights that were left for the last {unit} of DRIVE"
+    assert axes.patches[1].get_label().startswith(f"pruned in this {unit}: ")
+
+
+def test_figure__of_a_single_round() -> None:
+    """A single round, cycle or cut is no curve; its scores are those of all weights."""
+    pytest.importorskip("matplotlib")
+    full = full_report()
+    report = replace(full, rounds=full.rounds[:1], cycles=full.cycles[:1], cuts=full.cuts[:1], cycle=1)
+    assert report.pictures == ["density", "scores"]
+    assert report.figure("scores").axes[0].get_title() == "Scores of all weights in the only cycle of DRIVE"
+    with pytest.raises(ValueError, match="has a single round, cycle or cut"):
+        report.figure("rounds")
+
+
+@pytest.mark.parametrize("num_kept", [1, 1000])
+def test_figure__axes_end_where_data_can(num_kept: int) -> None:
+    """There is nothing beyond 100 %, and a point there is whole."""
+    pytest.importorskip("matplotlib")
+    layers = (
+        LayerReport("a.weight", (1000,), 1000, 1000, None),
+        LayerReport("b.weight", (10**6,), 10**6, num_kept, None),
+    )
+    [density] = replace(full_report(), layers=layers).figure("density").axes
+    assert density.get_xlim()[1] == 100
+    assert not density.lines[1].get_clip_on()
+    report = report_of(3, "short", 4)
+    assert report.figure("cycles").axes[0].get_xlim()[0] == 100
+    cuts, _ = report.figure("cuts").axes
+    assert (cuts.get_xlim(), cuts.get_ylim()) == ((0, 3), (0, 100))
 
 
 def test_figure__nothing_removed() -> None:
     """A sparsity of 0 is no reason to fail."""
     pytest.importorskip("matplotlib")
-    report = replace(full_report(), rounds=(Round(1, 0.0, (0, 0)),))
+    report = replace(full_report(), rounds=(Round(1, 0.0, (0, 0)), Round(2, 0.0, (0, 0))))
     assert len(report.figure("rounds").axes) == 3
     assert len(report.figure("scores").axes[0].lines) == 0
 
