@@ -25,7 +25,7 @@ def run(path: Path, folder: Path) -> NotebookNode:
     environment = {**os.environ, **places, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=str(folder / "kernel"))  # files, not ports
     client = NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(folder)}})
-    return client.execute(env=environment)
+    return client.execute(env=environment, cleanup_kc=True)
 
 
 def light(notebook: NotebookNode) -> NotebookNode:
