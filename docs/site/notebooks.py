@@ -23,9 +23,10 @@ def run(path: Path, folder: Path) -> NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     places = {name: str(folder / name) for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR")}
     environment = {**os.environ, **places, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=str(folder / "kernel"))  # files, not ports
-    client = NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(folder)}})
-    return client.execute(env=environment, cleanup_kc=True)
+    with tempfile.TemporaryDirectory() as sockets:  # files instead of ports, whose paths have to be short
+        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=str(Path(sockets) / "kernel"))
+        client = NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(folder)}})
+        return client.execute(env=environment, cleanup_kc=True)
 
 
 def light(notebook: NotebookNode) -> NotebookNode:

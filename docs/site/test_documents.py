@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
@@ -172,16 +173,45 @@ def test_block(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(folders[page])
+    evaluate(example, capsys)
+
+
+def evaluate(example: Example, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run a block and remember what it prints, which its comments and a block of text behind it may promise."""
     example.evaluate()
-    if not is_output(example):
+    if not example.document.text.startswith("```text", example.region.start):
         printed = example.namespace[PRINTED] = capsys.readouterr().out
         for promised in PROMISED.findall(str(example.parsed)):
             outputs.check(promised, printed, [])
 
 
-def is_output(example: Example) -> bool:
-    """Whether a block is text, which is compared and not run."""
-    return example.document.text.startswith("```text", example.region.start)
+@pytest.mark.parametrize(
+    ("page", "fails"),
+    [
+        ("```python\nprint(10)\n```\n\nIt prints\n\n```text\n10\n```\n", False),
+        ("```python\nprint(10)\n```\n\n<!-- output: varies: \\d+ -->\n\n```text\n12\n```\n", False),
+        ("```python\nprint(10)  # 10\nprint(9)  # as before\n```\n", False),
+        ("```text\ntests/helpers/\n├── models.py  networks\n└── own*.py\n```\n", False),
+        ("```python\nprint(10)\n```\n\n```text\n12\n```\n", True),
+        ("```python\nprint(10)\n```\n\n```python\na = 1\n```\n\n```text\n10\n```\n", True),
+        ("```python\nprint(10)  # 12\n```\n", True),
+        ("```bash\nfalse\n```\n", True),
+        ("```text\ntests/helpers/\n├── nothing.py\n└── own*.py\n```\n", True),
+        ("```text\nlightning_drive/\n├── core/\n└── cli.py\n```\n", True),
+    ],
+    ids=["same", "varies", "comment", "tree", "other", "too_late", "wrong_comment", "bash", "no_file", "not_whole"],
+)
+def test_evaluate(
+    page: str, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a page promises is compared with what its code does."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.md").write_text(page, encoding="utf-8")
+    *before, last = SYBIL.parse(tmp_path / "page.md").examples()
+    for example in before:
+        evaluate(example, capsys)
+    with pytest.raises(AssertionError) if fails else nullcontext():
+        evaluate(last, capsys)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
