@@ -14,6 +14,8 @@ from mkdocs.structure.files import File, Files
 
 OFFER = "[Download this notebook]({name}), to run and change it."
 PICTURE = "image/png"
+PLAIN_TABLE = ('<table style="', '<table class="output" style="font-size: .64rem; ')
+"""Without a class, the theme makes columns wide and a report too wide for the page."""
 LINK = re.compile(r"(\]\([\w./-]+)\.ipynb\b")
 """A link from one notebook to another, which here leads to its page."""
 
@@ -44,7 +46,7 @@ def converted(notebook: dict[str, Any], path: PurePosixPath) -> dict[str, str | 
                 pictures[str(path.with_name(name))] = base64.b64decode("".join(data[PICTURE]))
                 parts.append(f"![{cell['metadata']['alt']}]({name})")
             elif "text/html" in data:
-                parts.append("".join(data["text/html"]).replace("<table ", '<table class="output" '))  # no theme's
+                parts.append("".join(data["text/html"]).replace(*PLAIN_TABLE))
             else:
                 parts.append(fenced("text", "".join(data["text/plain"])))
     title, *rest = parts

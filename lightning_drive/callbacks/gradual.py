@@ -332,8 +332,10 @@ class GradualPruningCallback(RepeatedPruningCallback):
         if self._window is None or not self.pruned:
             self._window = cut_window.of_run(self, trainer, self._fit.max_epochs)
         super()._check_module(trainer, pl_module)
-        if self.criterion == "drive" and self.loss_fn is None:
-            checks.check_training_step(pl_module)
+        if self.criterion == "drive":
+            checks.check_batches_are_seen(pl_module)
+            if self.loss_fn is None:
+                checks.check_training_step(pl_module)
 
     @override
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
