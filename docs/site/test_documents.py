@@ -101,7 +101,7 @@ def call(command: str) -> None:
             Path(Path(name).name).symlink_to(ROOT / name)
     first, *arguments = shlex.split(command)
     if first == "python" and arguments[0].endswith(".py"):
-        done = processes.script(*arguments, folder=Path.cwd())
+        done = processes.Script(*arguments, folder=Path.cwd()).finish(timeout=900)  # it may train for a while
     elif first == "lightning-drive":
         done = processes.script(BIN / first, *arguments, folder=Path.cwd())
     else:
