@@ -736,6 +736,12 @@ net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
 number = 3
 
 class Models:
+    def broken():
+        raise KeyError("depth\\nof it")
+
+    def empty():
+        raise ValueError
+
     def wide(width):
         return nn.Linear(width, width)
 
@@ -749,6 +755,8 @@ def models_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module of the reader's own in the current folder."""
     name = f"models_of_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(MODELS)
+    (tmp_path / "models_that_fail.py").write_text("net = nn.Linear(1, 1)")
+    (tmp_path / "models_cut_off.py").write_text("net = (")
     monkeypatch.chdir(tmp_path)
     return name
 
@@ -781,7 +789,16 @@ def test_plan__method(models_here: str, capsys: pytest.CaptureFixture[str]) -> N
         (["{}:net", "--set", "cycles=2"], "DRIVEPruningCallback has no such argument. Apart from the sparsity: warmup"),
         (["{}:net", "--set", "sparsity=0.9"], "`--set sparsity=0.9`: DRIVEPruningCallback has no such argument"),
         (["builtins:dict"], "must be a torch module or return one, got dict"),
+        (["{}:Models.broken"], ":Models.broken' cannot be called: KeyError: 'depth"),
+        (["{}:Models.empty"], ":Models.empty' cannot be called: ValueError"),
+        (["models_that_fail:net"], "'models_that_fail:net' cannot be imported: NameError: name 'nn' is not defined"),
+        (["models_cut_off:net"], "'models_cut_off:net' cannot be imported: SyntaxError: "),
+        ([".models:net"], "'.models:net' cannot be imported: TypeError: "),
         (["{}:Models.wide"], "needs arguments (missing a required argument: 'width'). Name a module"),
+        (["{}:net", "--max-epochs", "5"], "DRIVEPruningCallback(warmup_epochs=5) prunes at the start of epoch 5"),
+        (["{}:net", "--method", "imp", "--max-epochs", "1000"], "IMPPruningCallback(cycles=50, epochs_per_cycle=20)"),
+        (["{}:net", "--method", "gradual", "--max-epochs", "1"], "it would never reach its sparsity. Raise `max_ep"),
+        (["{}:net", "--max-epochs", "2", "--steps-per-epoch", "3", "--set", "warmup_steps=6"], "after 6 steps, so it"),
         (["{}:net", "--max-epochs", "0"], "`max_epochs` must be a whole number of at least 1, got 0"),
     ],
 )

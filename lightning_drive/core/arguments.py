@@ -23,6 +23,9 @@ Mode: TypeAlias = Literal["train", "eval"]
 Control: TypeAlias = Literal["none", "shuffle", "reinit"]
 """A control experiment: random masks with the counts of those that were found, or other initial weights."""
 
+Criterion: TypeAlias = Literal["magnitude", "drive"]
+"""What gradual pruning removes: weights of the smallest magnitude, or of the lowest DRIVE score."""
+
 
 def check_count(argument: str, value: object, *, least: int | None = 1) -> int:
     """Return a whole number of at least ``least`` (``None``: any) as an ``int``; raise a ``ValueError`` otherwise.
