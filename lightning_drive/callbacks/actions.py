@@ -322,7 +322,7 @@ class PruningActions(pl.Callback):
         """Show what was pruned above the progress bar, and log it."""
         assert self.report is not None
         with terminal.above_bar(trainer):
-            reporting.announce(trainer, self.report, outcome.warnings, self._metrics(), text)
+            reporting.announce(trainer, self.report, outcome, self._metrics(), self._fit.announced, text)
             if self._finished:
                 loggers.log_pictures(trainer, self.report)
             if forgotten:

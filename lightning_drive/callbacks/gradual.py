@@ -289,7 +289,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
         # Everything is computed: from here on only commit.
         self._pruning = Pruning(found.masks.to("cpu"), reporting.after_cuts(report, self.report, cut, trainer), {})
         self._commit(trainer, pl_module)
-        reporting.announce_cut(trainer, found.warnings, self._metrics())
+        reporting.announce_cut(trainer, found.warnings, self._metrics(), self._fit.announced)
 
     def _cut_for_good(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: int, start: float, warnings: list[str]
