@@ -1,6 +1,5 @@
 """The commands ``lightning-drive report``, ``compress`` and ``expand``, which read and write files of weights."""
 
-import json
 import re
 from collections.abc import Mapping
 from importlib.metadata import version as version_of
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_drive import command_json
 from lightning_drive.command_imports import current_folder
 from lightning_drive.core.messages import listed
 from lightning_drive.export import (
@@ -35,13 +35,12 @@ def report(checkpoint: Path, as_json: bool, trust_pickle: bool) -> None:
     callback, values = checkpoints.pruning_in(content)
     if values is not None:
         pruning_report = _report_of(values, checkpoint)
-        saved = {"callback": callback or None, "report": pruning_report.to_dict()}
-        print(json.dumps(saved, indent=2) if as_json else pruning_report)
+        print(command_json.of_report(callback, pruning_report) if as_json else pruning_report)
         return
     weights = foreign_masks.joined(_state_dict(checkpoint, content, trust_pickle))
     counts = zeros.count_zeros(weights.state_dict)
     if as_json:
-        print(json.dumps({"callback": callback or None, "report": None, "tensors": counts}, indent=2))
+        print(command_json.of_zeros(callback, counts))
     else:
         reason = f"{callback} had not pruned yet" if callback else "no pruning callback was saved in it"
         print(f"No report in {checkpoint}: {reason}. These are the zeros in all parameters and buffers:")

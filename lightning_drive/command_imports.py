@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_drive.core.messages import shown_error
+
 
 def module_at(path: str) -> nn.Module:
     """Return the torch module with a path such as ``torchvision.models:resnet18``, or what a function there returns."""
@@ -17,8 +19,7 @@ def module_at(path: str) -> nn.Module:
         raise ValueError(f"MODULE must be PACKAGE.MODULE:NAME, such as torchvision.models:resnet18, got {path!r}.")
     module = object_at(path)
     if not isinstance(module, nn.Module) and callable(module):
-        _check_call(module, path)
-        module = module()
+        module = _called(module, path)
     if not isinstance(module, nn.Module):
         raise TypeError(f"{path!r} must be a torch module or return one, got {type(module).__name__}.")
     return module
@@ -34,6 +35,8 @@ def object_at(path: str) -> Any:
                 found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{path!r} cannot be imported: {error}.") from error
+    except Exception as error:  # raised by the user's own code
+        raise ValueError(f"{path!r} cannot be imported: {shown_error(error)}.") from error
     return found
 
 
@@ -46,6 +49,16 @@ def current_folder() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
+
+
+def _called(make: Callable[[], Any], path: str) -> Any:
+    """Return what a function or class returns without arguments; raise if it needs some, or fails."""
+    _check_call(make, path)
+    try:
+        with current_folder():
+            return make()
+    except Exception as error:
+        raise ValueError(f"{path!r} cannot be called: {shown_error(error)}.") from error
 
 
 def _check_call(make: Callable[..., Any], path: str) -> None:

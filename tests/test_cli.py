@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,7 @@ WRONG = {
     "rounds=1.5": ".*DRIVEPruningCallback: rounds: Expected a <class 'int'>. Got value: 1.5",
     "sparsity=half": ".*DRIVEPruningCallback: sparsity: Expected a <class 'float'>. Got value: half",
     "include=features": ".*DRIVEPruningCallback: include: Expected a <class 'list'>. Got value: features",
+    "warmup_steps=soon": ".*DRIVEPruningCallback: warmup_steps: Expected a <class 'int'>. Got value: soon",
     "schedule=square": r".*schedule: Expected a typing.Literal\['exponential', 'linear', 'cubic'\]. Got value: square",
     "schedule=nowhere.f": ".*schedule: Type .* a callable class: No module named 'nowhere'. Got value: nowhere.f",
     "schedule=test_cli.falling": "`schedule` is a function, 'falling', .* it must never fall, got 0.75 at 0.25 and .*",
@@ -191,6 +193,7 @@ WRONG = {
     "sparsity={}": "`sparsity` must be a number or map at least one glob pattern to one, got an empty mapping.",
     "loss_fn=nowhere.f": ".*loss_fn: Type .* a callable class: No module named 'nowhere'. Got value: nowhere.f",
     "sparsty=0.5": ".*DRIVEPruningCallback: Option 'sparsty' is not accepted",
+    "Rounds=5": ".*DRIVEPruningCallback: Option 'Rounds' is not accepted",
 }
 
 
@@ -201,7 +204,8 @@ def test_wrong_value__one_line(command_line: Any, capsys: pytest.CaptureFixture[
         command_line(f"--trainer.callbacks.{argument}", kind=OneLineErrorsCLI)
     seen = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set to")]
     assert len(seen) == 1
-    assert re.fullmatch(f"error: {WRONG[argument]}", seen[0])
+    meant = {"sparsty=0.5": "sparsity", "Rounds=5": "rounds"}.get(argument, "")
+    assert re.fullmatch(f"error: {WRONG[argument]}{meant and rf'. Did you mean {meant!r}.'}", seen[0])
 
 
 @pytest.mark.parametrize("argument", WRONG)
@@ -238,22 +242,115 @@ def test_one_line_errors__others(command_line: Any) -> None:
         command_line("--trainer.callbacks+=test_cli.Broken", kind=OneLineErrorsCLI)
 
 
+SINGLE = "--trainer.callbacks"
+NO_CLASS = "error: trainer.callbacks: there is no class"
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no_sparsity": (
+        [f"{SINGLE}=lightning_drive.SNIPPruningCallback"],
+        "error: trainer.callbacks: lightning_drive.SNIPPruningCallback: the following arguments are required: sparsity",
+    ),
+    "no_sparsity_by_short_name": (
+        [f"{SINGLE}=IMPPruningCallback", f"{SINGLE}.cycles=2"],
+        "error: trainer.callbacks: lightning_drive.IMPPruningCallback: the following arguments are required: sparsity",
+    ),
+    "class": ([f"{SINGLE}=DrivePruningCallback"], f"{NO_CLASS} 'DrivePruningCallback'. Did you mean 'DRIVEPru"),
+    "class_added": (
+        [f"{SINGLE}+=GradualPruning"],
+        f"{NO_CLASS} 'GradualPruning'. Did you mean 'GradualPruningC",
+    ),
+    "class_of_lightning": ([f"{SINGLE}=EarlyStoping"], f"{NO_CLASS} 'EarlyStoping'. Did you mean 'EarlyStopping'?"),
+    "class_like_no_other": ([f"{SINGLE}=Qqqq"], f"{NO_CLASS} 'Qqqq'. Name one with its module, as in 'package"),
+    "class_of_a_module": (
+        [f"{SINGLE}=lightning_drive.snippruningcallback"],
+        "module 'lightning_drive' has no attribute 'snippruningcallback'. Did you mean 'SNIPPruningCallback'?",
+    ),
+    "module": (
+        [f"{SINGLE}=lightning_driv.SNIPPruningCallback"],
+        "No module named 'lightning_driv'. Did you mean 'SNIPPruningCallback'?",
+    ),
+    "no_callback": (
+        [f"{SINGLE}=lightning_drive.find_masks"],
+        "trainer.callbacks: Import path does not correspond to a subclass of Callback. Got value: lightning_drive.find",
+    ),
+    "in_json": (
+        [SINGLE + '=[{"class_path": "SNIPPruningCallback", "init_args": {"sparsity": 0.5, "scop": "global"}}]'],
+        "lightning_drive.SNIPPruningCallback: Option 'scop' is not accepted. Did you mean 'scope'?",
+    ),
+    "of_one_in_json": (
+        [SINGLE + '={"class_path": "SNIPPruningCallback", "init_args": {"sparsity": 0.5, "scope": "glob"}}'],
+        "lightning_drive.SNIPPruningCallback: scope: Expected a typing.Literal['global', 'layerwise']. Got value: glob",
+    ),
+    "pattern": ([f'{SINGLE}.exclude=["backbone.*"]'], "error: `exclude` pattern 'backbone.*' matches no parameter."),
+    "nothing_left": ([f'{SINGLE}.exclude=["*"]'], "error: There is no trainable parameter to prune."),
+    "masks_of_no_file": (
+        [f"{SINGLE}=KeepZerosCallback", f"{SINGLE}.masks=missing.ckpt"],
+        "error: There is no file 'missing.ckpt'.",
+    ),
+    "no_zeros": ([f"{SINGLE}=KeepZerosCallback"], "error: None of the 998 weights of ConvModule that are prunable is"),
+    "two_that_prune": (
+        [f"{SINGLE}+=SNIPPruningCallback", f"{SINGLE}.sparsity=0.5"],
+        "error: Only one callback of a Trainer can prune, got DRIVEPruningCallback and SNIPPruningCallback",
+    ),
+    "too_short": ([f"{SINGLE}=IMPPruningCallback", f"{SINGLE}.sparsity=0.5"], "but training ends after max_epochs=3"),
+    "no_window": (
+        [f"{SINGLE}=GradualPruningCallback", f"{SINGLE}.sparsity=0.5", f"{SINGLE}.start_epoch=4"],
+        "error: Grad",
+    ),
+    "no_config": (["--config=missing.yaml"], "error: config: File does not exist: '"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes__one_line(mistake: str, command_line: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A class, a setting or a file: one line names it, and what was likely meant."""
+    arguments, message = MISTAKES[mistake]
+    with pytest.raises(SystemExit, match="2"):
+        command_line(*arguments, kind=OneLineErrorsCLI)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("INFO", "Seed set to"))]
+    assert message in line
+    assert line.startswith("error: ")
+    assert "Expected a <class 'list'>" not in line
+
+
+def test_damaged_checkpoint__one_line(command_line: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(fits.ConvModule().state_dict(), tmp_path / "cut.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "cut.ckpt").read_bytes()[:5000])
+    arguments = [f"{SINGLE}=KeepZerosCallback", f"{SINGLE}.masks={tmp_path / 'cut.ckpt'}"]
+    with pytest.raises(SystemExit, match="2"):
+        command_line(*arguments, kind=OneLineErrorsCLI)
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {str(tmp_path / 'cut.ckpt')!r} is not a file that `torch.save` wrote, or it is")
+
+
+MISTAKES_IN_CODE = {ValueError: "int('x')", TypeError: "len(1)", OSError: "open('/nowhere/file')"}
+
+
+@pytest.mark.parametrize("error", MISTAKES_IN_CODE)
+def test_one_line_errors__mistakes_in_code(
+    command_line: Any, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """What no `raise` of this package raised is a mistake in its code or another's, and keeps its traceback."""
+    module: dict[str, Any] = {"__name__": "lightning_drive.own"}
+    exec(f"def selected(self, module): return {MISTAKES_IN_CODE[error]}", module)
+    monkeypatch.setattr(lightning_drive.DRIVEPruningCallback, "prunable_parameters", module["selected"])
+    with pytest.raises(error):
+        command_line(kind=OneLineErrorsCLI)
+
+
+def test_short_names__whatever_is_imported_first() -> None:
+    """The callbacks are known by their short names also where this package comes before Lightning."""
+    script = "from lightning_drive.cli import OneLineErrorsCLI, _class_names; print(*_class_names())"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    ours = {name for name in lightning_drive.__all__ if name.endswith("Callback")}
+    assert ours < set(done.stdout.split())
+
+
 @pytest.mark.parametrize("argument", ["sparsity=90", "rounds=1.5"])
 def test_one_line_errors__debug(command_line: Any, monkeypatch: pytest.MonkeyPatch, argument: str) -> None:
     """With the variable of jsonargparse, errors are as in LightningCLI."""
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(Exception, match="Does not validate against any of the Union subtypes"):
         command_line(f"--trainer.callbacks.{argument}", kind=OneLineErrorsCLI)
-
-
-def test_one_line_errors__unclear(command_line: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """The cause that jsonargparse before 4.52 names for every error is not printed as the reason."""
-    cli = command_line(kind=OneLineErrorsCLI, subcommand="", run=False)
-    error = ValueError("Does not validate against any of the Union subtypes: the reason")
-    error.__cause__ = ValueError("Expected a <class 'NoneType'>. Got value: 1.5")
-    with pytest.raises(SystemExit, match="2"):
-        cli._exit(error)
-    assert capsys.readouterr().err.endswith("subtypes: the reason\n")
 
 
 SIBLINGS = {

@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from commands import fails, in_shell, succeeds
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -82,27 +83,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture
 def checkpoint(run: Run) -> Path:
     return run[0]
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Run a command that must end in one line of error, and return that line."""
-    capsys.readouterr()
-    try:
-        status: object = main([str(argument) for argument in arguments])
-    except SystemExit as error:  # of argparse
-        status = error.code
-    out, err = capsys.readouterr()
-    assert (status, out) == (2, "")
-    assert re.fullmatch(r"lightning-drive.*: error: .*\n", err)
-    return err
-
-
-def succeeds(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    return out
 
 
 def test_compress(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -382,7 +362,6 @@ def test_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, _, callback = run
     assert succeeds(capsys, "report", checkpoint) == f"{callback.report}\n"
     printed = json.loads(succeeds(capsys, "report", "--json", checkpoint))
-    assert printed.keys() == {"callback", "report"}
     assert printed["callback"] == "OurOwn"
     assert PruningReport.from_dict(printed["report"]) == callback.report
 
@@ -616,6 +595,83 @@ def test_command__reader_has_seen_enough(
         stream.close()
 
 
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        pytest.param("$drive report {} >&-", 0, id="no_output"),
+        pytest.param("$drive report {} <&- >&- 2>&-", 0, id="no_stream"),
+        pytest.param("$drive report missing.ckpt 2>&-", 2, id="no_errors"),
+        pytest.param("PYTHONUNBUFFERED= $drive report {} | :", 0, id="closed_pipe_with_a_buffer"),
+        pytest.param("$drive compress {} small >&- 2>&-", 0, id="compress"),
+        pytest.param("$drive --help >&-", 0, id="help"),
+        pytest.param("PYTHONUNBUFFERED= $drive --help | :", 0, id="help_into_a_closed_pipe"),
+        pytest.param("$drive --version 2>&-", 0, id="version"),
+        pytest.param("$drive report >&- 2>&-", 2, id="wrong_arguments"),
+        pytest.param("$drive report missing.ckpt 2>&1 | :", 2, id="error_into_a_closed_pipe"),
+    ],
+)
+def test_command__closed_streams(words: str, status: int, checkpoint: Path, tmp_path: Path) -> None:
+    """It ends quietly, with the status that it would have, and no file takes the place of a stream."""
+    done = in_shell(words.format(checkpoint), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (status, b"")
+    if "compress" in words:
+        assert load_sparse(tmp_path / "small").keys() == torch.load(checkpoint, weights_only=True)["state_dict"].keys()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("command", ["--help", "report {}"])
+def test_command__full_disk(command: str, checkpoint: Path) -> None:
+    """It is an error of one line, and Python does not complain once more at its end."""
+    done = in_shell(f"PYTHONUNBUFFERED= $drive {command.format(checkpoint)} >/dev/full")
+    assert done.returncode == 2
+    assert re.fullmatch(rb"lightning-drive: error: .*No space left on device\n", done.stderr)
+
+
+NAMES = {
+    "umlaut": "gr\u00fc\u00dfe.ckpt",
+    "no_text": "caf\udce9.ckpt",
+    "space": "a b.ckpt",
+    "astral": "\U0001f525.ckpt",
+}
+LOCALES = {
+    "C": {"LC_ALL": "C"},
+    "POSIX_without_help": {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "ascii_output": {"PYTHONIOENCODING": "ascii"},
+    "utf8": {"LC_ALL": "C.UTF-8"},
+}
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_command__file_names(locale: str, tmp_path: Path) -> None:
+    """Whatever its name is and whatever can be printed: a file is read, written, and named in lines that are text."""
+    content = {"state_dict": {"gr\u00f6\u00dfe.weight": torch.eye(40)}}
+    for name in NAMES:
+        torch.save(content, tmp_path / "plain.ckpt")
+        (tmp_path / "plain.ckpt").rename(tmp_path / name)
+    script = """
+import sys
+from pathlib import Path
+from lightning_drive.command import main
+for path in sorted(Path().glob("*.ckpt")):
+    small, large = path.with_suffix(".small"), path.with_suffix(".large")
+    for words in (["report", path], ["report", "--json", path], ["compress", path, small], ["report", small]):
+        assert main(list(map(str, words))) == 0, words
+    assert main(["expand", str(small), str(large)]) == 0
+    assert main(["compress", str(path), str(small)]) == 2
+    path.write_bytes(path.read_bytes()[:1000])
+    assert main(["report", str(path)]) == 2
+"""
+    (tmp_path / "script.py").write_text(script)
+    done = in_shell(f"{sys.executable} script.py", LOCALES[locale], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    printed = done.stdout.decode("utf-8" if locale in ("C", "utf8") else "iso-8859-1")
+    assert printed.count("No report in ") == 2 * len(NAMES)
+    assert "b.ckpt" in printed
+    errors = done.stderr.decode("iso-8859-1").splitlines()
+    assert len(errors) == 2 * len(NAMES)
+    assert sum("exists already" in line for line in errors) == sum("cut off" in line for line in errors) == len(NAMES)
+
+
 def test_command__entry_point() -> None:
     [target] = re.findall(r'^lightning-drive = "(.*)"$', (PACKAGE / "pyproject.toml").read_text(), flags=re.MULTILINE)
     assert target == f"{main.__module__}:{main.__name__}"
@@ -683,6 +739,12 @@ def early(done):
     return done**0.5
 
 class Models:
+    def broken():
+        raise KeyError("depth\\nof it")
+
+    def empty():
+        raise ValueError
+
     def wide(width):
         return nn.Linear(width, width)
 
@@ -696,6 +758,8 @@ def models_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module of the reader's own in the current folder."""
     name = f"models_of_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(MODELS)
+    (tmp_path / "models_that_fail.py").write_text("net = nn.Linear(1, 1)")
+    (tmp_path / "models_cut_off.py").write_text("net = (")
     monkeypatch.chdir(tmp_path)
     return name
 
@@ -766,7 +830,16 @@ def test_plan__sparsity_error(
         (["{}:net", "--set", "schedule=square"], "`schedule` must be one of 'exponential', 'linear', 'cubic', or a"),
         (["{}:net", "--set", "schedule={}:nothing"], "cannot be imported: module"),
         (["builtins:dict"], "must be a torch module or return one, got dict"),
+        (["{}:Models.broken"], ":Models.broken' cannot be called: KeyError: 'depth"),
+        (["{}:Models.empty"], ":Models.empty' cannot be called: ValueError"),
+        (["models_that_fail:net"], "'models_that_fail:net' cannot be imported: NameError: name 'nn' is not defined"),
+        (["models_cut_off:net"], "'models_cut_off:net' cannot be imported: SyntaxError: "),
+        ([".models:net"], "'.models:net' cannot be imported: TypeError: "),
         (["{}:Models.wide"], "needs arguments (missing a required argument: 'width'). Name a module"),
+        (["{}:net", "--max-epochs", "5"], "DRIVEPruningCallback(warmup_epochs=5) prunes at the start of epoch 5"),
+        (["{}:net", "--method", "imp", "--max-epochs", "1000"], "IMPPruningCallback(cycles=50, epochs_per_cycle=20)"),
+        (["{}:net", "--method", "gradual", "--max-epochs", "1"], "it would never reach its sparsity. Raise `max_ep"),
+        (["{}:net", "--max-epochs", "2", "--steps-per-epoch", "3", "--set", "warmup_steps=6"], "after 6 steps, so it"),
         (["{}:net", "--max-epochs", "0"], "`max_epochs` must be a whole number of at least 1, got 0"),
     ],
 )

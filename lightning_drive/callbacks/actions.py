@@ -177,28 +177,31 @@ class PruningActions(pl.Callback):
 
         Raises:
             ValueError: If nothing is prunable, a pattern matches nothing, ``sparsity`` has no pattern for a prunable
-                parameter, or a number is not an integer of at least 1.
+                parameter, a number is not an integer of at least 1, or ``fit`` would not start: training ends before
+                the last cut, or there is no loss to score by.
 
         """
+        given = {"max_epochs": max_epochs, "steps_per_epoch": steps_per_epoch}
+        run: dict[str, Any] = {
+            name: arguments.check_count(name, number) for name, number in given.items() if number is not None
+        }
         module: Any = pl_module
         trainer: Any = lightning_internals.trainer_of(module)
         in_fit = trainer is not None and trainer.optimizers
         selected = self._selected(trainer, module) if in_fit else self.prunable_parameters(module)
         sparsity_groups.check(self._goal, module, selected, self.prunable_parameters)
-        return self._plan(
-            module,
-            selected,
-            exclude=self.exclude,
-            max_epochs=max_epochs,
-            steps_per_epoch=steps_per_epoch,
-            untrained=trained_parameters.untrained(trainer, module) if in_fit else (),
-        )
+        untrained = trained_parameters.untrained(trainer, module) if in_fit else ()
+        self._check_run(module, **run)
+        return self._plan(module, selected, exclude=self.exclude, untrained=untrained, **run)
 
     # For subclasses to decide.
 
     def _plan(self, module: nn.Module, selected: Mapping[str, nn.Parameter], **run: Any) -> PruningPlan:
         """Plan the pruning of the selected parameters, see :func:`lightning_drive.report.plan.plan`."""
         raise NotImplementedError
+
+    def _check_run(self, module: nn.Module, max_epochs: int = -1, steps_per_epoch: int | None = None) -> None:
+        """Raise if a run cannot prune, or ends before the last cut; -1 and ``None`` where its length is not known."""
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         """Whether it is time to prune, or to prune again."""
@@ -271,12 +274,7 @@ class PruningActions(pl.Callback):
                 )
 
     def _search(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        method: Method,
-        names: Iterable[str],
-        **options: Any,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, method: Method, names: Iterable[str], **options: Any
     ) -> Outcome:
         """Search for masks of the named parameters, see :func:`lightning_drive.trainer.search_in_fit.search`."""
         others = self._others(trainer, pl_module, names)
@@ -327,7 +325,7 @@ class PruningActions(pl.Callback):
         """Show what was pruned above the progress bar, and log it."""
         assert self.report is not None
         with terminal.above_bar(trainer):
-            reporting.announce(trainer, self.report, outcome.warnings, self._metrics(), text)
+            reporting.announce(trainer, self.report, outcome, self._metrics(), self._fit.announced, text)
             if self._finished:
                 loggers.log_pictures(trainer, self.report)
             if forgotten:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import lightning.pytorch as pl
 from torch import nn
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_drive.callbacks.repeated_base import RepeatedPruningCallback
 from lightning_drive.core import arguments
-from lightning_drive.core.arguments import Control, Schedule, Scope, Sparsity
+from lightning_drive.core.arguments import Control, Criterion, Schedule, Scope, Sparsity
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
 from lightning_drive.search import methods
@@ -32,9 +32,6 @@ from lightning_drive.trainer import (
 )
 from lightning_drive.trainer.cut_window import CutWindow
 from lightning_drive.trainer.saved_state import Pruning, SavedState
-
-Criterion: TypeAlias = Literal["magnitude", "drive"]
-"""What a cut ranks weights by: their magnitude, or their DRIVE score on the batch that is trained on next."""
 
 
 class GradualPruningCallback(RepeatedPruningCallback):
@@ -139,9 +136,9 @@ class GradualPruningCallback(RepeatedPruningCallback):
         self.criterion: Criterion = arguments.check_choice("criterion", criterion, Criterion)
         self.loss_fn = arguments.check_loss_fn(loss_fn)
         self.bn_batches = arguments.check_count("bn_batches", bn_batches, least=0)
+        self._window: CutWindow | None = None  # that of the run, once it is known
         if self.end_epoch is not None:
             self._goal.check_schedule(self._window_of(-1).num_cuts)
-        self._window: CutWindow | None = None  # that of the run, once it is known
         self._batch: list[Any] | None = None  # the one that is about to be trained on
 
     @property
@@ -206,8 +203,9 @@ class GradualPruningCallback(RepeatedPruningCallback):
     # When.
 
     def _window_of(self, max_epochs: int) -> CutWindow:
-        """Return the window in a run of ``max_epochs``, -1 if that is not known."""
-        return CutWindow.of(self.start_epoch, self.end_epoch, self.cuts_per_epoch, max_epochs)
+        """Return the window in a run of ``max_epochs``; that of this run, if it is known, for -1."""
+        own = self._window if max_epochs < 0 else None
+        return own or CutWindow.of(self.start_epoch, self.end_epoch, self.cuts_per_epoch, max_epochs)
 
     @property
     def _num_cuts(self) -> int:
@@ -251,8 +249,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
 
     @override
     def _plan(self, module: nn.Module, selected: Mapping[str, nn.Parameter], **run: Any) -> PruningPlan:
-        max_epochs = run["max_epochs"] and arguments.check_count("max_epochs", run["max_epochs"])
-        window = self._window or self._window_of(-1 if max_epochs is None else max_epochs)
+        window = self._window_of(run.get("max_epochs", -1))
         return plan.plan(
             module,
             selected,
@@ -266,14 +263,20 @@ class GradualPruningCallback(RepeatedPruningCallback):
         )
 
     @override
+    def _check_run(self, module: nn.Module, max_epochs: int = -1, steps_per_epoch: int | None = None) -> None:
+        cut_window.check_epochs(self, self._window_of(max_epochs), max_epochs)
+        if self.criterion == "drive":
+            checks.check_batches_are_seen(module)
+            if self.loss_fn is None:
+                checks.check_training_step(module)
+
+    @override
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start, cut = time.monotonic(), self._num_due(trainer)
         warnings = [] if self.pruned else [*self._left_dense(trainer, pl_module)]
         with suppress(NothingToScoreByError):  # a batch without a loss leaves the cut to the next one
-            if cut < self._num_cuts:
-                self._cut(trainer, pl_module, cut, start, warnings)
-            else:
-                self._cut_for_good(trainer, pl_module, cut, start, warnings)
+            make = self._cut if cut < self._num_cuts else self._cut_for_good
+            make(trainer, pl_module, cut, start, warnings)
 
     def _left_dense(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[str]:
         """Warn of parameters that the first cut leaves out, so that they stay dense."""
@@ -293,7 +296,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
         # Everything is computed: from here on only commit.
         self._pruning = Pruning(found.masks.to("cpu"), reporting.after_cuts(report, self.report, cut, trainer), {})
         self._commit(trainer, pl_module)
-        reporting.announce_cut(trainer, found.warnings, self._metrics())
+        reporting.announce_cut(trainer, found.warnings, self._metrics(), self._fit.announced)
 
     def _cut_for_good(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, cut: int, start: float, warnings: list[str]
@@ -338,10 +341,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
             self._window = cut_window.of_run(self, trainer, self._fit.max_epochs)
             self._goal.check_schedule(self._num_cuts)
         super()._check_module(trainer, pl_module)
-        if self.criterion == "drive":
-            checks.check_batches_are_seen(pl_module)
-            if self.loss_fn is None:
-                checks.check_training_step(pl_module)
+        self._check_run(pl_module)
 
     @override
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -223,6 +223,10 @@ class IMPPruningCallback(RepeatedPruningCallback):
         )
 
     @override
+    def _check_run(self, module: nn.Module, max_epochs: int = -1, steps_per_epoch: int | None = None) -> None:
+        cycle_checks.check_epochs(self, self._cycles, max_epochs)
+
+    @override
     def _is_due(self, trainer: pl.Trainer) -> bool:
         return self._due_cycle(trainer) > self.cycle
 

@@ -19,6 +19,7 @@ from lightning_drive.report.plan import PruningPlan
 from lightning_drive.search import methods
 from lightning_drive.search.methods import Method
 from lightning_drive.trainer import batches, checks, end_of_training, frozen_layers, search_in_fit, step_counts
+from lightning_drive.trainer.checks import SettingsError
 from lightning_drive.trainer.dense_copies import zeros_without_masks
 
 
@@ -128,6 +129,19 @@ class WarmupPruningCallback(PruningCallback):
         return {**self._goal.settings(self.method.rounds), **super()._settings()}
 
     @override
+    def _check_run(self, module: nn.Module, max_epochs: int = -1, steps_per_epoch: int | None = None) -> None:
+        if methods.reads(self.method) == "loss" and self.loss_fn is None:
+            checks.check_training_step(module)
+        if max_epochs >= 0 and steps_per_epoch is not None:
+            self._check_steps("max_epochs", max_epochs, max_epochs * steps_per_epoch)
+        if self.warmup_steps is None and 0 <= max_epochs <= self.warmup_epochs:
+            raise SettingsError(
+                f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes at the start of epoch"
+                f" {self.warmup_epochs} (counted from 0), but training ends after max_epochs={max_epochs} epochs, so it"
+                " would never prune. Raise `max_epochs` or lower `warmup_epochs`."
+            )
+
+    @override
     def _is_due(self, trainer: pl.Trainer) -> bool:
         if step_counts.is_quick_check(trainer):
             return True
@@ -177,16 +191,7 @@ class WarmupPruningCallback(PruningCallback):
     @override
     def _check_module(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super()._check_module(trainer, pl_module)
-        if methods.reads(self.method) == "loss" and self.loss_fn is None:
-            checks.check_training_step(pl_module)
-        if step_counts.is_quick_check(trainer) or self.warmup_steps is not None:
-            return
-        if 0 <= self._fit.max_epochs <= self.warmup_epochs:
-            raise MisconfigurationException(
-                f"{type(self).__name__}(warmup_epochs={self.warmup_epochs}) prunes at the start of epoch"
-                f" {self.warmup_epochs} (counted from 0), but training ends after max_epochs={self._fit.max_epochs}"
-                " epochs, so it would never prune. Raise `max_epochs` or lower `warmup_epochs`."
-            )
+        self._check_run(pl_module, -1 if step_counts.is_quick_check(trainer) else self._fit.max_epochs)
 
     @override
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -198,7 +203,7 @@ class WarmupPruningCallback(PruningCallback):
         if step_counts.is_quick_check(trainer):
             return
         if self.warmup_steps is not None:
-            self._check_steps(trainer, pl_module, self.warmup_steps)
+            self._check_last_step(trainer, pl_module)
             return
         steps = sum(step_counts.steps_per_epoch(trainer, epoch) for epoch in range(self.warmup_epochs))
         is_known = math.isfinite(steps) and pl_module.automatic_optimization  # otherwise a batch may have any number
@@ -209,22 +214,23 @@ class WarmupPruningCallback(PruningCallback):
                 " `warmup_epochs`."
             )
 
-    def _check_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule, warmup_steps: int) -> None:
+    def _check_last_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise if training ends before step ``warmup_steps``."""
-        ends_after = {}
         if trainer.max_steps >= 0:
-            ends_after["max_steps"] = float(trainer.max_steps)
+            self._check_steps("max_steps", trainer.max_steps, trainer.max_steps)
         if self._fit.max_epochs >= 0 and pl_module.automatic_optimization:  # else a batch may have any number of steps
             left = range(trainer.current_epoch, self._fit.max_epochs)
             steps = sum(step_counts.steps_per_epoch(trainer, epoch) for epoch in left)
-            ends_after["max_epochs"] = trainer.global_step + steps
-        for name, last in ends_after.items():
-            if last <= warmup_steps:
-                raise MisconfigurationException(
-                    f"{type(self).__name__}(warmup_steps={warmup_steps}) prunes before step {warmup_steps} (counted"
-                    f" from 0), but with {name}={getattr(trainer, name)} training ends after {last:g} steps, so it"
-                    f" would never prune. Raise `{name}` or lower `warmup_steps`."
-                )
+            self._check_steps("max_epochs", self._fit.max_epochs, trainer.global_step + steps)
+
+    def _check_steps(self, name: str, value: int, steps: float) -> None:
+        """Raise if training ends, after so many steps by an argument of the Trainer, before step ``warmup_steps``."""
+        if self.warmup_steps is not None and steps <= self.warmup_steps:
+            raise SettingsError(
+                f"{type(self).__name__}(warmup_steps={self.warmup_steps}) prunes before step {self.warmup_steps}"
+                f" (counted from 0), but with {name}={value} training ends after {steps:g} steps, so it would never"
+                f" prune. Raise `{name}` or lower `warmup_steps`."
+            )
 
     @property
     @override

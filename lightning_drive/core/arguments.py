@@ -44,6 +44,9 @@ Control: TypeAlias = Literal["none", "shuffle", "reinit"]
 kept, and their weights get new initial values.
 """
 
+Criterion: TypeAlias = Literal["magnitude", "drive"]
+"""What gradual pruning removes: weights of the smallest magnitude, or of the lowest DRIVE score."""
+
 
 def check_count(argument: str, value: object, *, least: int | None = 1) -> int:
     """Return a whole number of at least ``least`` (``None``: any) as an ``int``; raise a ``ValueError`` otherwise.

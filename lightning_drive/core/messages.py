@@ -23,10 +23,12 @@ def shown_error(error: BaseException, most: int = 300) -> str:
     Examples:
         >>> shown_error(ValueError("It is wrong.\nHere is more about it")), shown_error(ValueError("wrong"), most=3)
         ('ValueError: It is wrong', 'ValueError: wro...')
+        >>> shown_error(ValueError())
+        'ValueError'
 
     """
-    line = next(iter(str(error).splitlines()), "").rstrip(".")
-    return f"{type(error).__name__}: {line if len(line) <= most else line[:most] + '...'}"
+    kind, line = type(error).__name__, next(iter(str(error).splitlines()), "").rstrip(".")
+    return f"{kind}: {line if len(line) <= most else line[:most] + '...'}" if line else kind
 
 
 def shown(value: object) -> str:

@@ -1,5 +1,6 @@
 """Read checkpoints of Lightning or ``torch.save`` without running code in them, and find weights and masks there."""
 
+import os
 import pickle
 import re
 import zipfile
@@ -25,23 +26,23 @@ def load(path: str | Path, *, needs_weights: bool = True, weights_only: bool = T
     """Load a checkpoint without running any code that is in it; tensors are on the CPU.
 
     Where no weights are needed, it may also be the folder that sharded training writes. As in ``torch.load``,
-    ``weights_only=False`` also loads objects of any class, and runs code from the file. Raise if it is no checkpoint,
-    is damaged or cut off, or cannot be read without running code.
+    ``weights_only=False`` also loads objects of any class, and runs code from the file. Raise, naming the file, if it
+    is no checkpoint, is damaged or cut off, or cannot be read at all or without running code.
     """
     path, file = Path(path), _file(Path(path), needs_weights)
     with files.held(file) as same:
         try:
             content = torch.load(same, map_location="cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(same))
-        except OSError:
-            raise
         except Exception as error:  # of many kinds, for damaged files
+            if isinstance(error, OSError) and not _is_of_content(error, same):
+                raise OSError(f"{str(path)!r} cannot be read: {error}.") from error
             if not weights_only and isinstance(error, (ImportError, AttributeError)):
                 raise ValueError(
                     f"{str(path)!r} holds something that cannot be imported here: {error}. Install its package, or be"
                     " in the folder of its module. What a script defined that was run itself (`__main__`) cannot be"
                     " found again: save the checkpoint without it."
                 ) from error
-            raise ValueError(_unreadable(path, error, is_sound=_is_sound(same))) from error
+            raise ValueError(_unreadable(path, error, same)) from error
         if zipfile.is_zipfile(same) and not _is_sound(same, weights=needs_weights):
             raise ValueError(f"{str(path)!r} is damaged: a checksum in it is not that of what it holds.")
     if not isinstance(content, dict):
@@ -138,20 +139,43 @@ def _is_sound(file: str, *, weights: bool = True) -> bool:
     return True
 
 
-def _unreadable(path: Path, error: Exception, *, is_sound: bool) -> str:
+def _is_of_content(error: OSError, file: str) -> bool:
+    """Whether an error is not one of the disk: torch looks for parts of a file that is cut off before its beginning."""
+    if type(error) is not OSError:  # one of permissions, say
+        return False
+    try:
+        with Path(file).open("rb") as content:
+            while content.read(1 << 20):
+                pass
+    except OSError:
+        return False
+    return True
+
+
+def _unreadable(path: Path, error: Exception, file: str) -> str:
     """Return the message on a file that ``torch.load`` could not read: it is damaged, or needs code to be run."""
-    named = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    if not named and is_sound and isinstance(error, pickle.UnpicklingError):
+    is_sound, is_unpickling = _is_sound(file), isinstance(error, pickle.UnpicklingError)
+    named = re.search(r"GLOBAL ([\w.]+)", str(error)) if is_unpickling else None
+    if named and (is_sound if zipfile.is_zipfile(file) else not _ends_within(file, named[1])):
+        return (
+            f"{str(path)!r} holds a {named[1]}, and loading that could run any code, so it was not loaded."
+            f" {_if_trusted(path)}"
+        )
+    if is_unpickling and is_sound:
         return (
             f"{str(path)!r} holds what torch cannot load without running code, such as an integer of more than 255"
             f" bytes, so it was not loaded. {_if_trusted(path)}"
         )
-    if not named:
-        return f"{str(path)!r} is not a file that `torch.save` wrote, or it is damaged or cut off."
-    return (
-        f"{str(path)!r} holds a {named[1]}, and loading that could run any code, so it was not loaded."
-        f" {_if_trusted(path)}"
-    )
+    return f"{str(path)!r} is not a file that `torch.save` wrote, or it is damaged or cut off."
+
+
+def _ends_within(file: str, name: str) -> bool:
+    """Whether a pickle ends within the qualified name of a class, whose last letter torch drops then, or behind it."""
+    module, _, kind = name.rpartition(".")
+    ending = f"{module}\n{kind}".strip().encode()
+    with Path(file).open("rb") as content:
+        content.seek(max(0, content.seek(0, os.SEEK_END) - len(ending) - 2))
+        return ending in content.read()
 
 
 def _if_trusted(path: Path) -> str:

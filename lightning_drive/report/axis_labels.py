@@ -66,7 +66,7 @@ def label_plainly(axis: "Axis") -> None:
 def in_lines(name: str, width: int) -> str:
     """Break a long name after some of its marks.
 
-    Example:
+    Examples:
         >>> print(in_lines("validation/accuracy_of_the_top_five", 16))
         validation/
         accuracy_of_the_
@@ -92,7 +92,7 @@ def _shared_prefix(names: Sequence[str]) -> str:
 def _ticks(low: float, high: float, most: int) -> list[float]:
     """Return round numbers on a logarithmic axis.
 
-    Example:
+    Examples:
         >>> _ticks(0.05, 100, most=9)
         [0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
         >>> _ticks(61, 100, most=9)
@@ -118,7 +118,7 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
 def _scientific(number: float) -> str:
     r"""Write a number as a factor and a power of ten.
 
-    Example:
+    Examples:
         >>> print(_scientific(3e-07), _scientific(1e-07))
         $3\times10^{-7}$ $10^{-7}$
 

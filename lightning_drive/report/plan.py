@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_drive.core.arguments import check_count, check_patterns
+from lightning_drive.core.arguments import check_patterns
 from lightning_drive.core.goal import Goal
 from lightning_drive.report import tables
 
@@ -207,12 +207,8 @@ def plan(
 
     For ``kept``, ``groups`` and ``of_parameters`` see :func:`counts`. ``exclude`` (glob patterns) and ``untrained``
     (names in no optimizer) are why others stay dense. The epoch of a ``first_step`` follows from ``steps_per_epoch``,
-    where that is given. Raise ``ValueError`` if ``max_epochs`` or ``steps_per_epoch`` is not a whole number of at least
-    1.
-
+    where that is given.
     """
-    max_epochs = None if max_epochs is None else check_count("max_epochs", max_epochs)
-    steps_per_epoch = None if steps_per_epoch is None else check_count("steps_per_epoch", steps_per_epoch)
     if first_step is not None:
         first_epoch = last_epoch = None if steps_per_epoch is None else first_step // steps_per_epoch
     known = of_parameters or {}

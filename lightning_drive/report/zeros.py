@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_drive.core import bits, saved_values
-from lightning_drive.report import tables
+from lightning_drive.report import parts, tables
 
 
 def count_zeros(state_dict: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -23,6 +23,20 @@ def count_zeros(state_dict: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     ]
 
 
+def totals(counts: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
+    """Return the numbers and zeros of all tensors together; ``None`` where torch cannot count the zeros of one.
+
+    Examples:
+        >>> totals([{"numbers": 8, "zeros": 6}, {"numbers": 2, "zeros": 0}])
+        {'numbers': 10, 'zeros': 6}
+
+    """
+    return {
+        "numbers": sum(tensor["numbers"] for tensor in counts),
+        "zeros": parts.total(tensor["zeros"] for tensor in counts),
+    }
+
+
 def table(counts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of a table of what :func:`count_zeros` returns.
 
@@ -35,8 +49,8 @@ def table(counts: Sequence[Mapping[str, Any]]) -> list[str]:
 
     """
     rows = [(tensor["name"], tables.shape(tensor["shape"]), tensor["numbers"], tensor["zeros"]) for tensor in counts]
-    zeros = [row[3] for row in rows]
-    rows.append(("all", "", sum(row[2] for row in rows), None if None in zeros else sum(zeros)))
+    total = totals(counts)
+    rows.append(("all", "", total["numbers"], total["zeros"]))
     texts = (
         (name, shape, f"{numbers:,}", *(("-", "-") if zero is None else (f"{zero:,}", f"{zero / max(1, numbers):.2%}")))
         for name, shape, numbers, zero in rows

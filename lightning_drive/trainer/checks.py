@@ -10,9 +10,14 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_drive.trainer import other_callbacks
+
+
+class SettingsError(MisconfigurationException, ValueError):
+    """Settings that do not go together, with each other or with a run: an error of ``fit``, and of a plan of it."""
 
 
 def check_namespace(pruning: pl.Callback, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -89,32 +94,39 @@ def check_finetuning(pruning: pl.Callback, trainer: pl.Trainer) -> None:
             )
 
 
-def check_batches_are_seen(pl_module: pl.LightningModule) -> None:
+def check_batches_are_seen(module: nn.Module) -> None:
     """Raise if callbacks do not see the batch that is trained on next, which ``criterion="drive"`` scores by."""
-    if _takes_iterator(pl_module):
-        raise MisconfigurationException(
+    if _takes_iterator(module):
+        raise SettingsError(
             "criterion='drive' scores weights by the batch that is trained on next, but `training_step` takes"
             " `dataloader_iter`, so that callbacks do not see it. Use criterion='magnitude', or a `training_step` that"
             " takes the batch."
         )
 
 
-def check_training_step(pl_module: pl.LightningModule) -> None:
-    """Raise if ``training_step`` cannot be called for its loss alone: it optimizes, or takes a ``dataloader_iter``."""
+def check_training_step(module: nn.Module) -> None:
+    """Raise if ``training_step`` cannot be called for its loss alone: it optimizes, or takes a ``dataloader_iter``.
+
+    A module that is no LightningModule has none.
+    """
+    if not isinstance(module, pl.LightningModule):
+        return
     remedy = "Pass `loss_fn`, a function `loss_fn(pl_module, batch)` that returns the loss, to the callback."
-    if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
+    if not module.automatic_optimization:
+        raise SettingsError(
             "With manual optimization (`automatic_optimization=False`), calling `training_step` to score weights would"
             f" step the optimizers. {remedy}"
         )
-    if _takes_iterator(pl_module):
-        raise MisconfigurationException(
+    if _takes_iterator(module):
+        raise SettingsError(
             f"`training_step` takes `dataloader_iter`, so it cannot be given a batch to score weights on. {remedy}"
         )
 
 
-def _takes_iterator(pl_module: pl.LightningModule) -> bool:
-    return is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)
+def _takes_iterator(module: nn.Module) -> bool:
+    return isinstance(module, pl.LightningModule) and is_param_in_hook_signature(
+        module.training_step, "dataloader_iter", explicit=True
+    )
 
 
 def warn_of_small_eps(optimizer: Optimizer) -> None:

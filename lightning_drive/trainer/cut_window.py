@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_drive.core import saved_values
 from lightning_drive.trainer import restored_masks, step_counts
+from lightning_drive.trainer.checks import SettingsError
 
 _DENSE_EPOCHS = 2
 """Epochs of dense training before the window, where the window is long enough."""
@@ -92,7 +93,7 @@ def num_due(trainer: pl.Trainer, window: CutWindow) -> int:
 def check_epochs(pruning: pl.Callback, window: CutWindow, max_epochs: int) -> None:
     """Raise if training ends before the last cut, or with it."""
     if 0 <= max_epochs <= window.end:
-        raise MisconfigurationException(
+        raise SettingsError(
             f"{type(pruning).__name__}({window}) prunes for the last time at the start of epoch {window.end} (counted"
             f" from 0), but training ends after max_epochs={max_epochs} epochs, so it would never reach its sparsity."
             " Raise `max_epochs` or lower `end_epoch`."

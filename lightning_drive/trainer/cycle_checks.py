@@ -15,6 +15,7 @@ from lightning_drive.core.arguments import Scope
 from lightning_drive.core.messages import listed
 from lightning_drive.network.masks import collapsed_layers
 from lightning_drive.trainer import other_callbacks, restored_masks, step_counts
+from lightning_drive.trainer.checks import SettingsError
 from lightning_drive.trainer.cycle_schedules import Cycles
 from lightning_drive.trainer.saved_state import SavedState
 from lightning_drive.trainer.search_in_fit import Outcome
@@ -50,7 +51,7 @@ def check_selection(
 def check_epochs(pruning: pl.Callback, cycles: Cycles, max_epochs: int) -> None:
     """Raise if training ends with the last cut or before it."""
     if 0 <= max_epochs <= cycles.last_cut:
-        raise MisconfigurationException(
+        raise SettingsError(
             f"{type(pruning).__name__}({cycles}) prunes for the last time at the start of epoch {cycles.last_cut}"
             f" (counted from 0) and then trains the ticket, but training ends after max_epochs={max_epochs} epochs. Set"
             f" `max_epochs` to {cycles.last_cut} plus the epochs for the ticket, or lower `cycles` or"

@@ -29,6 +29,8 @@ class Fit:
     """Whether no epoch or batch has begun yet, as at a resume, which may be in the middle of an epoch."""
     phase_start: float | None = None
     """When training, or its current cycle, began, by ``time.monotonic()``; ``None`` after a resume."""
+    announced: set[str] = field(default_factory=set)
+    """The warnings of pruning that were printed."""
     enforcement: Enforcement | None = None
     """Keeps pruned weights at zero; ``None`` before pruning."""
     unmasked: UnmaskedWeights | None = None

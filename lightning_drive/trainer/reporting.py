@@ -1,7 +1,7 @@
 """Build the report of a pruning, show it, and log its numbers."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import lightning.pytorch as pl
@@ -94,7 +94,7 @@ def after_cuts(report: PruningReport, before: PruningReport | None, cut: int, tr
         report,
         seconds=before.seconds + report.seconds,
         phases={**before.phases, **{name: before.phases.get(name, 0.0) + own[name] for name in own}},
-        warnings=(*before.warnings, *report.warnings),
+        warnings=tuple(dict.fromkeys((*before.warnings, *report.warnings))),
         rounds=before.rounds + report.rounds,
         cuts=(*before.cuts, entry),
     )
@@ -110,14 +110,18 @@ def with_commit(report: PruningReport, seconds: float) -> PruningReport:
 def announce(
     trainer: pl.Trainer,
     report: PruningReport,
-    warnings: Iterable[str],
+    outcome: Outcome,
     metrics: Mapping[str, float],
+    announced: set[str],
     text: str | None = None,
 ) -> None:
-    """Warn, show the report or ``text`` in its place, and log the numbers of the report and other metrics."""
-    for warning in warnings:
-        rank_zero_warn(warning)
-    terminal.show(trainer, report if text is None else text)
+    """Warn, show the report or ``text`` in its place, and log the numbers of the report and other metrics.
+
+    The report is shown without the warnings, each of which is printed once; ``announced`` are those of earlier cuts.
+    """
+    _warn(outcome.warnings, announced)
+    shown = replace(report, warnings=tuple(_not_measured(outcome.diagnosis)))
+    terminal.show(trainer, shown if text is None else text)
     numbers = {
         "pruning/sparsity": report.sparsity,
         "pruning/density": report.density,
@@ -128,13 +132,22 @@ def announce(
     loggers.log_metrics(trainer, {name: value for name, value in numbers.items() if value is not None})
 
 
-def announce_cut(trainer: pl.Trainer, warnings: Sequence[str], metrics: Mapping[str, float]) -> None:
+def announce_cut(
+    trainer: pl.Trainer, warnings: Sequence[str], metrics: Mapping[str, float], announced: set[str]
+) -> None:
     """Warn above the progress bar, and log the numbers of a cut that is not the last one."""
-    if warnings:
+    if not announced.issuperset(warnings):
         with terminal.above_bar(trainer):
-            for warning in warnings:
-                rank_zero_warn(warning)
+            _warn(warnings, announced)
     loggers.log_metrics(trainer, metrics)
+
+
+def _warn(warnings: Sequence[str], announced: set[str]) -> None:
+    """Warn of what was not ``announced`` yet: Python may print one text several times where others change filters."""
+    for warning in dict.fromkeys(warnings):
+        if warning not in announced:
+            announced.add(warning)
+            rank_zero_warn(warning)
 
 
 def metrics(report: PruningReport | None) -> dict[str, float]:

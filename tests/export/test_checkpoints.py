@@ -1,7 +1,10 @@
 """A checkpoint is read without running code in it, or is an error in one line."""
 
 import argparse
+import errno
+import io
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +88,39 @@ WRONG: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
 }
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_load__cut_anywhere(zipped: bool, tmp_path: Path) -> None:
+    """Whatever byte it ends at, it is said to be cut off: torch raises errors of eight kinds there."""
+    content = {"state_dict": {f"{layer}.weight": torch.ones(20, 20) for layer in range(4)}}
+    whole = saved(tmp_path, content, _use_new_zipfile_serialization=zipped).read_bytes()
+    kinds = set()
+    for size in [*range(0, len(whole), 61), *(range(100, 400) if not zipped else ())]:
+        path = written(tmp_path, whole[:size])
+        with pytest.raises(ValueError, match=rf"bad\.ckpt' {DAMAGED}") as raised:
+            checkpoints.load(path)
+        kinds.add(type(raised.value.__cause__))
+    assert OSError in kinds or not zipped
+
+
+def without(folder: Path, name: str) -> Path:
+    """Return a checkpoint whose zip file lacks an entry."""
+    path = saved(folder, CONTENT)
+    with zipfile.ZipFile(path) as whole:
+        parts = {part: whole.read(part) for part in whole.namelist() if not part.endswith(name)}
+        assert len(parts) == len(whole.namelist()) - 1
+    with zipfile.ZipFile(path, "w") as less:
+        for part, value in parts.items():
+            less.writestr(part, value)
+    return path
+
+
+@pytest.mark.parametrize("needs_weights", [True, False])
+@pytest.mark.parametrize("name", ["/data.pkl", "/data/0", "/version"])
+def test_load__entry_missing(name: str, needs_weights: bool, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"bad\.ckpt' {DAMAGED}"):
+        checkpoints.load(without(tmp_path, name), needs_weights=needs_weights)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_load__error(name: str, tmp_path: Path) -> None:
     make, kind, message = WRONG[name]
@@ -108,16 +144,40 @@ def test_load__any_damage(tmp_path: Path) -> None:
     assert errors > 50
 
 
-def test_load__not_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the disk is not taken for damage."""
+def test_load__error_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not taken for damage, and names the file."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError("not allowed")
 
     path = saved(tmp_path, CONTENT)
     monkeypatch.setattr(torch, "load", refuse)
-    with pytest.raises(PermissionError, match="not allowed"):
+    with pytest.raises(OSError, match=r"bad\.ckpt' cannot be read: not allowed\."):
         checkpoints.load(path)
+
+
+def test_load__error_of_the_disk_within_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is one that comes again where the file is read once more."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    class Opened(io.BytesIO):
+        read = fail
+
+    path = saved(tmp_path, CONTENT)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fail)
+        with pytest.raises(ValueError, match=DAMAGED):  # torch found something wrong, and the disk gives every byte
+            checkpoints.load(path)
+        sound = Path.open
+
+        def opened(file: Path, *args: Any) -> Any:
+            return sound(file, *args) if file == path else Opened()  # what is held open is read by another path
+
+        patch.setattr(Path, "open", opened)
+        with pytest.raises(OSError, match=r"bad\.ckpt' cannot be read: .*Input/output error\."):
+            checkpoints.load(path)
 
 
 class Payload:

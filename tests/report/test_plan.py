@@ -1,15 +1,25 @@
 """A plan states what the callback then does."""
 
+import re
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import fits
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_drive import DRIVEPruningCallback, IMPPruningCallback, SNIPPruningCallback, SynFlowPruningCallback
+from lightning_drive import (
+    DRIVEPruningCallback,
+    IMPPruningCallback,
+    Random,
+    SNIPPruningCallback,
+    SynFlowPruningCallback,
+)
 from lightning_drive.callbacks.hooks import PruningCallback
+from lightning_drive.callbacks.warmup_base import WarmupPruningCallback
 from lightning_drive.report.plan import PruningPlan, plan
 
 
@@ -124,6 +134,70 @@ def test_plan__text_joins_biases_and_norms() -> None:
 def test_plan__error(argument: str) -> None:
     with pytest.raises(ValueError, match=f"`{argument}` must be a whole number of at least 1, got 0"):
         DRIVEPruningCallback(sparsity=0.5).plan(nn.Linear(2, 2), **{argument: 0})
+
+
+def warmup(**settings: Any) -> WarmupPruningCallback:
+    return WarmupPruningCallback(Random(seed=1), sparsity=0.5, **settings)
+
+
+RUNS: dict[str, tuple[Callable[..., PruningCallback], dict[str, Any], int]] = {
+    "DRIVE": (fits.drive, {"warmup_epochs": 2}, 3),
+    "SNIP": (SNIPPruningCallback, {"sparsity": 0.5, "warmup_epochs": 1}, 2),
+    "SynFlow_in_steps": (SynFlowPruningCallback, {"sparsity": 0.5, "warmup_steps": 3, "rounds": 2}, 2),
+    "of_ones_own_in_steps": (warmup, {"warmup_steps": 5}, 2),
+    "of_ones_own": (warmup, {"warmup_epochs": 1}, 2),
+    "IMP": (fits.CALLBACKS["IMP"], {"cycles": 1, "epochs_per_cycle": 2}, 3),
+    "gradual": (fits.gradual, {"start_epoch": 0, "end_epoch": 2}, 3),
+    "gradual_without_an_end": (fits.gradual, {"start_epoch": None, "end_epoch": None}, 2),
+    "gradual_from_late_on": (fits.gradual, {"start_epoch": 2, "end_epoch": None}, 4),
+}
+"""Callbacks, their settings, and the least number of epochs, of three steps, in which they reach their sparsity."""
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_plan__of_a_run_that_is_too_short(name: str, tmp_path: Path) -> None:
+    """What ``fit`` refuses a plan refuses, in the same words; one epoch more, and both do it."""
+    make, settings, least = RUNS[name]
+    callback, module = make(**settings), fits.ConvModule()
+    with pytest.raises(ValueError, match=r".") as refused:
+        callback.plan(module, max_epochs=least - 1, steps_per_epoch=3)
+    with pytest.raises(MisconfigurationException, match=re.escape(str(refused.value))):
+        fits.fit(tmp_path, module, make(**settings), max_epochs=least - 1)
+    assert callback.plan(module, max_epochs=least, steps_per_epoch=3).kept
+    pruned = make(**settings)
+    fits.fit(tmp_path, module, pruned, max_epochs=least)
+    assert abs(pruned.masks.sparsity - pruned.sparsity) < 1e-3
+
+
+@pytest.mark.parametrize("callback", [fits.drive(warmup_steps=3, warmup_epochs=5), fits.drive(warmup_epochs=9)])
+def test_plan__of_a_run_of_unknown_length(callback: PruningCallback) -> None:
+    """Steps without the number of epochs, or epochs without that of steps, say nothing."""
+    known = {"steps_per_epoch": 1} if callback.warmup_steps is None else {"max_epochs": 1}  # type: ignore[attr-defined]
+    assert callback.plan(nn.Linear(4, 4), **known).kept
+
+
+class OfIterators(fits.ConvModule):
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        raise AssertionError
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+@pytest.mark.parametrize("make", [fits.drive, lambda **own: fits.gradual(criterion="drive", **own)])
+@pytest.mark.parametrize("kind", [fits.Manual, OfIterators])
+def test_plan__without_a_loss_to_score_by(kind: Any, make: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Pass `loss_fn`, a function") as refused:
+        make().plan(kind(), max_epochs=9)
+    with pytest.raises(MisconfigurationException, match=re.escape(str(refused.value))):
+        fits.fit(tmp_path, kind(), make(), max_epochs=9)
+    assert make(loss_fn=fits.loss_fn).plan(kind(), max_epochs=9).kept
+
+
+def test_plan__after_another_run(tmp_path: Path) -> None:
+    """Gradual pruning has another window in a run of another length."""
+    callback = fits.gradual(start_epoch=None, end_epoch=None, cuts_per_epoch=1)
+    fits.fit(tmp_path, fits.ConvModule(), callback, max_epochs=6)
+    assert callback.plan(fits.ConvModule(), max_epochs=6).last_epoch == 4
+    assert callback.plan(fits.ConvModule(), max_epochs=3).last_epoch == 2
 
 
 def test_plan__of_a_method_that_reads_no_loss() -> None:
