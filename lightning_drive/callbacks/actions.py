@@ -43,8 +43,7 @@ class PruningActions(pl.Callback):
     prunable, override :meth:`prunable_parameters`; to prune copies of the network as well, :meth:`averages`.
 
     Args:
-        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``, or a mapping from glob patterns over
-            parameter names to such fractions, see :func:`lightning_drive.find_masks`.
+        sparsity: A fraction, or a mapping from glob patterns to fractions, see :func:`lightning_drive.find_masks`.
         schedule: ``"exponential"``, ``"linear"``, ``"cubic"`` or a function, see :func:`lightning_drive.find_masks`.
         scope: ``"global"``, ``"layerwise"`` or ``"erk"``, see :func:`lightning_drive.find_masks`.
         include: Glob patterns over parameter names. ``None``: the weights of all layers that multiply by them, see
@@ -176,8 +175,8 @@ class PruningActions(pl.Callback):
             The plan, to be printed or read.
 
         Raises:
-            ValueError: If nothing is prunable, a pattern matches nothing, ``sparsity`` has no pattern for a prunable
-                parameter, or a number is not an integer of at least 1.
+            ValueError: If nothing is prunable, a pattern matches nothing, a parameter has none in ``sparsity``, or a
+                number is not an integer of at least 1.
 
         """
         module: Any = pl_module
@@ -185,14 +184,9 @@ class PruningActions(pl.Callback):
         in_fit = trainer is not None and trainer.optimizers
         selected = self._selected(trainer, module) if in_fit else self.prunable_parameters(module)
         sparsity_groups.check(self._goal, module, selected, self.prunable_parameters)
-        return self._plan(
-            module,
-            selected,
-            exclude=self.exclude,
-            max_epochs=max_epochs,
-            steps_per_epoch=steps_per_epoch,
-            untrained=trained_parameters.untrained(trainer, module) if in_fit else (),
-        )
+        untrained = trained_parameters.untrained(trainer, module) if in_fit else ()
+        length: Any = {"max_epochs": max_epochs, "steps_per_epoch": steps_per_epoch}
+        return self._plan(module, selected, exclude=self.exclude, untrained=untrained, **length)
 
     # For subclasses to decide.
 
