@@ -42,11 +42,19 @@ def test_filled__not_measured() -> None:
 
 
 def test_filled__machines_error() -> None:
-    """Ratios of different machines do not stand on one page."""
+    """Ratios of different machines do not stand in one table."""
     first, *others = RESULTS["benchmarks"]
     other = {**first, "extra_info": {**first["extra_info"], "machine": "another"}}
-    with pytest.raises(ValueError, match=r"Results of different machines or versions do not go on one page: .*another"):
+    with pytest.raises(ValueError, match=r"do not go in one table \(\w+\): .*another"):
         page.filled(texts(), {**RESULTS, "benchmarks": [other, *others]})
+
+
+def test_machine() -> None:
+    """Each table is of one machine, which the page names with it if there is another."""
+    one, two = ({"extra_info": {"group": name, "machine": name, "date": "D", "revision": "R"}} for name in "ab")
+    assert page.machine({**RESULTS, "benchmarks": [one]}, ["a"]) == "Measured on a; D (revision R)."
+    both = page.machine({**RESULTS, "benchmarks": [one, two, one]}, ["a", "b"])
+    assert both == "Measured on a (a); D (revision R).\n\nMeasured on b (b); D (revision R)."
 
 
 def test_table() -> None:

@@ -21,6 +21,7 @@ STYLES = {
     "snip": ("#E69F00", "s"),
     "synflow": ("#0072B2", "^"),
     "drive": ("#D55E00", "D"),
+    "gradual_exponential": ("#CC79A7", "P"),
     "imp": ("#009E73", "v"),
 }
 COLOURS = {"dense": GREY} | {method: colour for method, (colour, _) in STYLES.items()}

@@ -10,8 +10,9 @@ not exist is looked for in `configs/`, next to this script:
                     vgg16_tinyimagenet, resnet18_tinyimagenet, resnet18_imagenet32; and two of our own
                     for a CPU: convnet_cifar10, convnet_cifar10_full, and digits (of scikit-learn)
     methods         drive, imp, snip, synflow, gradual; for comparison magnitude, iterative_snip, warmup_snip,
-                    warmup_synflow, drive_long, gradual_long, gradual_half, gradual_late, gradual_exponential,
-                    gradual_drive, gradual_drive_exponential
+                    warmup_synflow, drive_long, gradual_exponential, gradual_drive,
+                    gradual_drive_exponential, gradual_exponential_half, gradual_exponential_late,
+                    gradual_long, gradual_exponential_long
 
 The command line overrides the files:
 

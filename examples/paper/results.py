@@ -47,9 +47,10 @@ METHODS = {
     "gradual_exponential": "gradual, exponential",
     "gradual_drive": "gradual by DRIVE's score",
     "gradual_drive_exponential": "gradual by DRIVE's score, exponential",
-    "gradual_half": "gradual, until 50% of the run",
-    "gradual_late": "gradual, until 80% of the run",
+    "gradual_exponential_half": "gradual, exponential, until 50% of the run",
+    "gradual_exponential_late": "gradual, exponential, until 80% of the run",
     "gradual_long": "gradual, as long as IMP",
+    "gradual_exponential_long": "gradual, exponential, as long as IMP",
 }
 CONTROLS = get_args(Control)
 PAPER_ROUNDS = 100  # of DRIVE

@@ -28,10 +28,51 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 MARKS = (b"<!-- tables.py begins -->", b"<!-- tables.py ends -->")
-MAIN = ("dense", "magnitude", "snip", "synflow", "drive", "imp")
-ABLATIONS = ("iterative_snip", "warmup_snip", "warmup_synflow", "drive_long")
-ABLATION_ROWS = ("snip", "iterative_snip", "warmup_snip", "synflow", "warmup_synflow", "drive", "drive_long", "imp")
+MAIN = ("dense", "magnitude", "snip", "synflow", "drive", "gradual_exponential", "imp")
 BOLD = re.compile(r"\*\*(.+?)\*\*")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A table of variants: its title, the methods that are its rows, and the one that all are compared with.
+
+    It is made if there are runs of one of the ``variants``, which are among the rows.
+    """
+
+    title: str
+    rows: Sequence[str]
+    base: str
+    variants: Sequence[str]
+
+
+ABLATIONS = (
+    Ablation(
+        "what DRIVE's parts do",
+        ("snip", "iterative_snip", "warmup_snip", "synflow", "warmup_synflow", "drive", "drive_long", "imp"),
+        "drive",
+        ("iterative_snip", "warmup_snip", "warmup_synflow", "drive_long"),
+    ),
+    Ablation(
+        "criteria, schedules and windows of gradual pruning",
+        (
+            "drive",
+            "gradual",
+            "gradual_exponential",
+            "gradual_exponential_half",
+            "gradual_exponential_late",
+            "gradual_drive",
+            "gradual_drive_exponential",
+        ),
+        "drive",
+        ("gradual", "gradual_exponential_half", "gradual_exponential_late", "gradual_drive"),
+    ),
+    Ablation(
+        "as many epochs in all as IMP",
+        ("drive_long", "gradual_long", "gradual_exponential_long", "imp"),
+        "imp",
+        ("drive_long", "gradual_long", "gradual_exponential_long"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +116,9 @@ def all_tables(runs: Sequence[Run], brief: bool = False) -> list[Table]:
             tables.append(time_table(experiment, main))
         if any(run.control != "none" for run in own):
             tables.append(control_table(experiment, own))
-        if any(run.method in ABLATIONS for run in own):
-            tables.append(ablation_table(experiment, own))
+        for ablation in ABLATIONS:
+            if any(run.method in ablation.variants for run in own):
+                tables.append(ablation_table(experiment, own, ablation))
     return tables
 
 
@@ -132,18 +174,18 @@ def control_table(experiment: str, runs: Sequence[Run]) -> Table:
     return Table(title, ["", *CONTROLS], rows, [note, *measured_on(chosen)])
 
 
-def ablation_table(experiment: str, runs: Sequence[Run]) -> Table:
-    chosen = [run for run in runs if run.method in ABLATION_ROWS and run.control == "none"]
+def ablation_table(experiment: str, runs: Sequence[Run], ablation: Ablation) -> Table:
+    chosen = [run for run in runs if run.method in ablation.rows and run.control == "none"]
     summaries = results.accuracies(chosen)
     columns = sparsities(chosen)
-    drive = [summaries.get(("drive", "none", sparsity)) for sparsity in columns]
+    base = [summaries.get((ablation.base, "none", sparsity)) for sparsity in columns]
     rows = []
-    for method in ABLATION_ROWS:
+    for method in ablation.rows:
         if any(run.method == method for run in chosen):
             ours = [summaries.get((method, "none", sparsity)) for sparsity in columns]
-            rows.append([METHODS[method], *map(compared, ours, drive)])
-    title = f"{EXPERIMENTS[experiment]}: what DRIVE's parts do, by test accuracy in % at a sparsity of"
-    note = "In brackets: difference to DRIVE, in percentage points."
+            rows.append([METHODS[method], *map(compared, ours, base)])
+    title = f"{EXPERIMENTS[experiment]}: {ablation.title}, by test accuracy in % at a sparsity of"
+    note = f"In brackets: difference to {METHODS[ablation.base]}, in percentage points."
     return Table(title, ["", *map(percent, columns)], rows, [note, *measured_on(chosen)])
 
 

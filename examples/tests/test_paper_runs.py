@@ -97,8 +97,9 @@ METHODS = {
     "gradual_exponential": ("GradualPruningCallback", None, None, 15),
     "gradual_drive": ("GradualPruningCallback", None, None, 15),
     "gradual_drive_exponential": ("GradualPruningCallback", None, None, 15),
-    "gradual_half": ("GradualPruningCallback", None, None, 15),
-    "gradual_late": ("GradualPruningCallback", None, None, 15),
+    "gradual_exponential_half": ("GradualPruningCallback", None, None, 15),
+    "gradual_exponential_late": ("GradualPruningCallback", None, None, 15),
+    "gradual_exponential_long": ("GradualPruningCallback", None, None, 5 * 4 + 15),
     "gradual_long": ("GradualPruningCallback", None, None, 5 * 4 + 15),
 }
 
@@ -125,8 +126,9 @@ def test_method(paper: Callable[[str], ModuleType], method: str) -> None:
         ("gradual_exponential", None, "magnitude", "exponential"),
         ("gradual_drive", None, "drive", "cubic"),
         ("gradual_drive_exponential", None, "drive", "exponential"),
-        ("gradual_half", 8, "magnitude", "cubic"),
-        ("gradual_late", 12, "magnitude", "cubic"),
+        ("gradual_exponential_half", 8, "magnitude", "exponential"),
+        ("gradual_exponential_late", 12, "magnitude", "exponential"),
+        ("gradual_exponential_long", None, "magnitude", "exponential"),
         ("gradual_long", None, "magnitude", "cubic"),
     ],
 )

@@ -190,7 +190,7 @@ def test_append__after_a_torn_line(results: ModuleType, make: Callable[..., Any]
     ("changes", "message"),
     [
         ({"experiment": "lenet"}, r"`experiment` must be one of alexnet_cifar10, .*, digits, got 'lenet'"),
-        ({"method": "DRIVE"}, r"`method` must be one of dense, .*, drive_long, got 'DRIVE'"),
+        ({"method": "DRIVE"}, r"`method` must be one of dense, .*, gradual_exponential_long, got 'DRIVE'"),
         ({"control": "no"}, r"`control` must be one of none, shuffle, reinit, got 'no'"),
         ({"sparsity": 98.0}, r"`sparsity` is the fraction removed and must be in \[0, 1\), got 98\.0"),
         ({"sparsity": 0.0}, r"`sparsity` must be 0 for a dense run and for no other, got 0\.0"),
@@ -337,7 +337,7 @@ def test_time_table__without_imp(tables: ModuleType, seeds: Callable[..., list[A
 
 def test_control_table(tables: ModuleType, convnet: list[Any]) -> None:
     """Only what was controlled is there, next to the same method at the same sparsity."""
-    _, _, table, _ = tables.all_tables(convnet)
+    _, _, table, *_ = tables.all_tables(convnet)
     assert "shuffled" in table.title
     assert rows(table) == {
         "SNIP, 90%": {"none": "63.00 (n=1)", "shuffle": "62.50 (n=1)\n(-0.50)", "reinit": "not run"},
@@ -352,7 +352,7 @@ def test_control_table(tables: ModuleType, convnet: list[Any]) -> None:
 
 def test_ablation_table(tables: ModuleType, convnet: list[Any]) -> None:
     """Differences are those to DRIVE at the same sparsity, and controls do not count."""
-    table = tables.all_tables(convnet)[-1]
+    *_, table, as_long_as_imp = tables.all_tables(convnet)
     assert "DRIVE's parts" in table.title
     assert rows(table) == {
         "SNIP": {"90%": "63.00 (n=1)", "98%": "not run"},
@@ -361,6 +361,29 @@ def test_ablation_table(tables: ModuleType, convnet: list[Any]) -> None:
         "DRIVE, as long as IMP": {"90%": "not run", "98%": "62.00 (n=1)\n**(+1.50)**"},
     }
     assert "50 or 150 epochs" in table.caption[-1]
+    assert rows(as_long_as_imp) == {"DRIVE, as long as IMP": {"98%": "62.00 (n=1)"}}
+
+
+def test_ablation_table__gradual(tables: ModuleType, seeds: Callable[..., list[Any]]) -> None:
+    """Variants of gradual pruning are compared with DRIVE, and those that train longer with IMP."""
+    own = {"experiment": "convnet_cifar10"}
+    runs = [
+        *seeds("drive", 0.98, [60, 61], **own),
+        *seeds("gradual", 0.98, [64.0], **own),
+        *seeds("gradual_exponential", 0.98, [64.5], **own),
+        *seeds("gradual_exponential_long", 0.98, [68.0], **own, total_epochs=85),
+        *seeds("imp", 0.98, [66.0], **own, total_epochs=85),
+    ]
+    variants, as_long_as_imp = tables.all_tables(runs)[-2:]
+    assert rows(variants) == {
+        "DRIVE": {"98%": "60.50 ± 0.71 (n=2)"},
+        "gradual": {"98%": "64.00 (n=1)\n**(+3.50)**"},
+        "gradual, exponential": {"98%": "64.50 (n=1)\n**(+4.00)**"},
+    }
+    assert rows(as_long_as_imp) == {
+        "gradual, exponential, as long as IMP": {"98%": "68.00 (n=1)\n**(+2.00)**"},
+        "IMP": {"98%": "66.00 (n=1)"},
+    }
 
 
 def test_all_tables__only_where_runs_are(tables: ModuleType, alexnet: list[Any], convnet: list[Any]) -> None:
@@ -370,7 +393,7 @@ def test_all_tables__only_where_runs_are(tables: ModuleType, alexnet: list[Any],
         "Table 1. AlexNet, CIFAR-10",
         "AlexNet, CIFAR-10",
         "Table 1. Small ConvNet, CIFAR-10 (our own protocol)",
-        *["Small ConvNet, CIFAR-10 (our own protocol)"] * 3,
+        *["Small ConvNet, CIFAR-10 (our own protocol)"] * 4,
     ]
     accuracy, time = tables.all_tables(convnet)[:2]
     assert list(rows(accuracy)) == list(rows(time)) == ["SNIP", "DRIVE"]
@@ -596,10 +619,9 @@ def test_select(figures: ModuleType, alexnet: list[Any], convnet: list[Any], see
 
 def test_styles(figures: ModuleType) -> None:
     """No two methods share a colour or a marker."""
-    assert list(figures.STYLES) == ["snip", "synflow", "drive", "imp"]
     colours, markers = zip(*figures.STYLES.values(), strict=True)
-    assert len({figures.GREY, *colours}) == 5
-    assert len(set(markers)) == 4
+    assert len({figures.GREY, *colours}) == 1 + len(figures.STYLES)
+    assert len(set(markers)) == len(figures.STYLES)
 
 
 def test_draw_bars(figures: ModuleType, alexnet: list[Any]) -> None:

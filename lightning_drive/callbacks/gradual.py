@@ -334,8 +334,10 @@ class GradualPruningCallback(RepeatedPruningCallback):
             self._window = cut_window.of_run(self, trainer, self._fit.max_epochs)
             self._goal.check_schedule(self._num_cuts)
         super()._check_module(trainer, pl_module)
-        if self.criterion == "drive" and self.loss_fn is None:
-            checks.check_training_step(pl_module)
+        if self.criterion == "drive":
+            checks.check_batches_are_seen(pl_module)
+            if self.loss_fn is None:
+                checks.check_training_step(pl_module)
 
     @override
     def _check_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -58,7 +58,7 @@ class PruningReport:
         >>> PruningReport.from_dict(report.to_dict()) == report
         True
         >>> print(report)
-        Pruned by SNIP() at the start of epoch 0 (step 0) in 0.2 s
+        Pruned by SNIP() in epoch 0, before step 0 (0.2 s)
         parameter  shape  weights  kept  density  active
         fc.weight  2x4          8     2   25.00%  50.00%
         all                     8     2   25.00%  50.00%

@@ -11,11 +11,11 @@ def headline(method: str, cycle: int | None, epoch: int, step: int, seconds: flo
 
     Example:
         >>> headline("IMP()", 2, epoch=8, step=400, seconds=1.25)
-        'Pruned by IMP(), cycle 2, at the start of epoch 8 (step 400) in 1.2 s'
+        'Pruned by IMP(), cycle 2, in epoch 8, before step 400 (1.2 s)'
 
     """
     after = "" if cycle is None else f", cycle {cycle},"
-    return f"Pruned by {method}{after} at the start of epoch {epoch} (step {step}) in {seconds:.1f} s"
+    return f"Pruned by {method}{after} in epoch {epoch}, before step {step} ({seconds:.1f} s)"
 
 
 def changed_afterwards(control: Control) -> str:

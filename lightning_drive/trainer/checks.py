@@ -89,6 +89,16 @@ def check_finetuning(pruning: pl.Callback, trainer: pl.Trainer) -> None:
             )
 
 
+def check_batches_are_seen(pl_module: pl.LightningModule) -> None:
+    """Raise if callbacks do not see the batch that is trained on next, which ``criterion="drive"`` scores by."""
+    if _takes_iterator(pl_module):
+        raise MisconfigurationException(
+            "criterion='drive' scores weights by the batch that is trained on next, but `training_step` takes"
+            " `dataloader_iter`, so that callbacks do not see it. Use criterion='magnitude', or a `training_step` that"
+            " takes the batch."
+        )
+
+
 def check_training_step(pl_module: pl.LightningModule) -> None:
     """Raise if ``training_step`` cannot be called for its loss alone: it optimizes, or takes a ``dataloader_iter``."""
     remedy = "Pass `loss_fn`, a function `loss_fn(pl_module, batch)` that returns the loss, to the callback."
@@ -97,10 +107,14 @@ def check_training_step(pl_module: pl.LightningModule) -> None:
             "With manual optimization (`automatic_optimization=False`), calling `training_step` to score weights would"
             f" step the optimizers. {remedy}"
         )
-    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+    if _takes_iterator(pl_module):
         raise MisconfigurationException(
             f"`training_step` takes `dataloader_iter`, so it cannot be given a batch to score weights on. {remedy}"
         )
+
+
+def _takes_iterator(pl_module: pl.LightningModule) -> bool:
+    return is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)
 
 
 def warn_of_small_eps(optimizer: Optimizer) -> None:

@@ -8,6 +8,7 @@ python tests/benchmarks/page.py                                                #
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -74,7 +75,7 @@ def filled(texts: Sequence[str], results: Mapping[str, Any]) -> list[str]:
 
     Raises:
         ValueError: If a group of figures has no place on the pages, a place that had figures has none, or the results
-            on a page are from different machines or versions.
+            of a group are from different machines or versions.
 
     """
     figures = figures_of(results)
@@ -121,29 +122,43 @@ def groups(figures: list[Figure]) -> list[str]:
 
 
 def machine(results: Mapping[str, Any], on_page: Iterable[str]) -> str:
-    """Return where and when the groups on a page were measured.
+    """Return where and when the groups on a page were measured, with the groups where there are several machines.
 
     Raises:
-        ValueError: If they are from different machines or versions.
+        ValueError: If the results of a group are from different machines or versions.
 
     """
     infos = [result["extra_info"] for result in results["benchmarks"] if result["extra_info"]["group"] in {*on_page}]
-    if not infos:
-        return NOT_MEASURED
-    machines = {info.get("machine", described(results["machine_info"])) for info in infos}
-    if len(machines) > 1:
+    on_machine: dict[str, list[Any]] = {}
+    for info in infos:
+        on_machine.setdefault(info.get("machine", described(results["machine_info"])), []).append(info)
+    mixed = [
+        group for group, times in Counter(g for own in on_machine.values() for g in _groups(own)).items() if times > 1
+    ]
+    if mixed:
         raise ValueError(
-            f"Results of different machines or versions do not go on one page: {' | '.join(sorted(machines))}."
+            f"Results of different machines or versions do not go in one table ({', '.join(mixed)}):"
+            f" {' | '.join(sorted(on_machine))}."
         )
-    taken = sorted({(info["date"], info["revision"]) for info in infos})
-    return f"Measured on {machines.pop()}; {', '.join(f'{date} (revision {revision})' for date, revision in taken)}."
+    lines = []
+    for name, own in on_machine.items():
+        taken = sorted({(info["date"], info["revision"]) for info in own})
+        of = f" ({', '.join(_groups(own))})" if len(on_machine) > 1 else ""
+        dates = ", ".join(f"{date} (revision {revision})" for date, revision in taken)
+        lines.append(f"Measured on {name}{of}; {dates}.")
+    return "\n\n".join(lines) or NOT_MEASURED
+
+
+def _groups(infos: Iterable[Mapping[str, Any]]) -> list[str]:
+    return unique(info["group"] for info in infos)
 
 
 def described(info: Mapping[str, Any]) -> str:
     """Describe the machine and the versions that results come from."""
     versions = ", ".join(f"{name} {number}" for name, number in info["versions"].items())
     cpu = f"{info['cpu']['brand_raw']} (family {info['cpu'].get('family')}, model {info['cpu'].get('model')})"
-    return f"{cpu}, {info['threads']} threads, {info['system']} {info['release']}; {versions}"
+    threads = f"{info['threads']} thread{'s' if info['threads'] > 1 else ''}"
+    return f"{cpu}, {threads}, {info['system']} {info['release']}; {versions}"
 
 
 def stamp(results: Mapping[str, Any]) -> None:

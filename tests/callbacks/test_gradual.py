@@ -634,6 +634,26 @@ def test_manual_optimization(tmp_path: Path) -> None:
     assert refused.steps == 0
 
 
+class TakesIterator(fits.ConvModule):
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        batch, *_ = next(dataloader_iter)
+        return fits.loss_fn(self, batch)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:You are using the `dataloader_iter` step", "ignore:Found `dataloader_iter` argument"
+)
+@pytest.mark.parametrize("settings", [{}, {"loss_fn": fits.loss_fn}], ids=str)
+def test_dataloader_iter(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Where callbacks see no batch, magnitude prunes, and ``drive`` is refused by name."""
+    callback, module = gradual(), TakesIterator()
+    fit(tmp_path, module, callback)
+    assert callback.masks.num_kept == 200
+    assert callback.masks.hold_for(module)
+    with pytest.raises(MisconfigurationException, match=r"`dataloader_iter`, so that .* Use criterion='magnitude'"):
+        fit(tmp_path, TakesIterator(), gradual(criterion="drive", **settings))
+
+
 # Other trainings.
 
 

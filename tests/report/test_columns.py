@@ -6,7 +6,7 @@ from reports import full_report, small_report
 def test_str() -> None:
     """Worked out by hand."""
     assert str(small_report(warnings=["Layer collapse: no weight is left in 'fc.weight'."])).splitlines() == [
-        "Pruned by DRIVE(rounds=100) at the start of epoch 5 (step 1955) in 12.3 s",
+        "Pruned by DRIVE(rounds=100) in epoch 5, before step 1955 (12.3 s)",
         "parameter    shape    weights  kept  density  active",
         "conv.weight  8x4x3x3      288    36   12.50%  66.67%",
         "fc.weight    10x130     1,300     0    0.00%       -",
@@ -19,7 +19,7 @@ def test_str() -> None:
 def test_str__costs() -> None:
     """Worked out by hand."""
     assert str(full_report(control="shuffle", cycle=2)).splitlines() == [
-        "Pruned by DRIVE(rounds=100), cycle 2, at the start of epoch 5 (step 1955) in 12.3 s",
+        "Pruned by DRIVE(rounds=100), cycle 2, in epoch 5, before step 1955 (12.3 s)",
         "control: the masks were shuffled within each parameter",
         "parameter    shape    weights  kept  density  active   MACs  non-zero MACs",
         "conv.weight  8x4x3x3      288    36   12.50%  66.67%  18.4k           2.3k",

@@ -15,9 +15,10 @@ collapse=(python "$paper/collapse.py" --experiments vgg16_cifar10 --results coll
 
 gradual=(gradual gradual_exponential gradual_drive gradual_drive_exponential)
 "${run[@]}" --methods "${gradual[@]}" --sparsities 0.98 0.993 -- "${data[@]}"
-"${run[@]}" --methods gradual_long -- "${data[@]}" --model.lr_scheduler.T_max=35
-"${run[@]}" --methods gradual_half gradual_late --sparsities 0.98 0.993 -- "${data[@]}"
-"${run[@]}" --methods gradual --sparsities 0.9 0.95 -- "${data[@]}"
+"${run[@]}" --methods gradual_exponential_half gradual_exponential_late --sparsities 0.98 0.993 -- "${data[@]}"
+"${run[@]}" --methods gradual_exponential --sparsities 0.9 0.95 -- "${data[@]}"
+"${run[@]}" --methods gradual_exponential_long -- "${data[@]}" --model.lr_scheduler.T_max=35
+"${run[@]}" --methods gradual_long --sparsities 0.98 0.993 -- "${data[@]}" --model.lr_scheduler.T_max=35
 full=(python "$paper/run.py" --experiments convnet_cifar10_full --jobs 2 --results convnet_cifar10_full.jsonl)
 "${full[@]}" --methods dense synflow drive gradual imp --sparsities 0.98 -- "${data[@]}"
 
