@@ -43,8 +43,7 @@ class PruningActions(pl.Callback):
     prunable, override :meth:`prunable_parameters`; to prune copies of the network as well, :meth:`averages`.
 
     Args:
-        sparsity: Fraction of the prunable weights to remove, in ``[0, 1)``, or a mapping from glob patterns over
-            parameter names to such fractions, see :func:`lightning_drive.find_masks`.
+        sparsity: A fraction, or a mapping from glob patterns to fractions, see :func:`lightning_drive.find_masks`.
         schedule: ``"exponential"``, ``"linear"``, ``"cubic"`` or a function, see :func:`lightning_drive.find_masks`.
         scope: ``"global"``, ``"layerwise"`` or ``"erk"``, see :func:`lightning_drive.find_masks`.
         include: Glob patterns over parameter names. ``None``: the weights of all layers that multiply by them, see

@@ -61,9 +61,8 @@ class GradualPruningCallback(RepeatedPruningCallback):
         cuts_per_epoch: Cuts in each epoch of the window, at least 1. Where an epoch has fewer steps, there is a cut
             before each of them. Within gradient accumulation there is none.
         criterion: ``magnitude`` removes the smallest weights; ``drive`` those of the lowest DRIVE score.
-        schedule: ``cubic`` removes many weights in the first cuts and few in the last, ``exponential`` the same
-            fraction of the survivors in every cut, ``linear`` the same number of weights. Or a function, see
-            :func:`lightning_drive.find_masks`.
+        schedule: ``cubic`` removes many weights at first and few at last, ``exponential`` the same fraction of the
+            survivors in every cut, ``linear`` the same number. Or a function, see :func:`lightning_drive.find_masks`.
         scope: ``global`` ranks all weights together; with ``layerwise`` every parameter keeps the same fraction, with
             ``erk`` (Evci et al., 2020) a larger one the smaller it is.
         include: Glob patterns over parameter names; only what matches is pruned. Default: the weights of all
@@ -192,8 +191,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
     def _settings(self) -> dict[str, Any]:
         start, end = (self.start_epoch, self.end_epoch) if self._window is None else self._window[:2]
         own = {"start_epoch": start, "end_epoch": end, "cuts_per_epoch": self.cuts_per_epoch}
-        goal = self._goal.settings(self._num_cuts)
-        return {**goal, **super()._settings(), **own, "criterion": self.criterion}
+        return {**self._goal.settings(self._num_cuts), **super()._settings(), **own, "criterion": self.criterion}
 
     @override
     def _start_afresh(self) -> None:

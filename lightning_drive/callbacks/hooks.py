@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_drive.callbacks.actions import PruningActions
 from lightning_drive.core import arguments, saved_values, shards
-from lightning_drive.network import prunable_checks, sparsity_groups
+from lightning_drive.network import prunable_checks
 from lightning_drive.trainer import (
     checks,
     end_of_training,
@@ -81,8 +81,7 @@ class PruningCallback(PruningActions):
         """Raise, before anything runs, if the module cannot be pruned."""
         selected = self._selected(trainer, pl_module)
         prunable_checks.check_numbers(selected)
-        names = frozen_layers.with_frozen(trainer, pl_module, selected, self.prunable_parameters)
-        sparsity_groups.check(self._goal, pl_module, names, self.prunable_parameters)
+        frozen_layers.check_groups(self, trainer, pl_module, selected)
         shards.holders(selected)
         if text := trained_parameters.left_out(trainer, pl_module, self.prunable_parameters):
             terminal.show(trainer, text)

@@ -127,8 +127,8 @@ class Goal:
         """Raise a ``ValueError`` if masks to start from already remove more than is asked for."""
         sizes, asked = quotas.num_weights(shapes), self.quotas(shapes, 1, 1)
         for group in self.groups(shapes):
-            needed = sum(quota.num_kept for quota in asked if quota.parameters[0] in group.parameters)
-            if sum(alive[name] for name in group.parameters) < needed:
+            own = {*group.parameters}
+            if sum(alive[name] for name in own) < sum(quota.num_kept for quota in asked if quota.parameters[0] in own):
                 where = f" in {group.name!r}" if group.name else ""
                 raise ValueError(
                     f"`masks` already have sparsity {_removed(group, sizes, alive):g}{where}, more than the `sparsity`"

@@ -1,30 +1,24 @@
 """Layers that a finetuning callback keeps frozen for a while, and that may be pruned or left out for it."""
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning
-from torch import nn
 
 from lightning_drive.core.messages import listed
-from lightning_drive.network import prunable
+from lightning_drive.network import prunable, sparsity_groups
 from lightning_drive.trainer import other_callbacks
 
 
-def with_frozen(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
-    selected: Iterable[str],
-    select: Callable[[pl.LightningModule], Mapping[str, nn.Parameter]],
-) -> list[str]:
-    """Return the names of what is selected, and of what ``select`` returns once a finetuning callback unfreezes it."""
+def check_groups(pruning: Any, trainer: pl.Trainer, pl_module: pl.LightningModule, selected: Iterable[str]) -> None:
+    """Raise if a parameter has no pattern in ``sparsity`` that is selected, or may be once a callback unfreezes it."""
     names = dict.fromkeys(selected)
     if any(isinstance(other, BaseFinetuning) for other in other_callbacks.callbacks_of(trainer)):
         with prunable.unfrozen(pl_module), suppress(ValueError):  # from what need not be prunable while it is frozen
-            names |= dict.fromkeys(select(pl_module))
-    return [*names]
+            names |= dict.fromkeys(pruning.prunable_parameters(pl_module))
+    sparsity_groups.check(pruning._goal, pl_module, names, pruning.prunable_parameters)
 
 
 def warnings(
