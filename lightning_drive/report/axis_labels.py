@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,19 +39,19 @@ def count_at_the_right(axes: "Axes", counts: Sequence[int], title: str) -> None:
 def label_powers(axis: "Axis", low: float, high: float, most: int = 9) -> None:
     """Label a logarithmic axis from ``low`` to ``high`` by at most about ``most`` numbers."""
     ticks = _ticks(low, high, most)
-    write = "{:,g}".format if low >= 1e-3 and high < 1e6 else _scientific
+    write = _writer(low, high)
     axis.set_ticks(ticks, labels=[write(tick) for tick in ticks])
     axis.set_ticks([], minor=True)
 
 
 def label_both_signs(axis: "Axis", low: float, high: float, width: float) -> None:
-    """Label 0, and powers of ten to both sides of it from where they no longer stand on top of it."""
+    """Label 0, and round numbers to both sides of it from where they no longer stand on top of it."""
     first, last = math.ceil(math.log10(width)), math.floor(math.log10(max(high, -low)))
-    ticks = {0.0: "0"}
-    for power in range(first, last + 1, max(1, (last - first) // 5)):
-        ticks |= {10.0**power: f"$10^{{{power}}}$", -(10.0**power): f"$-10^{{{power}}}$"}
-    shown = {tick: text for tick, text in ticks.items() if low <= tick <= high}
-    axis.set_ticks([*shown], labels=[*shown.values()])
+    powers, factors = range(first, last + 1, max(1, (last - first) // 5)), (1, 3) if last - first < 2 else (1,)
+    sizes = [float(f"{factor}e{power}") for power in powers for factor in factors]
+    ticks = [tick for tick in (*(-size for size in sizes[::-1]), 0.0, *sizes) if low <= tick <= high]
+    write = _writer(min(sizes, default=1), max(sizes, default=1))
+    axis.set_ticks(ticks, labels=[write(tick) if tick else "0" for tick in ticks])
     axis.set_ticks([], minor=True)
 
 
@@ -115,14 +115,19 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
     return ticks[::-every][::-1]
 
 
+def _writer(low: float, high: float) -> Callable[[float], str]:
+    """Return how to write numbers of sizes from ``low`` to ``high``."""
+    return "{:,g}".format if low >= 1e-3 and high < 1e6 else _scientific
+
+
 def _scientific(number: float) -> str:
     r"""Write a number as a factor and a power of ten.
 
-    Examples:
-        >>> print(_scientific(3e-07), _scientific(1e-07))
-        $3\times10^{-7}$ $10^{-7}$
+    Example:
+        >>> print(_scientific(3e-07), _scientific(1e-07), _scientific(-1e-07))
+        $3\times10^{-7}$ $10^{-7}$ $-10^{-7}$
 
     """
     factor, power = f"{number:.3e}".split("e")
-    before = "" if float(factor) == 1 else rf"{float(factor):g}\times"
+    before = {1.0: "", -1.0: "-"}.get(float(factor), rf"{float(factor):g}\times")
     return f"${before}10^{{{int(power)}}}$"
