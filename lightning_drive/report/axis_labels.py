@@ -123,7 +123,7 @@ def _writer(low: float, high: float) -> Callable[[float], str]:
 def _scientific(number: float) -> str:
     r"""Write a number as a factor and a power of ten.
 
-    Example:
+    Examples:
         >>> print(_scientific(3e-07), _scientific(1e-07), _scientific(-1e-07))
         $3\times10^{-7}$ $10^{-7}$ $-10^{-7}$
 
