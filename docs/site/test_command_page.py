@@ -56,6 +56,7 @@ def test_errors_of_lightning_cli(capsys: pytest.CaptureFixture[str], monkeypatch
         arguments = [
             "fit",
             "--seed_everything=1",
+            "--trainer.max_epochs=1",
             "--trainer.accelerator=cpu",
             *quiet,
             *(f"--trainer.callbacks{word}" for word in words),
