@@ -53,7 +53,14 @@ def test_errors_of_lightning_cli(capsys: pytest.CaptureFixture[str], monkeypatch
     lines = []
     quiet = [f"--trainer.{name}=false" for name in ("logger", "enable_checkpointing", "enable_progress_bar")]
     for words in ARGUMENTS:
-        arguments = ["fit", "--trainer.accelerator=cpu", *quiet, *(f"--trainer.callbacks{word}" for word in words)]
+        arguments = [
+            "fit",
+            "--seed_everything=1",
+            "--trainer.max_epochs=1",
+            "--trainer.accelerator=cpu",
+            *quiet,
+            *(f"--trainer.callbacks{word}" for word in words),
+        ]
         monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
         with pytest.raises(SystemExit, match="2"):
             OneLineErrorsCLI(mymodel.MyModel, mymodel.MyData, save_config_callback=None)
