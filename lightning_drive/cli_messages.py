@@ -60,8 +60,8 @@ def _bullet(error: str) -> str:
 
 
 def _rank(error: str) -> int:
-    """Return 0 for the error of a class that was found, and more the less an error says."""
-    if error.startswith("Problem with given class_path"):
+    """Return 0 for the error of a class that was found or of a path to import, and more the less an error says."""
+    if re.match("Problem with given class_path|Type .* expects a function", error):
         return 0
     return next((rank for rank, start in enumerate(_LAST, 2) if error.startswith(start)), 1)
 

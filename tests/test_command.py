@@ -645,7 +645,7 @@ LOCALES = {
 def test_command__file_names(locale: str, tmp_path: Path) -> None:
     """Whatever its name is and whatever can be printed: a file is read, written, and named in lines that are text."""
     content = {"state_dict": {"gr\u00f6\u00dfe.weight": torch.eye(40)}}
-    for name in NAMES:
+    for name in NAMES.values():
         torch.save(content, tmp_path / "plain.ckpt")
         (tmp_path / "plain.ckpt").rename(tmp_path / name)
     script = """
