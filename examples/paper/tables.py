@@ -141,7 +141,7 @@ def accuracy_table(experiment: str, runs: Sequence[Run]) -> Table:
     caption = [f"Dense: {dense}".replace("\n", "; "), *measured_on(runs), *warned(runs)]
     number = 2 if experiment == "resnet18_imagenet32" else 1
     title = f"Table {number}. {EXPERIMENTS[experiment]}: test accuracy in % at a sparsity of"
-    return Table(title, ["", *map(percent, columns)], rows, caption)
+    return Table(title, ["method", *map(percent, columns)], rows, caption)
 
 
 def time_table(experiment: str, runs: Sequence[Run]) -> Table:
@@ -150,7 +150,7 @@ def time_table(experiment: str, runs: Sequence[Run]) -> Table:
     total = results.seconds(runs, lambda run: run.total_seconds)
     ours = {method: summary.mean for method, summary in to_masks.items()}
     theirs = published.PRUNING_SECONDS.get(experiment, {})
-    headings = ["", "runs", "epochs in all", "time to masks", "training", "total", "masks faster than IMP's"]
+    headings = ["method", "runs", "epochs in all", "time to masks", "training", "total", "masks faster than IMP's"]
     if theirs:
         headings += [f"paper, {published.PRUNING_HARDWARE}: time to masks", "paper: faster than IMP's"]
     rows = []
@@ -176,7 +176,7 @@ def control_table(experiment: str, runs: Sequence[Run]) -> Table:
                 rows.append([f"{METHODS[method]}, {percent(sparsity)}", *(compared(cell, cells[0]) for cell in cells)])
     title = f"{EXPERIMENTS[experiment]}: test accuracy in % with its masks, with shuffled ones, and from new weights"
     note = "In brackets: difference to the masks and weights as they are (none), in percentage points."
-    return Table(title, ["", *CONTROLS], rows, [note, *measured_on(chosen)])
+    return Table(title, ["method", *CONTROLS], rows, [note, *measured_on(chosen)])
 
 
 def ablation_table(experiment: str, runs: Sequence[Run], ablation: Ablation) -> Table:
@@ -191,11 +191,11 @@ def ablation_table(experiment: str, runs: Sequence[Run], ablation: Ablation) -> 
             rows.append([METHODS[method], *map(compared, ours, base)])
     title = f"{EXPERIMENTS[experiment]}: {ablation.title}, by test accuracy in % at a sparsity of"
     note = f"In brackets: difference to {METHODS[ablation.base]}, in percentage points."
-    return Table(title, ["", *map(percent, columns)], rows, [note, *measured_on(chosen)])
+    return Table(title, ["method", *map(percent, columns)], rows, [note, *measured_on(chosen)])
 
 
 def speedup_table(speedups: Sequence[Speedup]) -> Table:
-    headings = ["", "steps per epoch", "step", "round", "cut", "DRIVE", "IMP", "speed-up", "limit", "share", "paper"]
+    headings = ["experiment", "steps per epoch", "step", "round", "cut", "DRIVE", "IMP", "speed-up", "limit", "share", "paper"]
     rows = []
     for speedup in speedups:
         paper = published.PRUNING_SECONDS.get(speedup.experiment, {})
@@ -235,7 +235,7 @@ def collapse_table(collapses: Sequence[Collapse]) -> Table:
     note = "In brackets: their sparsity when what is kept but on no such path is counted as removed, lowest to highest."
     seeds = ", ".join(map(str, sorted({collapse.seed for collapse in collapses})))
     title = "Networks cut off from input to output before training, at a sparsity of"
-    return Table(title, ["", *map(percent, columns)], rows, [note, f"Seeds {seeds}. {measured_with(collapses)}"])
+    return Table(title, ["method", *map(percent, columns)], rows, [note, f"Seeds {seeds}. {measured_with(collapses)}"])
 
 
 def collapsed(collapses: Sequence[Collapse]) -> str:

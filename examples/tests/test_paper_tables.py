@@ -317,7 +317,7 @@ def test_time_table(tables: ModuleType, alexnet: list[Any]) -> None:
     table = tables.all_tables(alexnet)[1]
     names = ["runs", "epochs in all", "time to masks", "training", "total", "masks faster than IMP's"]
     names += ["paper, RTX A6000: time to masks", "paper: faster than IMP's"]
-    assert list(table.headings) == ["", *names]
+    assert list(table.headings) == ["method", *names]
     assert [list(row) for row in table.rows] == [
         ["dense", "2", "50", "-", "100 ± 0 s", "100 ± 0 s", "-", "-", "-"],
         ["SNIP", "1", "50", "2.0 s", "100 s", "102 s", "650x", "3 s", "8,000x"],
@@ -456,7 +456,7 @@ def test_main__markdown(tables: ModuleType, alexnet: list[Any], tmp_path: Path) 
     assert b"old" not in written
     assert b"revision f9ea891.\n\n**AlexNet, CIFAR-10: time to masks" in written
     lines = written[len(before) : -len(after)].decode().splitlines()
-    assert lines[4:6] == ["|  | 98% | 99.3% |", "| --- | ---: | ---: |"]
+    assert lines[4:6] == ["| method | 98% | 99.3% |", "| --- | ---: | ---: |"]
     cells = ["81.00 ± 1.41 (n=2)<br>paper 80.57 (+0.43)", "77.24 (n=1)<br>paper 76.24 **(+1.00)**"]
     assert f"| IMP | {cells[0]} | {cells[1]} |" in lines
     assert "Dense: 84.50 ± 0.71 (n=2); paper 84.20 (+0.30)" in lines
