@@ -178,8 +178,9 @@ def draw_accuracies(comparison: Comparison) -> Figure:
 
 def draw_times(comparison: Comparison) -> Figure:
     """Draw the time to the masks, and that of training with them: the paper's Figure 6."""
-    to_masks = results.seconds(comparison.runs, lambda run: run.seconds_to_masks)
-    training = results.seconds(comparison.runs, lambda run: run.seconds["training"])
+    runs = results.timed_together(comparison.runs)
+    to_masks = results.seconds(runs, lambda run: run.seconds_to_masks)
+    training = results.seconds(runs, lambda run: run.seconds["training"])
     theirs = published.PRUNING_SECONDS.get(comparison.experiment, {})
     figure, axes = new_figure(comparison, "Time per network, mean over all sparsities and seeds")
     lengths = []

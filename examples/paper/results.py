@@ -258,6 +258,13 @@ def accuracies(runs: Sequence[Run]) -> dict[tuple[str, Control, float], Summary]
     return {key: Summary.of(values) for key, values in groups.items()}
 
 
+def timed_together(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs whose times can be compared: those on the hardware and with the versions that most runs have."""
+    circumstances = [(run.hardware, *run.versions.items()) for run in runs]
+    [(most, _)] = Counter(circumstances).most_common(1)
+    return [run for run, own in zip(runs, circumstances, strict=True) if own == most]
+
+
 def seconds(runs: Sequence[Run], measure: Callable[[Run], float]) -> dict[str, Summary]:
     """Summarise a time by method; it hardly depends on the sparsity."""
     methods = METHODS.of(run.method for run in runs)

@@ -144,7 +144,8 @@ def accuracy_table(experiment: str, runs: Sequence[Run]) -> Table:
     return Table(title, ["method", *map(percent, columns)], rows, caption)
 
 
-def time_table(experiment: str, runs: Sequence[Run]) -> Table:
+def time_table(experiment: str, all_runs: Sequence[Run]) -> Table:
+    runs = results.timed_together(all_runs)
     to_masks = results.seconds(runs, lambda run: run.seconds_to_masks)
     training = results.seconds(runs, lambda run: run.seconds["training"])
     total = results.seconds(runs, lambda run: run.total_seconds)
@@ -161,7 +162,9 @@ def time_table(experiment: str, runs: Sequence[Run]) -> Table:
         if theirs:
             rows[-1] += [f"{theirs[method]:,} s" if method in theirs else "-", speed_up(theirs, method)]
     title = f"{EXPERIMENTS[experiment]}: time to masks (warm-up and pruning, in IMP all cycles) and in all"
-    return Table(title, headings, rows, measured_on(runs))
+    elsewhere = dict.fromkeys(METHODS[run.method] for run in all_runs if run not in runs)
+    note = f"Not timed with these, but on another machine or with other versions: {', '.join(elsewhere)}."
+    return Table(title, headings, rows, [*measured_on(runs), *([note] if elsewhere else [])])
 
 
 def control_table(experiment: str, runs: Sequence[Run]) -> Table:
@@ -195,7 +198,19 @@ def ablation_table(experiment: str, runs: Sequence[Run], ablation: Ablation) -> 
 
 
 def speedup_table(speedups: Sequence[Speedup]) -> Table:
-    headings = ["experiment", "steps per epoch", "step", "round", "cut", "DRIVE", "IMP", "speed-up", "limit", "share", "paper"]
+    headings = [
+        "experiment",
+        "steps per epoch",
+        "step",
+        "round",
+        "cut",
+        "DRIVE",
+        "IMP",
+        "speed-up",
+        "limit",
+        "share",
+        "paper",
+    ]
     rows = []
     for speedup in speedups:
         paper = published.PRUNING_SECONDS.get(speedup.experiment, {})

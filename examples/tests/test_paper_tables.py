@@ -333,6 +333,20 @@ def test_time_table__without_imp(tables: ModuleType, seeds: Callable[..., list[A
     assert [list(row) for row in table.rows] == [["SNIP", "1", "50", "0.25 s", "9.0 s", "9.2 s", "-"]]
 
 
+@pytest.mark.parametrize("other", [{"hardware": "another"}, {"versions": {"torch": "9.9"}}], ids=str)
+def test_time_table__elsewhere(
+    tables: ModuleType, figures: ModuleType, seeds: Callable[..., list[Any]], other: dict[str, Any]
+) -> None:
+    """Times of different machines or versions are not compared; their accuracies are."""
+    own = {"experiment": "digits"}
+    runs = [*seeds("snip", 0.9, [60.0, 61.0], **own), *seeds("drive", 0.9, [62.0], **own, **other)]
+    accuracy, time = tables.all_tables(runs)
+    assert (list(rows(accuracy)), list(rows(time))) == (["SNIP", "DRIVE"], ["SNIP"])
+    assert time.caption[-1].endswith("on another machine or with other versions: DRIVE.")
+    [axes] = figures.draw_times(compare(figures, runs)).axes
+    assert [label.get_text().split("\n")[0] for label in axes.get_yticklabels()] == ["SNIP"]
+
+
 def test_control_table(tables: ModuleType, convnet: list[Any]) -> None:
     """Only what was controlled is there, next to the same method at the same sparsity."""
     _, _, table, *_ = tables.all_tables(convnet)
