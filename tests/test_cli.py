@@ -278,7 +278,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "of_one_in_json": (
         [SINGLE + '={"class_path": "SNIPPruningCallback", "init_args": {"sparsity": 0.5, "scope": "glob"}}'],
-        "lightning_drive.SNIPPruningCallback: scope: Expected a typing.Literal['global', 'layerwise', 'erk']. Got value: glob",
+        "SNIPPruningCallback: scope: Expected a typing.Literal['global', 'layerwise', 'erk']. Got value: glob",
     ),
     "pattern": ([f'{SINGLE}.exclude=["backbone.*"]'], "error: `exclude` pattern 'backbone.*' matches no parameter."),
     "nothing_left": ([f'{SINGLE}.exclude=["*"]'], "error: There is no trainable parameter to prune."),

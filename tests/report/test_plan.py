@@ -185,7 +185,7 @@ class OfIterators(fits.ConvModule):
 @pytest.mark.parametrize("make", [fits.drive, lambda **own: fits.gradual(criterion="drive", **own)])
 @pytest.mark.parametrize("kind", [fits.Manual, OfIterators])
 def test_plan__without_a_loss_to_score_by(kind: Any, make: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Pass `loss_fn`, a function|so that callbacks do not see it") as refused:
+    with pytest.raises(ValueError, match=r"Pass `loss_fn`, a function|so that callbacks do not see it") as refused:
         make().plan(kind(), max_epochs=9)
     with pytest.raises(MisconfigurationException, match=re.escape(str(refused.value))):
         fits.fit(tmp_path, kind(), make(), max_epochs=9)
