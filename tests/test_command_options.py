@@ -57,7 +57,7 @@ def test_options_before_their_command(words: str, command: str, line: str, capsy
         ("report -j a", "unrecognized arguments: -j. ("),
         ("--versoin", "unrecognized arguments: --versoin. Did you mean `--version`?"),
         ("report a b", "unrecognized arguments: b ("),
-        ("plan a:b --sparsity half", "argument --sparsity: invalid float value: 'half'"),
+        ("plan a:b --max-epochs half", "argument --max-epochs: invalid int value: 'half'"),
         ("plan a:b --sparsity 0.9 --method driv", "argument --method: invalid choice: 'driv'"),
     ],
 )

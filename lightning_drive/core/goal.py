@@ -103,13 +103,12 @@ class Goal:
         when the search began; by default all.
         """
         sizes, found = quotas.num_weights(shapes), list[Quota]()
-        alive, start = alive or sizes, start or sizes
         for group in self.groups(shapes):
             own = {name: shapes[name] for name in group.parameters}
-            removed = _removed(group, sizes, start)
+            removed = _removed(group, sizes, start) if start else 0.0
             begun = min(removed, group.sparsity)  # rounding may have taken one weight more
             density = schedules.density(self.schedule, round_index, num_rounds, group.sparsity, begun)
-            found.extend(quotas.RULES[self.scope](group.name, own, density, alive))
+            found.extend(quotas.RULES[self.scope](group.name, own, density, alive or sizes))
         return [quota for quota in found if quota.num_kept]
 
     def kept(self, shapes: Shapes, num_rounds: int) -> tuple[int, ...]:

@@ -22,10 +22,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
 def version(tensor: Tensor) -> int:
     """Return a number that is another one once the tensor, or this rank's part of it, has been written to."""
-    return (tensor.to_local() if is_sharded(tensor) else tensor)._version  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor._version
+    with torch.no_grad():
+        return tensor.to_local()._version  # type: ignore[attr-defined,no-any-return]
 
 
 def part(whole: Tensor, of: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from math import inf
 from typing import Any
 
@@ -258,7 +259,7 @@ class Network:
         """Return a forward pass of the network, determined once; raise ValueError if none is known."""
         return self._input.forward_pass()
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """The full shape of every parameter, which may be split over ranks."""
         return {name: self.shape(name) for name in self.parameters}

@@ -408,9 +408,9 @@ def test_collapse_is_warned_of(tmp_path: Path) -> None:
         (
             {"schedule": "square"},
             ValueError,
-            "`schedule` must be one of .* 'linear', 'cubic', got 'square'",
+            "`schedule` must be one of .* 'linear', 'cubic', or a function, got 'square'",
         ),
-        ({"scope": "local"}, ValueError, "`scope` must be one of 'global', 'layerwise', got 'local'"),
+        ({"scope": "local"}, ValueError, "`scope` must be one of 'global', 'layerwise', 'erk', got 'local'"),
         ({"mode": "test"}, ValueError, "`mode` must be one of 'train', 'eval', got 'test'"),
         ({"include": "head"}, TypeError, "`include` must be a list of glob patterns"),
         ({"exclude": [1]}, TypeError, "`exclude` must be a list of glob patterns"),

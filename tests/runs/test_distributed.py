@@ -293,6 +293,7 @@ def test_sharded__shuffle(ranks: Any) -> None:
     check_same(*(result["shuffle"] for result in ranks("sharded")))
 
 
+@pytest.mark.filterwarnings("ignore:Layer collapse")
 def test_sharded__ties(ranks: Any) -> None:
     """Ties go to the earlier parameter and the lower index, wherever the parts of a parameter are."""
     expected = distributed.masks_among_ties(distributed.Exact())

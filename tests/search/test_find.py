@@ -957,7 +957,7 @@ GOOD: dict[str, Any] = {"sparsity": 0.5, "batches": BATCHES, "loss_fn": models.l
             SNIP(),
             {"schedule": "square"},
             ValueError,
-            "`schedule` must be one of 'exponential', 'linear', 'cubic', got 'square'",
+            "`schedule` must be one of 'exponential', 'linear', 'cubic', or a function, got 'square'",
             id="schedule",
         ),
         pytest.param(
@@ -965,7 +965,7 @@ GOOD: dict[str, Any] = {"sparsity": 0.5, "batches": BATCHES, "loss_fn": models.l
             SNIP(),
             {"scope": "local"},
             ValueError,
-            "`scope` must be one of 'global', 'layerwise', got 'local'",
+            "`scope` must be one of 'global', 'layerwise', 'erk', got 'local'",
             id="scope",
         ),
         pytest.param(

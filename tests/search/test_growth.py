@@ -82,7 +82,7 @@ def test_growth(build: Callable[[int], nn.Module], method: Callable[[int], Metho
     few, many = (calls_of_a_round(build(depth), method, scope) for depth in (50, 200))
     assert many <= 4.2 * few
     if scope == "global":
-        assert many <= 200 * 150
+        assert many <= 200 * 160
 
 
 @pytest.mark.parametrize("method", [DRIVE(rounds=2), SNIP(), SynFlow(rounds=2)], ids=["DRIVE", "SNIP", "SynFlow"])

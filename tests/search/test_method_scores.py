@@ -248,7 +248,7 @@ def test_search__threshold_and_scores_below_zero() -> None:
     assert result.rounds[0].threshold == -3
     assert result.scores is not None
     assert (sum(result.scores.kept), sum(result.scores.pruned)) == (3, 2)
-    assert result.scores.edges[0] == pytest.approx(-5, rel=0.01)
+    assert result.scores.edges[0] == pytest.approx(-5, rel=0.05)  # a bin of the axis
 
 
 # --- what is no method
