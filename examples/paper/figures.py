@@ -165,8 +165,10 @@ def draw_differences(comparison: Comparison) -> Figure | None:
     return figure
 
 
-def draw_accuracies(comparison: Comparison) -> Figure:
-    """Draw accuracy over sparsity, with that of the dense network: the paper's Figure 5."""
+def draw_accuracies(comparison: Comparison) -> Figure | None:
+    """Draw accuracy over sparsity, with that of the dense network: the paper's Figure 5; nothing of one sparsity."""
+    if len({sparsity for curve in (*comparison.curves.values(), *comparison.paper.values()) for sparsity in curve}) < 2:
+        return None
     figure, axes = new_figure(comparison, "Test accuracy over sparsity, mean ± standard deviation")
     handles = draw_curves(axes, comparison.styles, comparison.curves, comparison.paper)
     axes.set_ylabel("test accuracy (%)")

@@ -891,7 +891,7 @@ def test_committed_pages(tables: ModuleType, tmp_path: Path) -> None:
     shutil.copy(folder / "README.md", tmp_path / "page.md")
     measured = ["--speedups", str(folder / "speedup.jsonl"), "--collapses", str(folder / "collapse.jsonl")]
     pages = ["--markdown", str(tmp_path / "page.md"), "--brief", str(tmp_path / "readme.md")]
-    tables.main([str(folder / "convnet_cifar10.jsonl"), *measured, *pages])
+    tables.main([*(str(folder / f"convnet_cifar10{name}.jsonl") for name in ("", "_full")), *measured, *pages])
     assert (tmp_path / "readme.md").read_text() == (root / "README.md").read_text()
     assert (tmp_path / "page.md").read_text() == (folder / "README.md").read_text()
     for path in (root / "README.md", folder / "README.md"):
