@@ -49,7 +49,7 @@ ARGUMENTS = (
 
 def test_errors_of_lightning_cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     page = (DOCS / "recipes" / "cli.md").read_text(encoding="utf-8")
-    [block] = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
+    [block] = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
     lines = []
     quiet = [f"--trainer.{name}=false" for name in ("logger", "enable_checkpointing", "enable_progress_bar")]
     for words in ARGUMENTS:

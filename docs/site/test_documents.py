@@ -31,7 +31,7 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LANGUAGES = {"python", "bash", "yaml", "text"}
+LANGUAGES = {"python", "bash", "console", "yaml", "text"}  # "console": what a test of its own compares
 BIN = Path(sys.executable).parent
 
 INSTEAD = {
