@@ -170,7 +170,10 @@ def _hint(option: str, parser: _Parser, top: _Parser) -> str:
         return f" `{option}` is an option of {' and '.join(homes)}, and comes after that word."
     if top.knows(option):
         return f" `lightning-drive {option}` stands alone."
-    return "".join(f" Did you mean `{close}`?" for close in get_close_matches(option, parser.options, n=1))
+    meant = "".join(f" Did you mean `{close}`?" for close in get_close_matches(option, parser.options, n=1))
+    if "--set" in parser.options:
+        meant += f" Arguments of the callback are given as `--set {option.lstrip('-').replace('-', '_')}=VALUE`."
+    return meant
 
 
 def _parser() -> _Parser:

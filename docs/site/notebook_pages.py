@@ -17,7 +17,7 @@ PICTURE = "image/png"
 PLAIN_TABLE = ('<table style="', '<table class="output" style="font-size: .64rem; ')
 """Without a class, the theme makes columns wide and a report too wide for the page."""
 LINK = re.compile(r"(\]\([\w./-]+)\.ipynb\b")
-"""A link from one notebook to another, which here leads to its page."""
+"""A link to a notebook, which here leads to its page."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -27,6 +27,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for uri, content in converted(notebook, PurePosixPath(file.src_uri)).items():
             files.append(File.generated(config, uri, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Lead from links to notebooks, which are right in the repository, to their pages, but for offers to download."""
+    lines = markdown.split("\n")
+    return "\n".join(line if line.startswith("[Download") else LINK.sub(r"\1.md", line) for line in lines)
 
 
 def converted(notebook: dict[str, Any], path: PurePosixPath) -> dict[str, str | bytes]:

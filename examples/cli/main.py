@@ -3,9 +3,9 @@
     pip install -e '.[examples,cli]'
     python examples/cli/main.py fit --config examples/cli/base.yaml --config examples/cli/drive.yaml
 
-`base.yaml` has the settings of training, and `drive.yaml`, `snip.yaml`, `synflow.yaml` or `imp.yaml` those of pruning;
-without one of these the network stays dense. A later file overrides an earlier one (its list of callbacks replaces the
-whole earlier list), and the command line overrides all files:
+`base.yaml` has the settings of training, and `drive.yaml`, `snip.yaml`, `synflow.yaml`, `imp.yaml` or `gradual.yaml`
+those of pruning; without one of these the network stays dense. A later file overrides an earlier one (its list of
+callbacks replaces the whole earlier list), and the command line overrides all files:
 
     ... --trainer.callbacks.sparsity=0.98                 another value for the callback named last
     ... --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val_loss        one more callback

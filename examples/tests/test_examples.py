@@ -171,7 +171,7 @@ def test_compact__images(tmp_path: Path) -> None:
     assert len(missing.stderr.splitlines()) == 1
 
 
-CLI_METHODS = {"drive": 10, "snip": 10, "synflow": 10, "imp": 22}  # with the epochs of each
+CLI_METHODS = {"drive": 10, "snip": 10, "synflow": 10, "imp": 22, "gradual": 10}  # with the epochs of each
 CLI_FIT = "fit --config examples/cli/base.yaml --config examples/cli/{}.yaml"
 CLI_QUICK = "--trainer.limit_train_batches=2 --trainer.enable_progress_bar=false --trainer.log_every_n_steps=1"
 

@@ -255,6 +255,7 @@ class GradualPruningCallback(RepeatedPruningCallback):
             **plan.counts(self._goal, selected, window.num_cuts),
             passes=methods.num_passes(self._method(window.num_cuts)),
             pass_over="a training batch",
+            unit="cut",
             first_epoch=window.start,
             last_epoch=window.end,
             **run,

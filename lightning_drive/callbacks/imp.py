@@ -217,6 +217,7 @@ class IMPPruningCallback(RepeatedPruningCallback):
             **plan.counts(self._goal, selected, self.cycles),
             passes=0,
             pass_over="",
+            unit="cycle",
             first_epoch=self.epochs_per_cycle,
             last_epoch=self._last_epoch,
             **run,

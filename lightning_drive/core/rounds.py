@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from lightning_drive.core import grouped_tensors
 from lightning_drive.core.processes import ALONE, Ranks
 from lightning_drive.core.scores import in_full
+
+Unit: TypeAlias = Literal["round", "cycle", "cut"]
+"""What a method calls its rounds."""
 
 NUM_BINS = 60
 """Bins of a :class:`ScoreHistogram`."""

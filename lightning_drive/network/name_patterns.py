@@ -47,6 +47,7 @@ def included(pattern: str, default: Container[str], matrices: Mapping[str, bool]
 def _hint(pattern: str, known: Sequence[str], default: Sequence[str]) -> str:
     """List the known names, and ask whether the one that is most like the pattern is meant."""
     names = sorted(known, key=lambda name: name not in default)  # stable
-    layers = dict.fromkeys(f"{name.rpartition('.')[0]}.*" for name in names if "." in name)
+    parts = [name.split(".") for name in names]
+    layers = dict.fromkeys(".".join([*path[:depth], "*"]) for path in parts for depth in range(len(path) - 1, 0, -1))
     hint = "".join(f"Did you mean {close!r}? " for close in get_close_matches(pattern, [*names, *layers], n=1))
     return f"{hint}The parameters are, prunable ones first (a tied one by its first name): {listed(names, most=30)}."

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from lightning_drive.core.rounds import Round, ScoreHistogram
+from lightning_drive.core.rounds import Round, ScoreHistogram, Unit
 from lightning_drive.report import axis_labels
 
 if TYPE_CHECKING:
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 Picture: TypeAlias = Literal["density", "rounds", "scores", "cycles", "cuts"]
 """The pictures that a report draws."""
-
-Unit: TypeAlias = Literal["round", "cycle", "cut"]
-"""What a method calls its rounds."""
 
 _BLUE, _ORANGE, _RED = "#0072B2", "#D55E00", "#CC0000"
 _WIDTH = 8.0
@@ -192,8 +189,8 @@ def cuts(sparsities: Sequence[tuple[float, float]], known: Sequence[tuple[float,
         axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
-    reached = ", and what training reached with it" if known else ""
-    figure.suptitle(f"Gradual pruning: the sparsity after each cut{reached}", fontsize="large")
+    reached = ", and what training had reached before" if known else ""
+    figure.suptitle(f"Gradual pruning until the last cut: the sparsity after each one{reached}", fontsize="large")
     return figure
 
 

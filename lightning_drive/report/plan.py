@@ -10,6 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_drive.core.arguments import check_patterns
 from lightning_drive.core.goal import Goal
+from lightning_drive.core.rounds import Unit
 from lightning_drive.report import tables
 
 _SHOWN_ROUNDS = 8
@@ -75,6 +76,7 @@ class PruningPlan:
         max_epochs: Epochs of the whole run; ``None`` if that is not known.
         first_step: Before which global step all rounds are done; ``None``: at the start of an epoch.
         groups: The parameters of every pattern of ``sparsity``, in its order, if there is more than one.
+        unit: What the method calls its rounds.
 
     Examples:
         >>> parameters = PlannedParameter("0.weight", (3, 4), 12), PlannedParameter("0.bias", (3,), 3, "a bias or norm")
@@ -102,6 +104,7 @@ class PruningPlan:
     max_epochs: int | None = None
     first_step: int | None = None
     groups: tuple[PlannedGroup, ...] = ()
+    unit: Unit = "round"
 
     @property
     def when(self) -> str:
@@ -143,7 +146,7 @@ class PruningPlan:
             f" sparsity of {self.overall_sparsity:.2%}"
         )
         yield from map(str, self.groups)
-        rounds = f"{len(self.kept)} round{'s' * (len(self.kept) != 1)}"
+        rounds = f"{len(self.kept)} {self.unit}{'s' * (len(self.kept) != 1)}"
         if self.first_step is not None:
             yield f"when: before step {self.first_step}, in {rounds}"
         elif self.last_epoch != self.first_epoch:
@@ -154,7 +157,7 @@ class PruningPlan:
             {round(1 + place * (len(self.kept) - 1) / (_SHOWN_ROUNDS - 1)) for place in range(_SHOWN_ROUNDS)}
         )
         shown = "; ".join(f"{place}: {self.kept[place - 1]:,}" for place in places)
-        yield f"weights left after round {shown}"
+        yield f"weights left after {self.unit} {shown}"
 
     def _rows(self) -> Iterator[Sequence[str]]:
         knows_kept = any(parameter.num_kept is not None for parameter in self.parameters)
@@ -202,6 +205,7 @@ def plan(
     untrained: Container[str] = (),
     groups: Sequence[PlannedGroup] = (),
     of_parameters: Mapping[str, int] | None = None,
+    unit: Unit = "round",
 ) -> PruningPlan:
     """Return the plan for a module of which the ``selected`` parameters are prunable.
 
@@ -225,6 +229,7 @@ def plan(
         max_epochs,
         first_step,
         tuple(groups),
+        unit,
     )
 
 

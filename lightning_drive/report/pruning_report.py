@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from lightning_drive.core import saved_values
 from lightning_drive.core.arguments import Control
 from lightning_drive.core.messages import listed
-from lightning_drive.core.rounds import Round, ScoreHistogram
+from lightning_drive.core.rounds import Round, ScoreHistogram, Unit
 from lightning_drive.network.masks import Masks
 from lightning_drive.report import columns, figures, parts, saved_reports, sentences, tables
 from lightning_drive.report.acceleration_report import AccelerationReport
@@ -310,7 +310,7 @@ class PruningReport:
         self.figure(kind, metric=metric).savefig(Path(path), dpi=150)
 
     @property
-    def _unit(self) -> figures.Unit:
+    def _unit(self) -> Unit:
         return "cycle" if self.cycle is not None else "cut" if self.cuts else "round"
 
     def _cuts(self, metric: str | None) -> "Figure":

@@ -93,7 +93,7 @@ def test_plan__passes(tmp_path: Path) -> None:
         (SNIPPruningCallback(sparsity=0.75), "when: at the start of epoch 0, in 1 round"),
         (
             IMPPruningCallback(sparsity=0.75, cycles=3, epochs_per_cycle=4),
-            "when: from the start of epoch 4 to that of epoch 12, in 3 rounds",
+            "when: from the start of epoch 4 to that of epoch 12, in 3 cycles",
         ),
     ],
 )
