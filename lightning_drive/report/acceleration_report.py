@@ -40,6 +40,11 @@ class LayerForm:
         """Whether the layer computes in a sparse form."""
         return self.form != DENSE
 
+    @property
+    def is_faster_alone(self) -> bool:
+        """Whether a sparse form of the layer was faster by a tenth, and more, when it was measured by itself."""
+        return bool(self.sparse_seconds and self.dense_seconds and self.sparse_seconds < 0.9 * self.dense_seconds)
+
 
 def all_dense(layers: Iterable[LayerForm]) -> tuple[LayerForm, ...]:
     """Return the same layers, measured as they are, in their dense form."""
@@ -100,12 +105,15 @@ class AccelerationReport:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line for each reason for which layers were not measured."""
+        """A line for each reason for which layers were not measured, or stay dense though they were faster alone."""
         reasons: dict[str, list[str]] = {}
         for layer in self.layers:
             if layer.reason:
                 reasons.setdefault(layer.reason, []).append(layer.name)
-        return tuple(f"not measured: {listed(names)}: {reason}" for reason, names in reasons.items())
+        notes = [f"not measured: {listed(names)}: {reason}" for reason, names in reasons.items()]
+        if not self.num_sparse and any(layer.is_faster_alone for layer in self.layers):
+            notes.append("all layers stay dense: all together are no faster with the forms that are faster one by one")
+        return tuple(notes)
 
     def __str__(self) -> str:
         return "\n".join([self.headline, *tables.plain(self._rows()), *self.notes])
