@@ -643,7 +643,7 @@ class TakesIterator(fits.ConvModule):
 @pytest.mark.filterwarnings(
     "ignore:You are using the `dataloader_iter` step", "ignore:Found `dataloader_iter` argument"
 )
-@pytest.mark.parametrize("settings", [{}, {"loss_fn": fits.loss_fn}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"loss_fn": fits.loss_fn}], ids=["by_training_step", "by_loss_fn"])
 def test_dataloader_iter(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Where callbacks see no batch, magnitude prunes, and ``drive`` is refused by name."""
     callback, module = gradual(), TakesIterator()

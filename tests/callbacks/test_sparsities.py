@@ -346,7 +346,6 @@ def test_patterns__error(tmp_path: Path, kind: str, goal: dict[str, Any], messag
         ({"sparsity": 0.5, "schedule": "square"}, ValueError, "'cubic', or a function, got 'square'"),
         ({"sparsity": 0.5, "scope": "erdos"}, ValueError, "'layerwise', 'erk', got 'erdos'"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_goal__error(kind: str, goal: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -30,7 +30,7 @@ def test_text() -> None:
 
 
 def test_notes__faster_one_by_one() -> None:
-    """A layer that is faster alone and stays dense has a reason: the whole. Where others are sparse, it was not that."""
+    """A layer that is faster alone and stays dense has a reason: the whole, if no other is sparse."""
     left = LayerForm("left", 0.9, dense_seconds=0.007, sparse_seconds=0.001)
     [note] = AccelerationReport("training step", (left,), threads=2, dense_seconds=0.006, seconds=0.006).notes
     assert note.startswith("all layers stay dense: all together are no faster")

@@ -278,7 +278,6 @@ class Falling:
         ({"sparsity": 0.5, "schedule": 3}, ValueError, "`schedule` must be one of 'exponential', .* got 3"),
         ({"sparsity": 0.5, "scope": "local"}, ValueError, "`scope` must be one of 'global', 'layerwise', 'erk', got"),
     ],
-    ids=str,
 )
 def test_error(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     def batches() -> Iterator[models.Batch]:
