@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import lightning_drive
@@ -48,8 +49,9 @@ def _setting(text: str, callback: str, known: Sequence[str]) -> tuple[str, Any]:
     if not is_given or not name.isidentifier():
         raise ValueError(f"`--set` takes NAME=VALUE, such as rounds=50, got {text!r}.")
     if name not in known:
+        meant = "".join(f" Did you mean {close!r}?" for close in get_close_matches(name, known, n=1))
         raise ValueError(
-            f"`--set {text}`: {callback} has no such argument. Apart from the sparsity: {', '.join(known)}."
+            f"`--set {text}`: {callback} has no such argument.{meant} Apart from the sparsity: {', '.join(known)}."
         )
     try:
         return name, ast.literal_eval(value)

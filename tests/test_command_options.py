@@ -52,6 +52,7 @@ def test_options_before_their_command(words: str, command: str, line: str, capsy
         ("--json plan a:b --sparsity 0.9", "unrecognized arguments: --json. `--json` is an option of `report`"),
         ("plan a:b --version", "unrecognized arguments: --version. `lightning-drive --version` stands alone."),
         ("plan a:b --sparsty 0.9", "unrecognized arguments: --sparsty. Did you mean `--sparsity`?"),
+        ("plan a:b --warmup-epochs 2", "Arguments of the callback are given as `--set warmup_epochs=VALUE`. ("),
         ("plan a:b --sparsity 0.9 --maxepochs=3", "unrecognized arguments: --maxepochs. Did you mean `--max-epochs`?"),
         ("report a --yaml --json", "unrecognized arguments: --yaml. ("),
         ("report -j a", "unrecognized arguments: -j. ("),

@@ -148,12 +148,15 @@ def test_prunable_parameters__unmatched_error(argument: str) -> None:
     [
         pytest.param("clasifier.weight", "classifier.weight", id="parameter"),
         pytest.param("classifer.*", "classifier.*", id="layer"),
+        pytest.param("stage.*", "stages.*", id="part_of_many_layers"),
     ],
 )
 def test_prunable_parameters__misspelled_error(pattern: str, meant: str) -> None:
     """The name that was meant is said first, however many there are."""
     layers = [(f"layer{index}", nn.Linear(2, 2)) for index in range(40)]
-    module = nn.Sequential(OrderedDict([*layers, ("classifier", nn.Linear(2, 2))]))
+    stages = nn.Sequential(OrderedDict([("first", models.MLP(2, 2, 2)), ("second", models.MLP(2, 2, 2))]))
+    parts = [("stem", nn.Sequential(nn.Linear(2, 2))), ("stages", stages), ("classifier", nn.Linear(2, 2))]
+    module = nn.Sequential(OrderedDict([*layers, *parts]))
     with pytest.raises(ValueError, match=rf"matches no parameter\. Did you mean '{re.escape(meant)}'\? The parameters"):
         prunable.prunable_parameters(module, exclude=[pattern])
 
