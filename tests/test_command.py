@@ -826,7 +826,7 @@ def test_plan__sparsity_error(
         (["{}:net", "--set", "rounds"], "`--set` takes NAME=VALUE"),
         (["{}:net", "--set", "rounds=0"], "`rounds` must be a whole number of at least 1, got 0"),
         (["{}:net", "--set", "cycles=2"], "DRIVEPruningCallback has no such argument. Apart from the sparsity: warmup"),
-        (["{}:net", "--set", "scpoe=erk"], "has no such argument. Did you mean 'scope'? Apart from the sparsity: warmup"),
+        (["{}:net", "--set", "scpoe=erk"], "no such argument. Did you mean 'scope'? Apart from the sparsity: warmup"),
         (["{}:net", "--set", "sparsity=0.9"], "`--set sparsity=0.9`: DRIVEPruningCallback has no such argument"),
         (["{}:net", "--set", "schedule=square"], "`schedule` must be one of 'exponential', 'linear', 'cubic', or a"),
         (["{}:net", "--set", "schedule={}:nothing"], "cannot be imported: module"),
