@@ -189,8 +189,8 @@ def cuts(sparsities: Sequence[tuple[float, float]], known: Sequence[tuple[float,
         axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
-    reached = ", and what training had reached before" if known else ""
-    figure.suptitle(f"Gradual pruning until the last cut: the sparsity after each one{reached}", fontsize="large")
+    reached = ", and what training had reached" if known else ""
+    figure.suptitle(f"Gradual pruning to its last cut: sparsity after each one{reached}", fontsize="large")
     return figure
 
 

@@ -282,7 +282,7 @@ def test_plan(tmp_path: Path) -> None:
     fit(tmp_path, Quiet(), callback, watch)
     assert list(plan.kept) == sorted({*watch.kept[4:]}, reverse=True)
     assert plan.passes == 3
-    assert "when: from the start of epoch 1 to that of epoch 2, in 3 rounds" in str(plan)
+    assert "when: from the start of epoch 1 to that of epoch 2, in 3 cuts" in str(plan)
     assert callback.report is not None
     assert callback.report.method == plan.method
     assert gradual().plan(Quiet()).passes == 0
