@@ -17,7 +17,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 import lightning_drive
+from lightning_drive import Magnitude
 from lightning_drive.cli import OneLineErrorsCLI
+from lightning_drive.warmup import WarmupPruningCallback
 
 CONFIG = """
 seed_everything: 1
@@ -58,6 +60,13 @@ class Broken(pl.Callback):
 
     def __init__(self) -> None:
         raise ValueError("a mistake of their own")
+
+
+class Largest(WarmupPruningCallback):
+    """Keep the largest weights, as the page on adding a method writes a callback."""
+
+    def __init__(self, *, rounds: int = 2, **settings: Any) -> None:
+        super().__init__(Magnitude(rounds=rounds), **settings)
 
 
 def squared_outputs(module: Any, batch: Any) -> Any:
@@ -102,6 +111,19 @@ def test_yaml(command_line: Any) -> None:
     assert callback.loss_fn.__name__ == "squared_outputs"
     assert callback.accelerate
     assert callback.report.acceleration is not None
+
+
+def test_yaml__callback_of_ones_own(command_line: Any) -> None:
+    """One that passes its settings on takes all of those of the base class, under its import path."""
+    callback, *_ = command_line(
+        "--trainer.callbacks=test_cli.Largest",
+        "--trainer.callbacks.sparsity={features.*: 0.5, '*': 0.8}",
+        "--trainer.callbacks.scope=erk",
+        "--trainer.callbacks.control=shuffle",
+    ).trainer.callbacks
+    assert type(callback).__name__ == "Largest"
+    assert callback.masks.num_kept == round(486 * 0.5) + round(512 * 0.2)
+    assert callback.report.control == "shuffle"
 
 
 def test_command_line(command_line: Any) -> None:

@@ -195,6 +195,15 @@ def test_links_to_the_repository(pages: dict[str, str]) -> None:
     assert {name for name in linked if not (ROOT / name).exists()} == set()
 
 
+def test_links_to_notebooks(pages: dict[str, str]) -> None:
+    """Links to notebooks, which are files in the repository, lead to their pages here; only one is for download."""
+    assert 'href="notebooks/first_pruning.html"' in pages["quickstart.html"]
+    assert 'href="notebooks/first_pruning.html"' in pages["index.html"]
+    assert {name for name, page in pages.items() if '.ipynb"' in page} == {
+        f"notebooks/{name}.html" for name in ("comparing_methods", "first_pruning", "sparse_to_fast")
+    }
+
+
 def test_columns_have_headings(words: dict[str, Words]) -> None:
     empty = {name for name, found in words.items() if any(not column.strip() for column in found.columns)}
     assert empty == set()

@@ -883,6 +883,23 @@ def test_main__more(
         tables.main([*runs, "--speedups", str(tmp_path / "c.jsonl")])
 
 
+def test_table_of_the_page_on_methods(results: ModuleType) -> None:
+    """The page on choosing a method has the means of the committed results."""
+    means = results.accuracies(results.read([PAPER / "results" / "convnet_cifar10.jsonl"], results.Run))
+    page = (PAPER.parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    methods = {
+        "DRIVE, 15": "drive",
+        "gradual, 15": "gradual_exponential",
+        "DRIVE, 35": "drive_long",
+        "IMP, 35": "imp",
+        "gradual, 35": "gradual_exponential_long",
+    }
+    for title, method in methods.items():
+        own = [means.get((method, "none", sparsity)) for sparsity in (0.9, 0.95, 0.98, 0.993)]
+        cells = [f"{summary.mean:.1f}" if summary else "" for summary in own]
+        assert re.sub(" +", " ", f"| {title} | {' | '.join(cells)} |") in re.sub(" +", " ", page)
+
+
 def test_committed_pages(tables: ModuleType, tmp_path: Path) -> None:
     """What README and the page of results say between the marks is what the committed results say."""
     root = PAPER.parents[1]

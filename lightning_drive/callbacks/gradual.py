@@ -353,4 +353,5 @@ class GradualPruningCallback(RepeatedPruningCallback):
         cut_window.check_epochs(self, self._window, self._fit.max_epochs)  # also a restored one
         cut_window.check_training(self, trainer, pl_module, self._window)
         if self._fit.is_restored and self.pruned:
-            restored_masks.check_selection(self, partial(self._selected, trainer), pl_module)
+            run, select = f"cut {self.cut} of a gradual pruning", partial(self._selected, trainer)
+            restored_masks.check_selection(self, run, "cut", select, pl_module)

@@ -15,7 +15,7 @@ from lightning_drive.core.arguments import Control, Schedule, Scope, Sparsity
 from lightning_drive.report import plan
 from lightning_drive.report.plan import PruningPlan
 from lightning_drive.search.methods import Magnitude
-from lightning_drive.trainer import cycle_checks, end_of_training, search_in_fit, step_counts, terminal
+from lightning_drive.trainer import cycle_checks, end_of_training, restored_masks, search_in_fit, step_counts, terminal
 from lightning_drive.trainer.cycle_schedules import Cycles, CycleSchedules
 from lightning_drive.trainer.saved_state import SavedState
 
@@ -301,7 +301,8 @@ class IMPPruningCallback(RepeatedPruningCallback):
         super()._check_training(trainer, pl_module)
         self.masks.parameters_of(pl_module)  # raises for another module
         if self._fit.is_restored and self.pruned:
-            cycle_checks.check_selection(self, pl_module, partial(self._selected, trainer))
+            run, select = f"cycle {self.cycle} of an IMP run", partial(self._selected, trainer)
+            restored_masks.check_selection(self, run, "cycle", select, pl_module)
         if step_counts.is_quick_check(trainer) or self._schedules is None or not self._schedules.are_planned:
             return
         cycle_checks.check_training(self, trainer, pl_module, self._cycles)

@@ -1,14 +1,12 @@
 """Raise if the cycles of IMP cannot all be the same training, or cannot end with the training of the ticket."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
 from lightning_drive.core import saved_values
 from lightning_drive.core.arguments import Scope
@@ -31,20 +29,6 @@ def check_settings(saved: SavedState, now: Mapping[str, object]) -> None:
         raise ValueError(
             f"The checkpoint is from cycle {cycle} of an IMP run with {before}, but this IMPPruningCallback has"
             f" {after}: its cycles would not continue that run. Resume with the settings of the checkpoint."
-        )
-
-
-def check_selection(
-    pruning: Any,
-    pl_module: pl.LightningModule,
-    select: Callable[[pl.LightningModule], Mapping[str, nn.Parameter]],
-) -> None:
-    """Raise if the masks of a restored ``IMPPruningCallback`` are for other parameters than are selected now."""
-    if not restored_masks.is_selection(pruning.masks, select, pl_module):
-        raise MisconfigurationException(
-            f"The checkpoint is from cycle {pruning.cycle} of an IMP run that prunes other parameters than"
-            f" `include={pruning.include}` and `exclude={pruning.exclude}` select now: its cycles would not continue"
-            f" that run. Resume with the settings of the checkpoint, which select: {listed(pruning.masks)}."
         )
 
 

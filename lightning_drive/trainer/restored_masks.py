@@ -114,14 +114,21 @@ def is_selection(
 
 
 def check_selection(
-    pruning: Any, select: Callable[[pl.LightningModule], Mapping[str, nn.Parameter]], pl_module: pl.LightningModule
+    pruning: Any,
+    run: str,
+    unit: str,
+    select: Callable[[pl.LightningModule], Mapping[str, nn.Parameter]],
+    pl_module: pl.LightningModule,
 ) -> None:
-    """Raise if restored masks, which are to be pruned further, are for other parameters than are selected now."""
+    """Raise if masks from the middle of a ``run`` (in words) are for other parameters than are selected now.
+
+    ``unit`` is what the run calls its rounds.
+    """
     if not is_selection(pruning.masks, select, pl_module):
         raise MisconfigurationException(
-            f"The checkpoint is from {type(pruning).__name__} with cuts to come, in other parameters than"
-            f" `include={pruning.include}` and `exclude={pruning.exclude}` select now: its cuts would not continue that"
-            f" run. Resume with the settings of the checkpoint, which select: {listed(pruning.masks)}."
+            f"The checkpoint is from {run} that prunes other parameters than `include={pruning.include}` and"
+            f" `exclude={pruning.exclude}` select now: its {unit}s would not continue that run. Resume with the"
+            f" settings of the checkpoint, which select: {listed(pruning.masks)}."
         )
 
 
